@@ -1,0 +1,344 @@
+"""The recipe: everything that defines a run, as frozen dataclasses loaded from TOML.
+
+Every default is JustRL's value as run (arXiv 2512.16649 and its released scripts, verl v0.4.0), so an empty
+recipe with a model and a data set is the paper's baseline. Where a value is ours, its line says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+import tyro
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from jaxrl.errors import InputError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class Section:
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class Run(Section):
+    directory: str = "runs/default"
+    """Run folder: recipe.toml, metrics.jsonl, rollouts/, checkpoints/, hf/, report/ (ours)."""
+    steps: Count = 4380
+    """Rollout batches to train on (JustRL-DeepSeek: 4,380 when the paper's numbers were taken)."""
+    seed: Count = 1
+    """Seed of prompt order and sampling noise (verl data.seed; the engine's own seed is not published)."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files into the run folder (ours)."""
+    rollouts_every: Count = 1
+    """Keep every n-th step's rollouts as jsonl; 0 keeps none (ours)."""
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    """Hugging Face folder or Hub id of the policy to start from (paper, section 3)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype; parameters, moments, softmax, log-probs and gradients stay float32 (verl FSDP)."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Kernel for packed attention; auto takes cudnn on NVIDIA GPUs with bfloat16, xla elsewhere (ours)."""
+    remat: Literal["full", "attention", "none"] = "full"
+    """What the backward pass recomputes: whole layers, all but attention's output, nothing (verl: full)."""
+
+
+@dataclass(frozen=True)
+class Data(Section):
+    path: str = "BytedTsinghua-SIA/DAPO-Math-17k"
+    """Hub id of a data set, or a .parquet or .jsonl file (paper, section 3)."""
+    problem_column: str = "prompt"
+    """Column with the problem: text, or a list of chat messages of which the first is taken (DAPO file)."""
+    answer_column: str = "reward_model.ground_truth"
+    """Column with the answer; a dot enters a struct (DAPO file)."""
+    suffix: str = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    """Appended to the problem (JustRL's use_boxed_suffix_prompt)."""
+    prefix: str = ""
+    """Put before the problem; a place for worked examples (none in JustRL)."""
+    strip_dapo_wrapper: bool = True
+    """Remove DAPO's own instruction before and after the problem (JustRL's authors did)."""
+    deduplicate: bool = True
+    """Keep the first of rows with the same problem; DAPO's file repeats each 100 times (ours; see order)."""
+    order: Literal["shuffle", "replacement"] = "shuffle"
+    """shuffle: every prompt once an epoch; replacement: independent draws (as 100 shuffled copies nearly are)."""
+    chat_template: bool = True
+    """Wrap the problem as one user turn by the tokenizer's template; false feeds plain text."""
+    max_prompt_tokens: Positive = 1024
+    """Prompts longer than this many tokens are dropped and counted (verl data.max_prompt_length)."""
+
+
+@dataclass(frozen=True)
+class Rollout(Section):
+    prompts: Positive = 256
+    """Prompts a step (verl data.train_batch_size)."""
+    samples: Positive = 8
+    """Rollouts per prompt, the group of GRPO (verl rollout.n)."""
+    max_tokens: Positive = 15_360
+    """Response budget in tokens (verl data.max_response_length)."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature; the policy's log-probs are taken at it too (verl rollout.temperature)."""
+    top_p: Share = 1.0
+    """Nucleus sampling (verl rollout.top_p)."""
+    top_k: Count = 0
+    """Sample from the k likeliest tokens; 0 means all (verl rollout.top_k = -1)."""
+    engine: Literal["local"] = "local"
+    """Who samples: local is the in-process JAX sampler (ours; JustRL used vLLM)."""
+    slots: Positive = 64
+    """Sequences that the local sampler decodes at once (ours)."""
+
+
+@dataclass(frozen=True)
+class Reward(Section):
+    verifier: Literal["strict_boxed", "minerva"] = "strict_boxed"
+    """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork)."""
+
+
+@dataclass(frozen=True)
+class Advantage(Section):
+    normalize_std: bool = True
+    """Divide by the group's standard deviation, ddof = 1 (verl norm_adv_by_std_in_grpo)."""
+    epsilon: PositiveFloat = 1e-6
+    """Added to the standard deviation (verl core_algos)."""
+
+
+@dataclass(frozen=True)
+class Loss(Section):
+    clip_low: NonNegative = 0.2
+    """The ratio is clipped below 1 - clip_low (verl clip_ratio_low)."""
+    clip_high: NonNegative = 0.28
+    """The ratio is clipped above 1 + clip_high (verl clip_ratio_high)."""
+    dual_clip: Annotated[float, Field(gt=1)] = 10.0
+    """Bound of the loss for negative advantages, in units of -A (verl clip_ratio_c)."""
+    normalization: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
+    """How token losses of a mini-batch are averaged (verl loss_agg_mode = token-mean)."""
+    skip_zero_advantage: bool = True
+    """Leave groups that are all right or all wrong out of the device work: their loss is exactly 0 (ours)."""
+    skip_first_old_logprobs: bool = True
+    """Take the first mini-batch's ratio as exactly 1 instead of recomputing its log-probs (ours)."""
+
+
+@dataclass(frozen=True)
+class Optimizer(Section):
+    learning_rate: NonNegative = 1e-6
+    """AdamW's, after warm-up, constant (verl actor.optim.lr)."""
+    warmup_steps: Count = 10
+    """Rollout batches of linear warm-up; the first batch runs at 0 (verl lr_warmup_steps)."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """First-moment decay (torch default)."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Second-moment decay (torch default)."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment (torch default)."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled, on every parameter, norms and biases included (verl: one parameter group)."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global L2 norm to which gradients are clipped (verl grad_clip)."""
+    minibatch_prompts: Positive = 64
+    """Prompts per optimizer update; 256 / 64 gives 4 updates a step (verl ppo_mini_batch_size)."""
+
+
+@dataclass(frozen=True)
+class Packing(Section):
+    stream_tokens: Positive = 16_384
+    """Tokens in one device's stream, the micro-batch (ours; verl packs 32,768 a GPU)."""
+    bucket_tokens: Positive = 512
+    """Attention runs at segment lengths rounded up to this many tokens (ours)."""
+    logprob_chunk: Positive = 1024
+    """Tokens whose logits exist at one time (ours)."""
+
+
+@dataclass(frozen=True)
+class Mesh(Section):
+    data: Positive = 1
+    """Replicas of the sharded state, across slow links (ours)."""
+    fsdp: Count = 0
+    """Devices that share one copy of the state; 0 takes all devices / data (verl: all 32 ranks)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint(Section):
+    every: Positive = 50
+    """Steps between checkpoints; the last step always has one (verl save_freq)."""
+    keep_last: Positive = 2
+    """Newest checkpoints to keep (ours; JustRL kept all)."""
+    keep_every: Count = 500
+    """Keep for ever every checkpoint whose step is a multiple of this; 0 keeps none (ours)."""
+
+
+@dataclass(frozen=True)
+class Eval(Section):
+    path: str = ""
+    """Held-out problems, a .parquet or .jsonl file with the training columns; empty evaluates nothing."""
+    every: Count = 0
+    """Steps between evaluations during training; 0 evaluates only on request (JustRL: 50)."""
+    problems: Count = 0
+    """Take the first n problems; 0 takes all."""
+    samples: Positive = 8
+    """Responses per problem."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature of evaluation."""
+    top_p: Share = 1.0
+    """Nucleus of evaluation."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment."""
+
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    rollout: Rollout = field(default_factory=Rollout)
+    reward: Reward = field(default_factory=Reward)
+    advantage: Advantage = field(default_factory=Advantage)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    packing: Packing = field(default_factory=Packing)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.rollout.prompts // self.optimizer.minibatch_prompts
+
+
+def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Checks and builds a recipe.
+
+    Raises:
+      InputError: with a line per unknown key, wrong type, value out of range or impossible combination.
+    """
+    try:  # JSON mode: strict about types, and still takes an integer where a float is meant
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise InputError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+    problems = _impossible(recipe)
+    if problems:
+        raise InputError("\n".join(f"{source}: {problem}" for problem in problems))
+    return recipe
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a TOML recipe and applies `--section.key value` overrides.
+
+    Raises:
+      InputError: if the file is missing, is not TOML, or does not describe a possible run.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    if not overrides:
+        return from_dict(values, str(path))
+    recipe = tyro.cli(
+        tyro.conf.configure(tyro.conf.FlagConversionOff)(Recipe),
+        default=_unchecked(values, str(path)),
+        args=overrides,
+        prog=f"jaxrl train {path}",
+        description="Overrides of the recipe's values, which are shown as defaults.",
+    )
+    return from_dict(to_dict(recipe), "command line")
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    return dataclasses.asdict(recipe)
+
+
+def to_toml(recipe: Recipe) -> str:
+    return tomli_w.dumps(to_dict(recipe))
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """Keys on which two recipes differ, as 'section.key: a -> b'."""
+    left, right = to_dict(a), to_dict(b)
+    return [
+        f"{section}.{key}: {value!r} -> {right[section][key]!r}"
+        for section, keys in left.items()
+        for key, value in keys.items()
+        if value != right[section][key]
+    ]
+
+
+def _unchecked(values: dict[str, Any], source: str) -> Recipe:
+    """The file's recipe before overrides, which may be what makes it possible: types checked, no more."""
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise InputError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key '{key}'; {_suggestion(problem['loc'])}"
+    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _suggestion(location: tuple[Any, ...]) -> str:
+    import difflib
+
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
+    known: list[str] = list(sections)
+    if len(location) > 1:
+        known = [f.name for f in dataclasses.fields(sections[location[0]])]  # type: ignore[arg-type]
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+
+
+def _impossible(r: Recipe) -> list[str]:
+    problems = []
+
+    def require(possible: bool, message: str) -> None:
+        if not possible:
+            problems.append(message)
+
+    longest = r.data.max_prompt_tokens + r.rollout.max_tokens
+    stream, bucket = r.packing.stream_tokens, r.packing.bucket_tokens
+    require(
+        stream >= longest,
+        f"packing.stream_tokens = {stream} cannot hold one sequence of data.max_prompt_tokens + "
+        f"rollout.max_tokens = {longest}; raise it to {-(-longest // bucket) * bucket} or lower those two",
+    )
+    require(
+        stream % bucket == 0,
+        f"packing.stream_tokens = {stream} is not a multiple of packing.bucket_tokens = {bucket}; "
+        f"use {-(-stream // bucket) * bucket}",
+    )
+    require(
+        stream % r.packing.logprob_chunk == 0,
+        f"packing.stream_tokens = {stream} is not a multiple of packing.logprob_chunk = "
+        f"{r.packing.logprob_chunk}; use a divisor of {stream}",
+    )
+    require(
+        r.rollout.prompts % r.optimizer.minibatch_prompts == 0,
+        f"optimizer.minibatch_prompts = {r.optimizer.minibatch_prompts} does not divide rollout.prompts = "
+        f"{r.rollout.prompts}; use a divisor",
+    )
+    require(
+        r.rollout.temperature > 0,
+        "rollout.temperature = 0 samples one answer eight times over; training needs a temperature above 0",
+    )
+    require(
+        r.eval.every == 0 or r.eval.path != "",
+        f"eval.every = {r.eval.every} but eval.path is empty; name a file of held-out problems",
+    )
+    return problems

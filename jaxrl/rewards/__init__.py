@@ -1,0 +1,20 @@
+"""Verifiers: functions that turn a response into a reward.
+
+A verifier is `(response, ground_truth) -> +1.0 | -1.0`. It gets decoded text from which special tokens are
+already gone, is pure, never raises on any text, and is quick on adversarial text: it runs inline, between
+sampling and the update, on whatever a policy has found to write.
+
+To add one, write a module here with the function and an `extract(response)` that returns the answer it
+compares (for reading rollouts), and name the function in `VERIFIERS`; recipes choose by that name. The
+functions shadow their modules as attributes of this package, so reach the other one by
+`from jaxrl.rewards.minerva import extract`. Keep imports light: samplers score without JAX.
+"""
+
+from collections.abc import Callable
+
+from jaxrl.rewards.minerva import minerva
+from jaxrl.rewards.strict_boxed import strict_boxed
+
+VERIFIERS: dict[str, Callable[[str, str], float]] = {"strict_boxed": strict_boxed, "minerva": minerva}
+
+__all__ = ["VERIFIERS", "minerva", "strict_boxed"]

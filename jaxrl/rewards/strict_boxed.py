@@ -1,0 +1,33 @@
+r"""JustRL's training reward: the last `\boxed{...}` near the end must be the answer, character for character.
+
+This is the strict path of DAPO's verifier (arXiv 2503.14476; `strict_box_verify` in verl). Nothing is
+normalised: `\boxed{ 34 }`, `\boxed{34.0}` and `\boxed{3,400}` for 3400 all fail, which is what teaches a
+policy to end with one plain box.
+"""
+
+# The reference cuts to 300 characters and then, on this path, to 100; only the second cut can be seen.
+WINDOW = 100
+BOX = "\\boxed{"
+
+
+def strict_boxed(response: str, ground_truth: str) -> float:
+    """+1.0 if the extracted answer equals `ground_truth` exactly, else -1.0."""
+    return 1.0 if extract(response) == ground_truth else -1.0
+
+
+def extract(response: str) -> str | None:
+    """What the last box in the window holds; None if there is no box or its braces do not balance.
+
+    An unclosed last box hides any good one before it, and escaped braces count as braces, as in the
+    reference.
+    """
+    window = response[-WINDOW:]
+    start = window.rfind(BOX)
+    if start < 0:
+        return None
+    inside, depth = window[start + len(BOX) :], 1
+    for i, char in enumerate(inside):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return inside[:i]
+    return None

@@ -1,0 +1,1 @@
+"""Samplers: in process (local.py), behind one protocol (sampler.py)."""

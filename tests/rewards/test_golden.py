@@ -1,0 +1,57 @@
+"""Every reference vector in the folder named by the environment variable GOLDEN, without exception.
+
+A vector is one JSON line with `response`, `ground_truth`, `expected` and, where known, `pred`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxrl.rewards import minerva, strict_boxed
+from jaxrl.rewards.minerva import extract as extract_minerva
+from jaxrl.rewards.strict_boxed import extract as extract_strict_boxed
+
+pytestmark = [
+    pytest.mark.golden,
+    pytest.mark.skipif(
+        "GOLDEN" not in os.environ,
+        reason="GOLDEN is not set; it names a folder of reference vectors (make test-golden GOLDEN=DIR)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "verifier", "extract"),
+    [
+        ("*dapo_strict*.jsonl", strict_boxed, extract_strict_boxed),
+        ("*dapo_minerva*.jsonl", minerva, extract_minerva),
+    ],
+    ids=["strict_boxed", "minerva"],
+)
+def test_reference_vectors(pattern: str, verifier: Callable, extract: Callable) -> None:
+    rows = list(read_rows(Path(os.environ["GOLDEN"]), pattern))
+    assert rows, f"no vectors in {pattern} in GOLDEN={os.environ['GOLDEN']!r}"
+    problems = [problem for where, row in rows if (problem := mismatch(where, row, verifier, extract))]
+    assert not problems, "\n".join([f"{len(problems)} of {len(rows)} vectors differ:", *problems[:5]])
+
+
+def read_rows(folder: Path, pattern: str) -> Iterator[tuple[str, dict]]:
+    for path in sorted(folder.glob(pattern)):
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield f"{path.name}:{number}", json.loads(line)
+
+
+def mismatch(where: str, row: dict, verifier: Callable, extract: Callable) -> str | None:
+    """What differs, in a form one can paste into a unit test; None if nothing does."""
+    score, pred = verifier(row["response"], row["ground_truth"]), extract(row["response"])
+    if score == row["expected"] and pred == row.get("pred", pred):
+        return None
+    return (
+        f"  {where} tag={row.get('tag')} ground_truth={row['ground_truth']!r}\n"
+        f"    score {score}, expected {row['expected']}; pred {pred!r}, expected {row.get('pred', 'any')!r}\n"
+        f"    response ends {row['response'][-120:]!r}"
+    )
