@@ -14,8 +14,8 @@ NO_ANSWER = "[INVALID]"  # what the reference compares, and logs, when there is 
 # `\s*` may cross lines: the answer can follow on the line after "Answer:".
 _ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
-# Each table is applied from top to bottom, and order matters: the articles need the spaces that the sixth
-# entry removes, and emptied \text{} groups appear before their units' exponents are dropped.
+# Each table is applied from top to bottom, and order matters: articles are told by the space that the sixth
+# entry removes, and a unit must be gone before the emptied \text{}^2 around it can match.
 _SUBSTITUTIONS = (
     ("an ", ""),
     ("a ", ""),
@@ -29,14 +29,15 @@ _SUBSTITUTIONS = (
     (r"\text{m}", r"\text{}"),
 )
 
+# fmt: off
 _REMOVED = (
-    *"square ways integers dollars mph inches hours km units".split(),
-    r"\ldots",
-    *"sue points feet minutes digits cents degrees cm gm pounds meters meals edges students".split(),
-    *"childrentickets multiples".split(),
-    *(r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}"),
-    *(r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"),
+    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots",
+    "sue", "points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters",
+    "meals", "edges", "students", "childrentickets", "multiples",
+    r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}",
+    r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots",
 )
+# fmt: on
 
 _TEX_REWRITES = tuple(
     (re.compile(pattern), replacement)
