@@ -244,7 +244,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         values = tomllib.loads(Path(path).read_text())
     except OSError as error:
-        raise InputError(f"{path}: cannot read the recipe ({error.strerror}); give the path of a .toml file") from None
+        raise InputError(
+            f"{path}: cannot read the recipe ({error.strerror}); give the path of a .toml file"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
     if not overrides:

@@ -1,0 +1,211 @@
+"""One decoder for Qwen2, Qwen3 and Llama: a config, a table of parameters, and pure functions over a pytree.
+
+Weights keep Hugging Face's orientation, [out, in]; the layers of a kind are stacked on a leading axis L and
+scanned. Shape letters: N tokens, L layers, D width, H query heads, K key/value heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+Params = dict[str, Any]
+# (q [..., N, H, D], k [..., N, K, D], v [..., N, K, D], this layer's slice of `cache`) -> (out, kept), see `forward`
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Remat = Literal["full", "attention", "none"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that the shape and the arithmetic of the decoder depend on."""
+
+    family: Literal["qwen2", "qwen3", "llama"]
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float
+    norm_epsilon: float
+    tied: bool  # the LM head is the embedding
+    max_positions: int
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "qwen3"
+
+
+class Spec(NamedTuple):
+    """One parameter. `name` is Hugging Face's; with '{}' for the layer, the array is stacked over layers."""
+
+    name: str
+    shape: tuple[int, ...]  # of one layer
+    init: Literal["normal", "ones", "zeros"] = "normal"
+
+
+def declare(c: Config) -> dict[str, Any]:
+    """The table of parameters: initialisation, loading, saving and sharding all follow from it."""
+    layer = "model.layers.{}."
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layers = {
+        "attention_norm": Spec(layer + "input_layernorm.weight", (c.width,), "ones"),
+        "q": Spec(layer + "self_attn.q_proj.weight", (heads, c.width)),
+        "k": Spec(layer + "self_attn.k_proj.weight", (kv, c.width)),
+        "v": Spec(layer + "self_attn.v_proj.weight", (kv, c.width)),
+        "o": Spec(layer + "self_attn.o_proj.weight", (c.width, heads)),
+        "mlp_norm": Spec(layer + "post_attention_layernorm.weight", (c.width,), "ones"),
+        "gate": Spec(layer + "mlp.gate_proj.weight", (c.mlp_width, c.width)),
+        "up": Spec(layer + "mlp.up_proj.weight", (c.mlp_width, c.width)),
+        "down": Spec(layer + "mlp.down_proj.weight", (c.width, c.mlp_width)),
+    }
+    if c.qkv_bias:
+        layers |= {
+            f"{x}_bias": Spec(f"{layer}self_attn.{x}_proj.bias", (size,), "zeros")
+            for x, size in (("q", heads), ("k", kv), ("v", kv))
+        }
+    if c.qk_norm:
+        layers |= {
+            f"{x}_norm": Spec(f"{layer}self_attn.{x}_norm.weight", (c.head_dim,), "ones") for x in ("q", "k")
+        }
+    table: dict[str, Any] = {
+        "embed": Spec("model.embed_tokens.weight", (c.vocab_size, c.width)),
+        "layers": layers,
+        "norm": Spec("model.norm.weight", (c.width,), "ones"),
+    }
+    return table if c.tied else table | {"head": Spec("lm_head.weight", (c.vocab_size, c.width))}
+
+
+def stacked_shape(spec: Spec, c: Config) -> tuple[int, ...]:
+    return (c.layers, *spec.shape) if "{}" in spec.name else spec.shape
+
+
+def initialise(c: Config, seed: int, dtype: str = "float32", scale: float = 0.02) -> Params:
+    """Random parameters: normal(0, scale) matrices, unit norms, zero biases (transformers' initialisation)."""
+    specs, tree = jax.tree.flatten(declare(c), is_leaf=lambda x: isinstance(x, Spec))
+    keys = jax.random.split(jax.random.key(seed), len(specs))
+
+    def create(spec: Spec, key: jax.Array) -> jax.Array:
+        shape = stacked_shape(spec, c)
+        if spec.init == "normal":
+            return scale * jax.random.normal(key, shape, dtype)
+        return (jnp.ones if spec.init == "ones" else jnp.zeros)(shape, dtype)
+
+    return jax.tree.unflatten(tree, map(create, specs, keys))
+
+
+def head(params: Params) -> jax.Array:
+    """The LM head, [V, D]."""
+    return params["head"] if "head" in params else params["embed"]
+
+
+def forward(
+    config: Config,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    *,
+    cache: Any = None,
+    dtype: str = "float32",
+    remat: Remat = "none",
+) -> tuple[jax.Array, Any]:
+    """Runs the decoder up to the final norm.
+
+    Args:
+      tokens: [..., N] int32.
+      positions: [..., N] int32, from 0 in each sequence.
+      attend: what attention means here: packed, dense or against a cache.
+      cache: pytree with a leading layer axis, handed to `attend` slice by slice, or None.
+      dtype: of the computation; norms, rotations and softmax are float32 inside.
+      remat: what the backward pass recomputes.
+
+    Returns:
+      hidden states [..., N, D] in `dtype`, and what `attend` kept, stacked over layers.
+    """
+
+    def layer(h: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
+        w, layer_cache = inputs
+        w = jax.tree.map(lambda a: a.astype(dtype), w)
+        with jax.named_scope("attention"):
+            x = rms_norm(h, w["attention_norm"], config.norm_epsilon)
+            q, k, v = _qkv(config, w, x, positions)
+            out, kept = attend(q, k, v, layer_cache)
+            out = checkpoint_name(out, "attention")
+            h = h + _linear(out.reshape(*h.shape[:-1], -1), w["o"])
+        with jax.named_scope("mlp"):
+            x = rms_norm(h, w["mlp_norm"], config.norm_epsilon)
+            h = h + _linear(jax.nn.silu(_linear(x, w["gate"])) * _linear(x, w["up"]), w["down"])
+        return h, kept
+
+    if remat != "none":
+        # packed_attention keeps only q, k and v for its backward pass, so naming its output is enough here
+        policies = jax.checkpoint_policies
+        save = (
+            policies.save_only_these_names("attention") if remat == "attention" else policies.nothing_saveable
+        )
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=save)  # type: ignore[assignment]
+    h, kept = jax.lax.scan(layer, params["embed"][tokens].astype(dtype), (params["layers"], cache))
+    return rms_norm(h, params["norm"].astype(dtype), config.norm_epsilon), kept
+
+
+def dense_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
+    """Causal attention within each row of [B, N, heads, D]; keeps keys and values (a prefill)."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True), (k, v)
+
+
+def logits(config: Config, params: Params, tokens: jax.Array, dtype: str = "float32") -> jax.Array:
+    """Next-token logits of whole rows, for checks and small models: [B, N] -> [B, N, V] float32."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+    hidden, _ = forward(config, params, tokens, positions, dense_attend, dtype=dtype)
+    return jnp.einsum("...d,vd->...v", hidden, head(params).astype(dtype), preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (arXiv 1910.07467), computed in float32."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return _over_last(weight, x) * (x32 * scale).astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding of [..., N, heads, D], halves convention (arXiv 2104.09864), computed in float32."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    positions = positions[..., None, None].astype(jnp.float32)
+    angles = positions * _over_last(frequencies, positions)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    y = jnp.einsum("...i,oi->...o", x, w)
+    return y if bias is None else y + _over_last(bias, y)
+
+
+def _over_last(w: jax.Array, x: jax.Array) -> jax.Array:
+    """[D] with as many leading axes as x: ranks are never promoted silently."""
+    return w.reshape((1,) * (x.ndim - 1) + w.shape)
+
+
+def _qkv(c: Config, w: Params, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = (
+        _linear(x, w[name], w.get(f"{name}_bias")).reshape(*x.shape[:-1], heads, c.head_dim)
+        for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))
+    )
+    if c.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], c.norm_epsilon), rms_norm(k, w["k_norm"], c.norm_epsilon)
+    rotate = functools.partial(rope, positions=positions, theta=c.rope_theta)
+    return rotate(q), rotate(k), v
