@@ -123,7 +123,7 @@ class Loss(Section):
     """The ratio is clipped above 1 + clip_high (verl clip_ratio_high)."""
     dual_clip: Annotated[float, Field(gt=1)] = 10.0
     """Bound of the loss for negative advantages, in units of -A (verl clip_ratio_c)."""
-    normalization: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
+    normalization: Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"] = "token_mean"
     """How token losses of a mini-batch are averaged (verl loss_agg_mode = token-mean)."""
     skip_zero_advantage: bool = True
     """Leave groups that are all right or all wrong out of the device work: their loss is exactly 0 (ours)."""

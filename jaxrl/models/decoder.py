@@ -91,6 +91,13 @@ def stacked_shape(spec: Spec, c: Config) -> tuple[int, ...]:
     return (c.layers, *spec.shape) if "{}" in spec.name else spec.shape
 
 
+def forward_flops(c: Config) -> tuple[int, int]:
+    """Matrix-multiply FLOPs of a forward pass: per token (layers and LM head), and per token and attended token."""
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layer = c.width * (2 * heads + 2 * kv + 3 * c.mlp_width)
+    return 2 * (c.layers * layer + c.width * c.vocab_size), 4 * c.layers * heads
+
+
 def initialise(c: Config, seed: int, dtype: str = "float32", scale: float = 0.02) -> Params:
     """Random parameters: normal(0, scale) matrices, unit norms, zero biases (transformers' initialisation)."""
     specs, tree = jax.tree.flatten(declare(c), is_leaf=lambda x: isinstance(x, Spec))
