@@ -251,14 +251,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise InputError(f"{path}: not valid TOML: {error}") from None
     if not overrides:
         return from_dict(values, str(path))
-    recipe = tyro.cli(
+    recipe = from_command_line(_unchecked(values, str(path)), overrides, f"jaxrl train {path}")
+    return from_dict(to_dict(recipe), "command line")
+
+
+def from_command_line(default: Recipe, args: list[str], program: str) -> Recipe:
+    """Overrides a recipe by `--section.key value`; `--help` prints every field and exits."""
+    return tyro.cli(
         tyro.conf.configure(tyro.conf.FlagConversionOff)(Recipe),
-        default=_unchecked(values, str(path)),
-        args=overrides,
-        prog=f"jaxrl train {path}",
+        default=default,
+        args=args,
+        prog=program,
         description="Overrides of the recipe's values, which are shown as defaults.",
     )
-    return from_dict(to_dict(recipe), "command line")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -66,17 +66,18 @@ def make_optimizer(
 
 def init_state(params: decoder.Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A state at step 0 with everything where `update` wants it. Takes `params` over."""
-    shardings = state_shardings(params, optimizer, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(params, optimizer, mesh))
     create = lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p))  # noqa: E731
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(
         jax.device_put(params, shardings.params)
     )
 
 
-def state_shardings(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """NamedShardings in the shape of a TrainState; `params` may be abstract."""
-    shapes = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
-    return jax.tree.map(lambda a: sharding_of(a.shape, mesh), shapes)
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState; `params` may be abstract."""
+    state = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
+    shard = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding_of(a.shape, mesh))  # noqa: E731
+    return jax.tree.map(shard, state)
 
 
 def make_update(
@@ -187,7 +188,7 @@ def make_update(
             on_device, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=P(BATCH_AXES), check_vma=False
         )(params, batch)
 
-    shardings = state_shardings(whole, optimizer, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(whole, optimizer, mesh))
     per_device, replicated = NamedSharding(mesh, P(BATCH_AXES)), NamedSharding(mesh, P())
     return (
         jax.jit(

@@ -1,0 +1,64 @@
+# make demo | test | lint, on a bare machine with Python 3.11 or newer. PYTHON= and VENV= choose another.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/demo
+SEED   ?= 1
+# Threads on purpose: two cores are saturated by one process, and spinning OpenMP threads only steal from it.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+
+.PHONY: help install demo test test-slow test-golden lint clean
+
+help:
+	@echo "make demo         train a small reasoner with GRPO here, and show what it learnt (RUN=, SEED=)"
+	@echo "make test         the test suite"
+	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
+	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
+	@echo "make lint         ruff and mypy"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxrl needs Python 3.11 or newer; choose one with make PYTHON=python3.12"; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,gguf]'
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lint]'
+	@touch $@
+
+DEMO := recipes/demo.toml --run.directory $(RUN) --model.path $(RUN)/base --data.path $(RUN)/train.jsonl \
+        --eval.path $(RUN)/heldout.jsonl --run.seed $(SEED)
+
+demo: $(VENV)/.installed
+	test -d $(RUN)/base || $(BIN)/python recipes/demo.py $(RUN) --seed $(SEED)
+	test -f $(RUN)/eval/before.json || $(BIN)/jaxrl eval $(RUN)/base --recipe $(DEMO) --name before
+	$(BIN)/jaxrl train $(DEMO)
+	$(BIN)/jaxrl export $(RUN)
+	$(BIN)/jaxrl eval $(RUN)/hf --recipe $(DEMO) --name after
+	$(BIN)/jaxrl report $(RUN)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow $(PYTEST)
+
+test-golden: $(VENV)/.installed-test
+	@test -n "$(GOLDEN)" || { echo "say where the vectors are: make test-golden GOLDEN=DIR"; exit 1; }
+	GOLDEN="$(GOLDEN)" $(BIN)/python -m pytest -m golden $(PYTEST)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

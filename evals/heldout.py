@@ -1,0 +1,45 @@
+"""Accuracy on held-out problems with the training verifier: the before and after of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl.sampling.sampler import Prompt, Rollout, Sampler, SamplingParams
+
+
+def evaluate(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    params: SamplingParams,
+    seed: int,
+    score: Callable[[list[Rollout]], np.ndarray],
+    on_rollout: Callable[[Rollout], None] | None = None,
+) -> dict[str, Any]:
+    """Samples and marks `samples` responses to each problem.
+
+    Returns:
+      accuracy (mean over problems of the share marked right), its 95% interval (normal approximation over
+      problems, which are the independent units), pass@samples, mean length in tokens and truncated share.
+    """
+    groups = sampler.generate(prompts, samples, params, (seed,), on_rollout)
+    right = np.array([score(group) for group in groups]) > 0  # [P, G]
+    per_problem = right.mean(axis=1)
+    accuracy = float(per_problem.mean())
+    margin = 1.96 * float(per_problem.std(ddof=1)) / len(prompts) ** 0.5 if len(prompts) > 1 else 1.0
+    flat = [rollout for group in groups for rollout in group]
+    return {
+        "accuracy": accuracy,
+        "ci95": [max(accuracy - margin, 0.0), min(accuracy + margin, 1.0)],
+        f"pass@{samples}": float(right.any(axis=1).mean()),
+        "problems": len(prompts),
+        "samples": samples,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "length_mean": float(np.mean([len(r.tokens) for r in flat])),
+        "truncated_fraction": float(np.mean([r.finish_reason == "length" for r in flat])),
+    }

@@ -1,0 +1,161 @@
+"""jaxrl train | eval | export | report. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxrl import __version__, config
+from jaxrl.errors import InputError
+
+_EPILOG = """Any value of a recipe is an option: jaxrl train recipes/demo.toml --run.steps 10 --rollout.samples 4.
+`jaxrl train RECIPE --help` lists them all."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; exits with 2 on bad input (one line on stderr) and with 130 when interrupted."""
+    args, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        args.run(args, overrides)
+    except InputError as error:
+        raise SystemExit("\n".join(f"jaxrl: {line}" for line in str(error).splitlines())) from None
+    except KeyboardInterrupt:
+        print("jaxrl: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser("jaxrl", description=__doc__, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", add_help=False, help="train by a recipe; goes on where a run stopped"
+    )
+    train.add_argument("recipe")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="accuracy on a recipe's held-out problems")
+    evaluate.add_argument("model", help="Hugging Face folder, Hub id or run folder")
+    evaluate.add_argument("--recipe", help="recipe with [data], [reward] and [eval]; default: the run's own")
+    evaluate.add_argument("--name", default="eval", help="label in the report, such as before or after")
+    evaluate.add_argument(
+        "--out", help="JSON file to write; default: EVAL/NAME.json in the recipe's run folder"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="write a run's weights as a Hugging Face folder")
+    export.add_argument("run_or_checkpoint", help="run folder, or one of its checkpoints/N")
+    export.add_argument("out", nargs="?", help="default: hf in the run folder")
+    export.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="draw the curves of one run or several")
+    report.add_argument("runs", nargs="+", type=Path)
+    report.add_argument("--out", type=Path, help="folder for the figures; default: report in the first run")
+    report.set_defaults(run=_report)
+
+    if argv[:1] == ["train"] and set(argv[1:]) <= {
+        "-h",
+        "--help",
+    }:  # no recipe: the defaults are worth seeing
+        config.from_command_line(config.Recipe(), ["--help"], "jaxrl train RECIPE")
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run not in (_train, _evaluate):
+        parser.error(f"unknown option {rest[0]}")
+    return args, rest
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = config.load(args.recipe, overrides)
+    from jaxrl.train import train
+
+    train(recipe)
+
+
+def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+    run = Path(args.model) if (Path(args.model) / "recipe.toml").exists() else None
+    if not (args.recipe or run):
+        raise InputError(f"{args.model} is not a run folder; say what to evaluate on with --recipe FILE")
+    recipe = config.load(args.recipe or run / "recipe.toml", overrides)  # type: ignore[operator]
+    if run and not (run / "hf" / "config.json").exists():
+        _write_hf(run, run / "hf", "bfloat16")
+    from jaxrl import telemetry, train
+    from jaxrl.models import hf
+    from jaxrl.sampling.sampler import SamplingParams
+
+    folder = hf.resolve(run / "hf" if run else args.model)
+    mesh = train.make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
+    model = hf.load(folder, mesh=mesh)
+    tokenizer = train.data.load_tokenizer(str(folder))
+    verify = train.verifier(
+        recipe.reward.verifier, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    )
+    prompts = train.load_held_out(recipe, tokenizer)
+    sampler = train.make_sampler(recipe, model.config, mesh)
+    sampler.publish(model.params, 0)
+    out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
+    sampling = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(folder))
+    with telemetry.Progress(1, 0, title=f"eval {args.name}") as progress:
+        progress.phase("eval", total=len(prompts) * recipe.eval.samples)
+        step = recipe.run.steps if run else 0
+        result = train.run_evaluation(
+            recipe, sampler, prompts, sampling, verify, progress, out, args.name, step
+        )
+    low, high = result["ci95"]
+    print(
+        f"{args.name}: accuracy {result['accuracy']:.3f} (95% {low:.3f} to {high:.3f}) on {result['problems']} "
+        f"problems x {result['samples']}, mean length {result['length_mean']:.1f} tokens -> {out}"
+    )
+
+
+def _export(args: argparse.Namespace, _: list[str]) -> None:
+    source = Path(args.run_or_checkpoint)
+    out = Path(args.out) if args.out else _run_of(source)[0] / "hf"
+    _write_hf(source, out, args.dtype)
+
+
+def _run_of(source: Path) -> tuple[Path, int | None]:
+    """The run folder and the step that a path to a run or to one of its checkpoints means."""
+    if source.parent.name == "checkpoints" and source.name.isdigit() and source.is_dir():
+        return source.parent.parent, int(source.name)
+    if (source / "checkpoints").is_dir():
+        return source, None
+    raise InputError(f"{source}: neither a run folder nor a checkpoint (RUN/checkpoints/N); check the path")
+
+
+def _write_hf(source: Path, out: Path, dtype: str) -> None:
+    import jax
+
+    from jaxrl.checkpoint import Checkpoints
+    from jaxrl.distributed import make_mesh, sharding_of
+    from jaxrl.models import decoder, hf
+
+    run, step = _run_of(source)
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    step = step if step is not None else checkpoints.latest()
+    if step is None:
+        raise InputError(f"{run}: has no checkpoint yet; train until the first one is written")
+    folder = hf.resolve(checkpoints.recipe(step).model.path)
+    model_config, mesh = hf.read_config(folder), make_mesh()
+
+    def shard(a: Any) -> Any:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding_of(a.shape, mesh))
+
+    like = jax.tree.map(shard, jax.eval_shape(lambda: decoder.initialise(model_config, 0)))
+    params = checkpoints.restore_params(step, like)
+    hf.save(hf.Model(model_config, params, folder), out, dtype)
+    print(f"step {step} of {run} -> {out} ({dtype})")
+
+
+def _report(args: argparse.Namespace, _: list[str]) -> None:
+    from jaxrl.report import report
+
+    for path in report(args.runs, args.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""The loop: sample, mark, compare within groups, update, publish; 4,000 times over."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from evals import heldout
+from jaxrl import checkpoint, config, data, telemetry
+from jaxrl.distributed import make_mesh, to_devices
+from jaxrl.errors import InputError
+from jaxrl.grpo import group_advantages, packing
+from jaxrl.grpo import update as grpo
+from jaxrl.models import attention, decoder, hf
+from jaxrl.rewards import VERIFIERS
+from jaxrl.sampling.local import LocalSampler
+from jaxrl.sampling.sampler import Rollout, Sampler, SamplingParams
+
+# Dense bf16 peak, FLOP/s a device (NVIDIA's data sheets), for perf/mfu; other devices report none.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
+
+
+def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
+    """Trains until `run.steps`, from the newest checkpoint of the run folder where there is one."""
+    started = time.monotonic()
+    directory = Path(recipe.run.directory)
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
+    folder = hf.resolve(recipe.model.path)
+    model_config = hf.read_config(folder)
+    tokenizer = data.load_tokenizer(str(folder))
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    verify = verifier(recipe.reward.verifier, decode)
+    prompts = data.load_prompts(recipe.data, tokenizer)
+    say(prompts.summary())
+    held_out = load_held_out(recipe, tokenizer) if recipe.eval.every else []
+
+    optimizer = make_optimizer(recipe)
+    update, score_logprobs = make_update(recipe, model_config, optimizer, mesh)
+    sampler = make_sampler(recipe, model_config, mesh)
+    sampling = SamplingParams(
+        recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.top_k, recipe.rollout.max_tokens,
+        hf.stop_ids(folder),
+    )  # fmt: skip
+
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoints = checkpoint.Checkpoints(
+        directory / "checkpoints", recipe.checkpoint.keep_last, recipe.checkpoint.keep_every
+    )
+    start = checkpoints.latest() or 0
+    if start:
+        checkpoints.check(start, recipe)
+        if start >= recipe.run.steps:
+            say(f"{directory} has its {start} steps; raise run.steps to go on")
+            return
+        state = checkpoints.restore(start, abstract_state(model_config, optimizer, mesh))
+        say(f"going on from step {start}")
+    else:
+        params = hf.load(folder, mesh=mesh).params
+        state = grpo.init_state(params, optimizer, mesh)
+    (directory / "recipe.toml").write_text(config.to_toml(recipe))
+
+    def evaluate(step: int) -> None:
+        """Writes eval/step_N.json, unless it is there from before a restart."""
+        out = directory / "eval" / f"step_{step:06d}.json"
+        if not recipe.eval.every or out.exists():
+            return
+        progress.phase("eval", total=len(held_out) * recipe.eval.samples)
+        run_evaluation(recipe, sampler, held_out, sampling, verify, progress, out, "step", step)
+
+    sampler.publish(state.params, start)
+    timer = telemetry.Timer()
+    with (
+        telemetry.Progress(recipe.run.steps, start, title=directory.name) as progress,
+        telemetry.MetricsWriter(directory, start, recipe.run.tensorboard) as writer,
+        graceful_stop(say) as stop,
+    ):
+        evaluate(start)
+        for step in range(start, recipe.run.steps):
+            timer.reset()
+            began = time.monotonic()
+            with timer("sample"):
+                batch = data.batch(
+                    prompts.prompts, recipe.run.seed, step, recipe.rollout.prompts, recipe.data.order
+                )
+                progress.phase("sample", total=len(batch) * recipe.rollout.samples)
+                groups = sampler.generate(
+                    batch, recipe.rollout.samples, sampling, (recipe.run.seed, step), _counting(progress)
+                )
+            with timer("score"):
+                progress.phase("score")
+                groups = [verify(group) for group in groups]
+                rewards = np.array([[rollout.score for rollout in group] for group in groups])
+                advantages = group_advantages(
+                    rewards, recipe.advantage.epsilon, recipe.advantage.normalize_std
+                )
+            with timer("old_logprobs"):
+                progress.phase("old log-probs")
+                batches = [
+                    to_devices(b, mesh) for b in minibatches(recipe, model_config, groups, advantages, mesh)
+                ]
+                for i, b in enumerate(batches):
+                    if i or not recipe.loss.skip_first_old_logprobs:
+                        batches[i] = b.replace(old_logprobs=score_logprobs(state.params, b))
+                jax.block_until_ready(batches)
+            with timer("update"):
+                progress.phase("update")
+                updates = []
+                for b in batches:
+                    state, metrics = update(state, b)
+                    updates.append(metrics)
+                updates = jax.device_get(updates)
+            with timer("publish"):
+                progress.phase("publish")
+                sampler.publish(state.params, step + 1)
+            seconds = time.monotonic() - began
+            done = step + 1
+            metrics = rollout_metrics(groups, rewards) | update_metrics(updates) | timer.seconds()
+            metrics |= {
+                "time/step": seconds,
+                "sampler/staleness": step - np.mean([r.version for g in groups for r in g]),
+            }
+            metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])
+            if step == start:
+                metrics["time/first_step"] = time.monotonic() - started
+            writer.write(step, metrics)
+            if recipe.run.rollouts_every and step % recipe.run.rollouts_every == 0:
+                telemetry.write_rollouts(directory, step, groups, tokenizer.decode)
+            progress.step_done(step, metrics)
+            if done % recipe.checkpoint.every == 0 or done == recipe.run.steps or stop.asked:
+                checkpoints.save(done, state, recipe)
+            if done == recipe.run.steps or (recipe.eval.every and done % recipe.eval.every == 0):
+                evaluate(done)
+            if stop.asked:
+                break
+    checkpoints.close()
+    if stop.asked and done < recipe.run.steps:
+        say(f"stopped after step {done}; the same command goes on from there")
+        raise KeyboardInterrupt
+
+
+def make_optimizer(recipe: config.Recipe) -> Any:
+    o = recipe.optimizer
+    return grpo.make_optimizer(
+        learning_rate=o.learning_rate,
+        warmup_steps=o.warmup_steps,
+        updates_per_step=recipe.updates_per_step,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        epsilon=o.epsilon,
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.max_grad_norm,
+    )
+
+
+def make_update(recipe: config.Recipe, model_config: decoder.Config, optimizer: Any, mesh: Any) -> Any:
+    return grpo.make_update(
+        model_config,
+        optimizer,
+        mesh,
+        buckets=attention_buckets(recipe),
+        backend=attention.choose_backend(recipe.model.attention, recipe.model.dtype),
+        dtype=recipe.model.dtype,
+        remat=recipe.model.remat,
+        temperature=recipe.rollout.temperature,
+        chunk=recipe.packing.logprob_chunk,
+        clip_low=recipe.loss.clip_low,
+        clip_high=recipe.loss.clip_high,
+        dual_clip=recipe.loss.dual_clip,
+    )
+
+
+def make_sampler(recipe: config.Recipe, model_config: decoder.Config, mesh: Any) -> Sampler:
+    return LocalSampler(model_config, dtype=recipe.model.dtype, slots=recipe.rollout.slots, mesh=mesh)
+
+
+def attention_buckets(recipe: config.Recipe) -> tuple[int, ...]:
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
+    return packing.bucket_lengths(recipe.packing.bucket_tokens, longest)
+
+
+def abstract_state(model_config: decoder.Config, optimizer: Any, mesh: Any) -> grpo.TrainState:
+    """A TrainState of shapes and shardings, for a restore."""
+    params = jax.eval_shape(lambda: decoder.initialise(model_config, 0))
+    return grpo.abstract_state(params, optimizer, mesh)
+
+
+def verifier(name: str, decode: Callable[[Any], str]) -> Callable[[Sequence[Rollout]], list[Rollout]]:
+    """Marks rollouts: the completion's text, special tokens removed, against the answer."""
+    judge = VERIFIERS[name]
+
+    def verify(group: Sequence[Rollout]) -> list[Rollout]:
+        return [dataclasses.replace(r, score=judge(decode(r.tokens), r.prompt.answer)) for r in group]
+
+    return verify
+
+
+def minibatches(
+    recipe: config.Recipe,
+    model_config: decoder.Config,
+    groups: list[list[Rollout]],
+    advantages: np.ndarray,
+    mesh: Any,
+) -> Iterator[packing.PackedBatch]:
+    """Packs `minibatch_prompts` prompts at a time, in order."""
+    dense, attended = decoder.forward_flops(model_config)
+    size = recipe.optimizer.minibatch_prompts
+    for first in range(0, len(groups), size):
+        yield packing.pack(
+            [rollout for group in groups[first : first + size] for rollout in group],
+            advantages[first : first + size].reshape(-1),
+            devices=mesh.size,
+            stream=recipe.packing.stream_tokens,
+            buckets=attention_buckets(recipe),
+            normalization=recipe.loss.normalization,
+            max_tokens=recipe.rollout.max_tokens,
+            attention_cost=attended / dense,
+            on_policy=first == 0 and recipe.loss.skip_first_old_logprobs,
+            skip_zero_advantage=recipe.loss.skip_zero_advantage,
+        )
+
+
+def load_held_out(recipe: config.Recipe, tokenizer: Any) -> list[Any]:
+    if not recipe.eval.path:
+        raise InputError("eval.path is empty; name a .parquet or .jsonl file of held-out problems")
+    return data.load_prompts(
+        recipe.data, tokenizer, path=recipe.eval.path, limit=recipe.eval.problems
+    ).prompts
+
+
+def run_evaluation(
+    recipe: config.Recipe, sampler: Sampler, prompts: list[Any], sampling: SamplingParams, verify: Any,
+    progress: telemetry.Progress, out: Path, name: str, step: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Held-out accuracy of what the sampler holds, written to `out` as JSON."""
+    e = recipe.eval
+    result = heldout.evaluate(
+        sampler,
+        prompts,
+        samples=e.samples,
+        params=dataclasses.replace(sampling, temperature=e.temperature, top_p=e.top_p, top_k=0),
+        seed=recipe.run.seed,
+        score=lambda group: np.array([rollout.score for rollout in verify(group)]),
+        on_rollout=_counting(progress),
+    )
+    result = {"name": name, "step": step} | result
+    out.parent.mkdir(parents=True, exist_ok=True)
+    telemetry.write_atomically(out, json.dumps(result, indent=2))
+    return result
+
+
+def rollout_metrics(groups: list[list[Rollout]], rewards: np.ndarray) -> dict[str, float]:
+    """Over all rollouts of a step; rewards are [P, G], +1 right, -1 wrong."""
+    flat = [rollout for group in groups for rollout in group]
+    lengths = np.array([len(r.tokens) for r in flat])
+    right = rewards > 0
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/accuracy": float(right.mean()),
+        "groups/all_correct_fraction": float(right.all(axis=1).mean()),
+        "groups/all_wrong_fraction": float((~right).all(axis=1).mean()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": float(lengths.max()),
+        "response/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in flat])),
+    }
+
+
+def update_metrics(updates: list[dict[str, Any]]) -> dict[str, float]:
+    """Of a step's updates: means weighted by trained tokens, maxima, and counts."""
+    value = lambda name: np.array([float(u[name]) for u in updates])  # noqa: E731
+    tokens = value("tokens")
+
+    def mean(name: str) -> float:
+        return (
+            float(np.sum(np.where(tokens > 0, value(name) * tokens, 0)) / tokens.sum())
+            if tokens.sum()
+            else np.nan
+        )
+
+    return {
+        "policy/entropy": mean("entropy"),
+        "update/loss": float(value("loss").mean()),
+        "update/grad_norm": float(value("grad_norm").mean()),
+        "update/clip_fraction": float(np.nanmean(value("clip_fraction"))),
+        "update/clip_fraction_lower": float(np.nanmean(value("clip_fraction_lower"))),
+        "update/approx_kl": mean("approx_kl"),
+        "update/ratio_max": float(value("ratio_max").max()),
+        "update/skipped": float(value("skipped").sum()),
+        "update/tokens": float(tokens.sum()),
+        "update/sequences": float(value("sequences").sum()),
+        "sampler/logprob_diff_mean": mean("logprob_diff_mean"),
+        "sampler/logprob_diff_max": float(value("logprob_diff_max").max()),
+    }
+
+
+def performance(
+    model_config: decoder.Config,
+    groups: list[list[Rollout]],
+    updates: list[Any],
+    seconds: float,
+    update_seconds: float,
+) -> dict[str, float]:
+    """Tokens a second of the whole step, and the update's model FLOPs over the devices' peak where it is known."""
+    lengths = np.array([len(r.prompt.tokens) + len(r.tokens) for g in groups for r in g], float)
+    metrics = {"perf/tokens_per_second": float(lengths.sum() / seconds)}
+    kind = jax.devices()[0].device_kind
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    if peak:
+        dense, attended = decoder.forward_flops(model_config)
+        forward = dense * lengths.sum() + attended * (lengths**2).sum() / 2
+        share = sum(float(u["sequences"]) for u in updates) / len(lengths)
+        metrics["perf/mfu"] = float(3 * forward * share / (update_seconds * peak * jax.device_count()))
+    return metrics
+
+
+@contextmanager
+def graceful_stop(say: Callable[[str], None]) -> Iterator[Any]:
+    """The first Ctrl-C or SIGTERM lets the step finish and be saved; the second stops at once."""
+
+    class Stop:
+        asked = False
+
+    stop = Stop()
+
+    def ask(number: int, _: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        say("finishing this step and saving it; again to stop at once (the last checkpoint is kept)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _counting(progress: telemetry.Progress) -> Callable[[Rollout], None]:
+    return lambda rollout: progress.advance(1, tokens=len(rollout.tokens))

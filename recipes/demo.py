@@ -1,0 +1,130 @@
+"""Makes what recipes/demo.toml trains: problems, a tokenizer, and a small model that can reason a little.
+
+    python recipes/demo.py runs/demo [--seed 1] [--steps 300]
+
+The problems are additions of two three-digit numbers. Answers are worked column by column and end in \\boxed{}. The
+teacher of the short supervised start slips in one column of four and carries its mistake on, and the model learns to
+slip as often: it knows how, and is right less than half the time. That leaves to GRPO what GRPO is for.
+
+Supervised learning is the policy update with advantage 1 at ratio 1, so `update` itself does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.progress import track
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxrl.distributed import make_mesh, to_devices
+from jaxrl.grpo import packing
+from jaxrl.grpo import update as grpo
+from jaxrl.models import Config, Model, initialise, save
+from jaxrl.sampling.sampler import Prompt, Rollout
+
+SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"0123456789+=?\n"]
+SLIP = 0.24  # chance that the teacher's column sum is off by one
+BATCH, STREAM, CHUNK, BUCKET = 64, 512, 256, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="run folder; base/, train.jsonl and heldout.jsonl go there")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=300, help="supervised updates")
+    args = parser.parse_args()
+    rng = np.random.default_rng(args.seed)
+    pairs = rng.choice(900 * 900, 20_500, replace=False)
+    problems = [(100 + int(n) // 900, 100 + int(n) % 900) for n in pairs]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_problems(args.out / "heldout.jsonl", problems[:500])
+    write_problems(args.out / "train.jsonl", problems[500:])
+    tokenizer = make_tokenizer()
+    config = Config(
+        family="qwen2", vocab_size=len(SYMBOLS), width=128, layers=3, heads=4, kv_heads=2, head_dim=32,
+        mlp_width=352, rope_theta=10_000.0, norm_epsilon=1e-6, tied=False, max_positions=256,
+    )  # fmt: skip
+    params = learn(config, tokenizer, problems[500:], args.steps, args.seed, rng)
+    save(Model(config, params), args.out / "base")
+    tokenizer.save_pretrained(args.out / "base")
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    (args.out / "base" / "generation_config.json").write_text(json.dumps(ids))
+    print(f"{args.out / 'base'}: {sum(p.size for p in jax.tree.leaves(params)):,} parameters")
+
+
+def write_problems(path: Path, problems: list[tuple[int, int]]) -> None:
+    rows = [{"problem": f"{a}+{b}=?", "answer": str(a + b)} for a, b in problems]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    fast.chat_template = (
+        "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return fast
+
+
+def worked(a: int, b: int, rng: np.random.Generator) -> str:
+    """347+585 -> '7+5=12', '4+8+1=13', '3+5+1=9', '\\boxed{932}', a line each, with the teacher's slips."""
+    lines, digits, carry = [], "", 0
+    for column in range(3):
+        x, y = a // 10**column % 10, b // 10**column % 10
+        total = x + y + carry
+        if rng.random() < SLIP:
+            total = max(0, total + int(rng.choice([-1, 1])))
+        lines.append(f"{x}+{y}+{carry}={total}")
+        carry, digits = total // 10, str(total % 10) + digits
+    return "\n".join([*lines, f"\\boxed{{{str(carry) * (carry > 0)}{digits}}}"])
+
+
+def learn(
+    config: Config, tokenizer: PreTrainedTokenizerFast, problems: list[tuple[int, int]], steps: int, seed: int,
+    rng: np.random.Generator,
+) -> dict:  # fmt: skip
+    mesh = make_mesh()
+    optimizer = grpo.make_optimizer(
+        learning_rate=3e-3, warmup_steps=20, updates_per_step=1, beta1=0.9, beta2=0.99, epsilon=1e-8,
+        weight_decay=0.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    buckets = packing.bucket_lengths(BUCKET, 48)
+    update, _ = grpo.make_update(
+        config, optimizer, mesh, buckets=buckets, backend="xla", dtype="float32", remat="none", temperature=1.0,
+        chunk=CHUNK, clip_low=0.2, clip_high=0.2, dual_clip=10.0,
+    )  # fmt: skip
+    state = grpo.init_state(initialise(config, seed), optimizer, mesh)
+    for _ in track(range(steps), description="supervised start"):
+        chosen = [problems[i] for i in rng.integers(len(problems), size=BATCH)]
+        batch = packing.pack(
+            [example(tokenizer, a, b, rng) for a, b in chosen], np.ones(BATCH, np.float32), devices=mesh.size,
+            stream=STREAM, buckets=buckets, normalization="token_mean", max_tokens=64, on_policy=True,
+        )  # fmt: skip
+        state, metrics = update(state, to_devices(batch, mesh))
+    loss = float(metrics["logprob_diff_mean"])  # mean |log p - 0|: examples carry no sampler log-probs
+    print(f"cross-entropy of the last batch: {loss:.3f} nats a token")
+    return state.params
+
+
+def example(tokenizer: PreTrainedTokenizerFast, a: int, b: int, rng: np.random.Generator) -> Rollout:
+    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)  # noqa: E731
+    prompt = Prompt("", encode(f"<user>{a}+{b}=?<assistant>"), str(a + b))
+    tokens = encode(worked(a, b, rng) + tokenizer.eos_token)
+    return Rollout(prompt, tokens, np.zeros(len(tokens), np.float32), "stop", 0)
+
+
+if __name__ == "__main__":
+    main()
