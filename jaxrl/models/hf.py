@@ -89,6 +89,8 @@ def read_config(folder: Path) -> Config:
     if family not in _ARCHITECTURES:
         raise InputError(f"{path}: model_type = {family!r} is not supported; {', '.join(_ARCHITECTURES)} are")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_parameters = {rope!r} is not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {
         f"rope scaling of type {kind!r}": kind != "default",
@@ -100,23 +102,33 @@ def read_config(folder: Path) -> Config:
     if any(refused.values()):
         features = ", ".join(feature for feature, present in refused.items() if present)
         raise InputError(f"{path}: {features} is not supported; only the plain {family} decoder is")
-    try:
-        return Config(
-            family=family,
-            vocab_size=raw["vocab_size"],
-            width=raw["hidden_size"],
-            layers=raw["num_hidden_layers"],
-            heads=raw["num_attention_heads"],
-            kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            mlp_width=raw["intermediate_size"],
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-            norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-            tied=raw.get("tie_word_embeddings", False),
-            max_positions=raw.get("max_position_embeddings", 32_768),
-        )
-    except KeyError as missing:
-        raise InputError(f"{path}: the field {missing} is missing") from None
+    number = functools.partial(_number, path, raw | rope)
+    heads = number("num_attention_heads")
+    return Config(
+        family=family,
+        vocab_size=number("vocab_size"),
+        width=number("hidden_size"),
+        layers=number("num_hidden_layers"),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", number("hidden_size") // heads),
+        mlp_width=number("intermediate_size"),
+        rope_theta=float(number("rope_theta", 10_000.0)),
+        norm_epsilon=float(number("rms_norm_eps", 1e-6)),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        max_positions=number("max_position_embeddings", 32_768),
+    )
+
+
+def _number(path: Path, raw: dict[str, Any], name: str, default: Any = None) -> Any:
+    """A positive number, an integer unless the default is a float."""
+    value = default if raw.get(name) is None else raw[name]
+    if value is None:
+        raise InputError(f"{path}: the field {name} is missing")
+    kinds = (int, float) if isinstance(default, float) else (int,)
+    if type(value) not in kinds or value <= 0:
+        raise InputError(f"{path}: {name} = {value!r} is not a positive {kinds[-1].__name__}")
+    return value
 
 
 def stop_ids(folder: Path) -> tuple[int, ...]:
@@ -149,8 +161,12 @@ def load(path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
         shape = decoder.stacked_shape(spec, config)
         read = functools.partial(tensors.read, spec, config.layers, np.dtype(dtype))
         if mesh is None:
-            return jnp.asarray(read((slice(None),) * len(shape)))
-        return jax.make_array_from_callback(shape, sharding_of(shape, mesh), read)
+            array = jax.device_put(read((slice(None),) * len(shape)))
+        else:
+            array = jax.make_array_from_callback(shape, sharding_of(shape, mesh), read)
+        return (
+            array.block_until_ready()
+        )  # or the host copies of many parameters would wait for their transfer
 
     params = jax.tree.map(place, decoder.declare(config), is_leaf=lambda x: isinstance(x, Spec))
     return Model(config, params, folder)
@@ -173,9 +189,9 @@ def save(model: Model, path: str | Path, dtype: str | None = None) -> None:
                 if file.is_file() and not file.name.endswith(".safetensors"):
                     shutil.copyfile(file, folder / file.name)
     _write_json(folder / "config.json", _config_json(model, dtype))
+    _write_safetensors(folder / "model.safetensors", model, np.dtype(dtype))
     for stale in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json")):
         stale.unlink()
-    _write_safetensors(folder / "model.safetensors", model, np.dtype(dtype))
 
 
 class _Tensors:
@@ -186,13 +202,14 @@ class _Tensors:
         if not files:
             raise InputError(f"{folder}: no *.safetensors file; only safetensors weights are read")
         self.folder = folder
-        self.by_name = {name: tensor for file in files for name, tensor in _map_safetensors(file)}
+        self.by_name = {name: tensor for file in files for name, tensor in _map_safetensors(file).items()}
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            missing = set(_read_json(index).get("weight_map", {})) - set(self.by_name)
-            if missing:
+            shards = _read_json(index).get("weight_map", {})
+            if missing := set(shards) - set(self.by_name):
+                name = min(missing)
                 raise InputError(
-                    f"{index}: lists {min(missing)}, which no file has; a shard is missing, get it again"
+                    f"{index}: {name} should be in {shards[name]}, which is missing; get it again"
                 )
 
     def read(self, spec: Spec, layers: int, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
@@ -217,29 +234,31 @@ class _Tensors:
         return tensor
 
 
-def _map_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, read-only view). The format: u64 header size, JSON header, raw little-endian tensors.
+def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Read-only views of a file's tensors. The format: u64 header size, JSON header, raw little-endian tensors.
 
     Parsed here because safetensors' NumPy front end does not know bfloat16.
     """
-    broken = InputError(f"{path}: truncated or not a safetensors file; download it again")
-    if path.stat().st_size < 8:
-        raise broken
-    data = np.memmap(path, np.uint8, mode="r")
-    size = int(data[:8].view("<u8")[0])
     try:
+        data = np.memmap(path, np.uint8, mode="r")
+        size = int(data[:8].view("<u8")[0])
         header = json.loads(bytes(data[8 : 8 + size]))
-    except ValueError:
-        raise broken from None
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = (8 + size + offset for offset in entry["data_offsets"])
-        if end > data.size:
-            raise broken
-        if entry["dtype"] not in _DTYPES:
-            raise InputError(f"{path}: {name} is stored as {entry['dtype']}; {', '.join(_DTYPES)} are read")
-        yield name, data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        header.pop("__metadata__", None)
+        body = data[8 + size :]
+        tensors = {k: _view(body, **entry) for k, entry in header.items() if entry["dtype"] in _DTYPES}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: truncated or not a safetensors file; download it again") from None
+    for name in header.keys() - tensors.keys():
+        stored = header[name]["dtype"]
+        raise InputError(f"{path}: {name} is stored as {stored}; {', '.join(_DTYPES)} are read")
+    return tensors
+
+
+def _view(body: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+    begin, end = data_offsets
+    if not 0 <= begin <= end <= body.size:
+        raise ValueError
+    return body[begin:end].view(_DTYPES[dtype]).reshape(shape)
 
 
 def manifest(config: Config) -> list[tuple[str, tuple[int, ...]]]:
@@ -314,11 +333,14 @@ def _config_json(model: Model, dtype: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: missing; a Hugging Face folder has one") from None
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,0 +1,19 @@
+"""Settings of every test: one thread per library, no network, eight virtual devices, no silent broadcasting.
+
+The devices are set in this process only: a program that a test starts sees the machine as it is.
+"""
+
+import os
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1"
+)
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)  # arrays without a mesh still lie on the first one
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,62 @@
+"""Random checkpoints that transformers itself wrote."""
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CONFIGS = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}
+# Grouped heads (6 over 2), and for qwen3 a head_dim that is not width / heads.
+SHAPE = {
+    "vocab_size": 104,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+}
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Callable:
+    """(family, tied) -> a transformers model whose every parameter, biases and norms included, is random."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+
+    @functools.cache
+    def build(family: str, tied: bool) -> transformers.PreTrainedModel:
+        shape = SHAPE | {"head_dim": 16 if family == "qwen3" else 8, "tie_word_embeddings": tied}
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, CONFIGS[family])(**shape))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator) * (
+                    0.2 if parameter.ndim > 1 else 0.5
+                )
+                parameter.copy_(noise + 1 if "norm" in name else noise)
+        return model.float().eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def checkpoint(reference_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(family, tied, dtype) -> a folder with several shards and an index, shared: do not change it."""
+    import torch
+
+    @functools.cache
+    def write(family: str, tied: bool = False, dtype: str = "float32") -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-{'tied' if tied else 'untied'}-{dtype}")
+        model = copy.deepcopy(reference_model(family, tied)).to(getattr(torch, dtype))
+        model.save_pretrained(folder, max_shard_size="60kB")
+        assert len(list(folder.glob("*.safetensors"))) > 1
+        return folder
+
+    return write

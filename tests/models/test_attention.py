@@ -1,0 +1,271 @@
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl.models import attention, decoder
+from jaxrl.models.attention import Segments, packed_attention
+
+LENGTHS = (4, 8, 16)
+TOKENS, SEGMENTS, HEADS, KV_HEADS, HEAD_DIM = 32, 8, 4, 2, 8
+# Segment lengths; a segment's bucket must end inside the stream, so the last one may not overrun the end.
+LAYOUTS = {
+    "exact_buckets": (4, 8, 16),
+    "odd_lengths": (5, 3, 7, 1, 9),
+    "overruns": (9, 9),  # buckets of 16: the first reaches 7 tokens into the second
+    "single_tokens": (1,) * 8,
+    "one_full_length": (16,),
+    "one_short": (3,),
+}
+
+
+def layout(lengths: tuple[int, ...]) -> Segments:
+    """Segments one after another, each in the smallest bucket that holds it."""
+    starts, buckets = np.zeros(SEGMENTS, np.int32), np.full(SEGMENTS, -1, np.int32)
+    for i, length in enumerate(lengths):
+        starts[i] = sum(lengths[:i])
+        buckets[i] = np.searchsorted(LENGTHS, length)
+        assert starts[i] + LENGTHS[buckets[i]] <= TOKENS
+    return Segments(jnp.asarray(starts), jnp.asarray(buckets))
+
+
+def random_qkv(seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    return [rng.standard_normal((TOKENS, h, HEAD_DIM)).astype(np.float32) for h in heads]
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def run(q, k, v, segments, lengths=LENGTHS):
+    return packed_attention(q, k, v, segments, lengths, "xla")
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def run_vjp(q, k, v, segments, d_out, lengths=LENGTHS):
+    return jax.vjp(lambda *qkv: packed_attention(*qkv, segments, lengths, "xla"), q, k, v)[1](d_out)
+
+
+def dense(q, k, v, lengths, d_out=None):
+    """The whole computation in float64 with one dense mask: (out, dq, dk, dv)."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    n, heads, groups = len(q), q.shape[1], q.shape[1] // k.shape[1]
+    ids = np.repeat(np.arange(len(lengths) + 1), (*lengths, n - sum(lengths)))
+    mask = (ids[:, None] == ids[None, :]) & np.tri(n, dtype=bool)
+    d_out = np.zeros_like(q) if d_out is None else np.asarray(d_out, np.float64)
+    out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for h in range(heads):
+        kv = h // groups
+        s = np.where(mask, q[:, h] @ k[:, kv].T / np.sqrt(q.shape[2]), -np.inf)
+        p = np.exp(s - s.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        out[:, h] = p @ v[:, kv]
+        dp = d_out[:, h] @ v[:, kv].T
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / np.sqrt(q.shape[2])
+        dq[:, h] = ds @ k[:, kv]
+        dk[:, kv] += ds.T @ q[:, h]
+        dv[:, kv] += p.T @ d_out[:, h]
+    return out, dq, dk, dv
+
+
+def random_d_out(lengths: tuple[int, ...], seed: int = 1) -> np.ndarray:
+    """What reaches attention from the loss: nothing for the tokens behind the last segment."""
+    d_out = np.random.default_rng(seed).standard_normal((TOKENS, HEADS, HEAD_DIM)).astype(np.float32)
+    d_out[sum(lengths) :] = 0
+    return d_out
+
+
+def check(lengths: tuple[int, ...], seed: int = 0) -> None:
+    qkv, segments, d_out = random_qkv(seed), layout(lengths), random_d_out(lengths, seed + 1)
+    expected, *expected_grads = dense(*qkv, lengths, d_out)
+    out = run(*qkv, segments)
+    used = sum(lengths)
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[:used], expected[:used], atol=2e-6)
+    for grad, reference in zip(run_vjp(*qkv, segments, d_out), expected_grads, strict=True):
+        np.testing.assert_allclose(grad, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equals_dense_masking(name: str) -> None:
+    check(LAYOUTS[name])
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[int, ...]:
+    lengths: list[int] = []
+    while len(lengths) < SEGMENTS and draw(st.booleans()):
+        rest = TOKENS - sum(lengths)
+        fits = [n for n in range(1, 17) if LENGTHS[np.searchsorted(LENGTHS, n)] <= rest]
+        if not fits:
+            break
+        lengths.append(draw(st.sampled_from(fits)))
+    return tuple(lengths)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layouts(), st.integers(0, 2**16))
+def test_equals_dense_masking_for_any_layout(lengths: tuple[int, ...], seed: int) -> None:
+    check(lengths, seed)
+
+
+def test_the_reference_gradients_are_derivatives() -> None:
+    lengths, step = (5, 3, 7), 1e-5
+    qkv, d_out = [x.astype(np.float64) for x in random_qkv()], random_d_out((5, 3, 7))
+    _, *grads = dense(*qkv, lengths, d_out)
+    rng = np.random.default_rng(3)
+    for i, grad in enumerate(grads):
+        direction = rng.standard_normal(grad.shape)
+        ahead, behind = (
+            [x + sign * step * direction if i == j else x for j, x in enumerate(qkv)] for sign in (1, -1)
+        )
+        slope = ((dense(*ahead, lengths)[0] - dense(*behind, lengths)[0]) * d_out).sum() / (2 * step)
+        np.testing.assert_allclose((grad * direction).sum(), slope, rtol=1e-7)
+
+
+def test_gradients_are_derivatives_of_the_function_itself() -> None:
+    lengths = LAYOUTS["odd_lengths"]
+    segments, d_out = layout(lengths), random_d_out(lengths)
+    jax.test_util.check_grads(
+        lambda *qkv: jnp.sum(run(*qkv, segments) * d_out),
+        random_qkv(),
+        order=1,
+        modes="rev",
+        atol=2e-2,
+        rtol=2e-2,
+    )
+
+
+@pytest.mark.parametrize("target", range(4))
+def test_a_segment_knows_nothing_of_its_neighbours(target: int) -> None:
+    lengths = (9, 3, 5, 6)  # every bucket overruns its segment
+    start, end = sum(lengths[:target]), sum(lengths[: target + 1])
+    segments, qkv, d_out = layout(lengths), random_qkv(), random_d_out(lengths)
+    own = (np.arange(TOKENS) >= start) & (np.arange(TOKENS) < end)
+    own = own[:, None, None]
+    poisoned = [np.where(own, x, 1e4 * y) for x, y in zip(qkv, random_qkv(7), strict=True)]
+    poisoned_d_out = np.where(own, d_out, 1e4 * random_d_out((TOKENS,), 8))
+    if target == len(lengths) - 1:
+        poisoned_d_out[end:] = 0  # the last segment's overrun is no one's: its gradient is zero by contract
+    clean, dirty = run(*qkv, segments), run(*poisoned, segments)
+    assert np.asarray(clean[start:end]).tobytes() == np.asarray(dirty[start:end]).tobytes()
+    assert not np.array_equal(clean[: sum(lengths)], dirty[: sum(lengths)])
+    for one, two in zip(
+        run_vjp(*qkv, segments, d_out), run_vjp(*poisoned, segments, poisoned_d_out), strict=True
+    ):
+        np.testing.assert_array_equal(one[start:end], two[start:end])
+
+
+def test_no_segments() -> None:
+    qkv, d_out = random_qkv(), random_d_out((TOKENS,))
+    np.testing.assert_array_equal(run(*qkv, layout(())), 0)
+    for grad in run_vjp(*qkv, layout(()), d_out):
+        np.testing.assert_array_equal(grad, 0)
+
+
+def test_one_segment_that_fills_the_stream() -> None:
+    qkv, d_out = random_qkv(), random_d_out((TOKENS,))
+    segments = Segments(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+    expected, *expected_grads = dense(*qkv, (TOKENS,), d_out)
+    np.testing.assert_allclose(run(*qkv, segments, (TOKENS,)), expected, atol=2e-6)
+    for grad, reference in zip(run_vjp(*qkv, segments, d_out, (TOKENS,)), expected_grads, strict=True):
+        np.testing.assert_allclose(grad, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_heads(kv_heads: int) -> None:
+    rng = np.random.default_rng(0)
+    lengths = LAYOUTS["odd_lengths"]
+    q, k, v = (rng.standard_normal((TOKENS, h, HEAD_DIM)).astype(np.float32) for h in (4, kv_heads, kv_heads))
+    expected, *expected_grads = dense(q, k, v, lengths, random_d_out(lengths))
+    np.testing.assert_allclose(run(q, k, v, layout(lengths))[:25], expected[:25], atol=2e-6)
+    grads = run_vjp(q, k, v, layout(lengths), random_d_out(lengths))
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, reference, atol=1e-5)
+
+
+def test_bfloat16_stays_close() -> None:
+    lengths = LAYOUTS["odd_lengths"]
+    qkv = [jnp.asarray(x, jnp.bfloat16) for x in random_qkv()]
+    out = run(*qkv, layout(lengths))
+    assert out.dtype == jnp.bfloat16
+    expected, *_ = dense(*qkv, lengths)
+    np.testing.assert_allclose(out[:25].astype(jnp.float32), expected[:25], atol=0.03)
+
+
+def test_backend() -> None:
+    assert attention.choose_backend("auto", "float32") == "xla"
+    assert attention.choose_backend("cudnn", "float32") == "cudnn"
+    assert attention.choose_backend("xla", "bfloat16") == "xla"
+
+
+LAYERS = 3
+MODEL = decoder.Config("qwen3", 40, 16, LAYERS, HEADS, KV_HEADS, HEAD_DIM, 24, 1e4, 1e-6, True, TOKENS)
+
+
+@pytest.fixture
+def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the executions of the attention kernel: one element a run."""
+    runs: list[int] = []
+
+    def tick(x: np.ndarray) -> np.ndarray:
+        runs.append(1)
+        return np.float32(0)
+
+    @jax.custom_jvp
+    def counted(x: jax.Array) -> jax.Array:
+        zero = jax.pure_callback(tick, jax.ShapeDtypeStruct((), jnp.float32), x.ravel()[0])
+        return x + zero.reshape((1,) * x.ndim)
+
+    counted.defjvp(lambda primals, tangents: (counted(*primals), *tangents))
+    plain = attention._kernel
+
+    def kernel(backend: attention.Backend) -> Callable:
+        return lambda q, k, v: plain(backend)(counted(q), k, v)
+
+    monkeypatch.setattr(attention, "_kernel", kernel)
+    return runs
+
+
+def model_grads(remat: decoder.Remat) -> decoder.Params:
+    lengths = LAYOUTS["odd_lengths"]
+    segments = layout(lengths)
+    params = decoder.initialise(MODEL, 0, scale=0.2)
+    positions = jnp.concatenate([jnp.arange(n) for n in (*lengths, TOKENS - sum(lengths))])
+
+    @jax.jit
+    def grads(params: decoder.Params) -> decoder.Params:
+        def loss(params: decoder.Params) -> jax.Array:
+            hidden, _ = decoder.forward(
+                MODEL,
+                params,
+                jnp.arange(TOKENS),
+                positions,
+                lambda q, k, v, _: (packed_attention(q, k, v, segments, LENGTHS, "xla"), None),
+                remat=remat,
+            )
+            return jnp.sum(jnp.square(hidden[: sum(lengths)]) * jnp.linspace(0, 1, 16).reshape(1, -1))
+
+        return jax.grad(loss)(params)
+
+    return jax.block_until_ready(grads(params))
+
+
+# A kernel run is one segment of one layer. The backward pass of a segment runs the kernel once to differentiate it.
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("attention", 2), ("full", 3)])
+def test_what_is_recomputed(remat: decoder.Remat, passes: int, kernel_runs: list[int]) -> None:
+    model_grads(remat)
+    jax.effects_barrier()
+    assert len(kernel_runs) == passes * LAYERS * len(LAYOUTS["odd_lengths"])
+
+
+def test_recomputation_changes_no_gradient() -> None:
+    plain = model_grads("none")
+    for remat in ("attention", "full"):
+        for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(model_grads(remat)), strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-6 * float(jnp.abs(one).max()))
