@@ -1,0 +1,149 @@
+"""A whole run, uninterrupted and interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl.checkpoint import Checkpoints
+from jaxrl.models import hf
+
+import tiny_run  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
+
+
+def finish(*args: object) -> str:
+    process = tiny_run.jaxrl(*args)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(run: Path, out: Path) -> list[np.ndarray]:
+    finish("export", run, out, "--dtype", "float32")
+    return [np.asarray(a) for a in jax.tree.leaves(hf.load(out).params)]
+
+
+def optimizer_bytes(run: Path) -> dict[str, list]:
+    """Every array of the last checkpoint, optimizer included, in a form that compares bit for bit."""
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    step = checkpoints.latest()
+    import orbax.checkpoint as ocp
+
+    read = ocp.StandardCheckpointer().restore(run.absolute() / "checkpoints" / str(step) / "optimizer")
+    return {str(path): np.asarray(x).tolist() for path, x in jax.tree_util.tree_leaves_with_path(read)}
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    finish("train", tiny_run.write_recipe(folder, base))
+    return folder / "run"
+
+
+def test_learns_and_leaves_a_complete_run_folder(uninterrupted: Path) -> None:
+    rows = metrics(uninterrupted)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert 0.1 < rows[0]["reward/accuracy"] < 0.6  # three answers, one of them right
+    assert rows[0]["sampler/logprob_diff_max"] < 1e-4  # the sampler's log-probs are the trainer's
+    assert rows[0]["sampler/staleness"] == rows[-1]["sampler/staleness"] == 0
+    assert rows[0]["update/ratio_max"] < 1.01  # the first batch runs at learning rate 0
+    assert rows[-1]["update/ratio_max"] > 1.01
+    assert {"policy/entropy", "update/grad_norm", "update/clip_fraction", "response/length_mean"} <= set(
+        rows[0]
+    )
+    for name in ("recipe.toml", "checkpoints/6", "rollouts/step_000005.jsonl"):
+        assert (uninterrupted / name).exists(), name
+
+
+def test_training_longer_reaches_the_answer(base: Path, tmp_path: Path) -> None:
+    finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 40, "checkpoint.every": 40}))
+    accuracy = [row["reward/accuracy"] for row in metrics(tmp_path / "run")]
+    assert np.mean(accuracy[:3]) < 0.6 and np.mean(accuracy[-3:]) > 0.9
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(
+    uninterrupted: Path, base: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.directory": str(uninterrupted)})
+    assert "raise run.steps" in finish("train", recipe)
+
+
+def test_another_recipe_is_refused_with_the_key(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
+    changes = {"run.directory": str(uninterrupted), "loss.clip_high": 0.3, "run.steps": 9}
+    process = tiny_run.jaxrl("train", tiny_run.write_recipe(tmp_path, base, **changes))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "loss.clip_high: 0.28 -> 0.3" in output and "run.steps" not in output
+    assert "Traceback" not in output
+
+
+def kill_when(seen: Callable[[], bool], number: int, *args: object) -> int:
+    """Runs jaxrl until `seen`, then sends it the signal; returns its exit code."""
+    process = tiny_run.jaxrl(*args)
+    deadline = time.monotonic() + 300
+    while not seen() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def kill_points(run: Path) -> dict[str, Callable[[], bool]]:
+    lines = lambda: (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0  # noqa: E731
+    return {
+        "before the first step": lambda: (run / "recipe.toml").exists(),
+        "after one step": lambda: lines() >= 1,
+        "while the first checkpoint is written": lambda: any(run.glob("checkpoints/*tmp*")),
+        "in the middle": lambda: lines() >= 3,
+        "while the last checkpoint is written": lambda: any(run.glob("checkpoints/6*tmp*")),
+    }
+
+
+@pytest.mark.slow
+def test_kill_9_at_many_points_changes_no_bit(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
+    recipe, run = tiny_run.write_recipe(tmp_path, base), tmp_path / "run"
+    codes = {
+        name: kill_when(seen, signal.SIGKILL, "train", recipe) for name, seen in kill_points(run).items()
+    }
+    assert list(codes.values()).count(-signal.SIGKILL) >= 4, codes  # the last may have been too fast to hit
+    finish("train", recipe)
+    assert_same_run(run, uninterrupted, tmp_path)
+
+
+def test_kill_9_once_changes_no_bit(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
+    recipe, run = tiny_run.write_recipe(tmp_path, base), tmp_path / "run"
+    assert kill_when(kill_points(run)["in the middle"], signal.SIGKILL, "train", recipe) == -signal.SIGKILL
+    assert "going on from step 2" in finish("train", recipe)
+    assert_same_run(run, uninterrupted, tmp_path)
+
+
+def test_ctrl_c_saves_the_step_and_goes_on_from_it(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"checkpoint.every": 100})
+    run = tmp_path / "run"
+    assert kill_when(kill_points(run)["after one step"], signal.SIGINT, "train", recipe) == 130
+    assert "going on from step" in finish("train", recipe)
+    assert_same_run(run, uninterrupted, tmp_path)
+
+
+def assert_same_run(run: Path, reference: Path, tmp_path: Path) -> None:
+    assert metrics(run) == metrics(reference)
+    ours, theirs = weights(run, tmp_path / "a"), weights(reference, tmp_path / "b")
+    assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+    assert optimizer_bytes(run) == optimizer_bytes(reference)

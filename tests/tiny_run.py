@@ -1,0 +1,93 @@
+"""A complete run small enough for a test: a model that answers at random, and a recipe that teaches it to copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrl import config
+from jaxrl.distributed import make_mesh, to_devices
+from jaxrl.grpo import packing
+from jaxrl.grpo import update as grpo
+from jaxrl.models import Config, Model, initialise, save
+from jaxrl.sampling.sampler import Prompt, Rollout
+
+SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"012"]
+
+
+def make_base(folder: Path) -> Path:
+    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2} whatever is asked."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    fast.chat_template = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
+    shape = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 48}
+    sizes = shape | {"rope_theta": 1e4, "norm_epsilon": 1e-6, "tied": True, "max_positions": 64}
+    decoder = Config(family="qwen2", vocab_size=len(SYMBOLS), **sizes)  # type: ignore[arg-type]
+    mesh, rng = make_mesh(), np.random.default_rng(0)
+    adam = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    optimizer = grpo.make_optimizer(learning_rate=1e-2, warmup_steps=0, updates_per_step=1, **adam)
+    update, _ = grpo.make_update(
+        decoder, optimizer, mesh, buckets=(8,), backend="xla", dtype="float32", remat="none", temperature=1.0,
+        chunk=64, clip_low=0.2, clip_high=0.2, dual_clip=10.0,
+    )  # fmt: skip
+    state = grpo.init_state(initialise(decoder, 0), optimizer, mesh)
+    for _ in range(60):
+        examples = []
+        for _ in range(32):
+            asked, answered = 6 + rng.integers(3, size=2)
+            prompt = Prompt("", np.array([2, asked, 3], np.int32), "")
+            answer = np.array([4, answered, 5, 1], np.int32)
+            examples.append(Rollout(prompt, answer, np.zeros(4, np.float32), "stop", 0))
+        batch = packing.pack(
+            examples, np.ones(32, np.float32), devices=mesh.size, stream=256, buckets=(8,),
+            normalization="token_mean", max_tokens=4, on_policy=True,
+        )  # fmt: skip
+        state, _ = update(state, to_devices(batch, mesh))
+    save(Model(decoder, state.params), folder)
+    fast.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    return folder
+
+
+def write_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
+    """A recipe of 6 steps in folder/recipe.toml, run folder folder/run; overrides are {'section.key': value}."""
+    rows = [{"problem": d, "answer": d} for d in "012"]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {
+        "run": {"directory": str(folder / "run"), "steps": 6, "tensorboard": False},
+        "model": {"path": str(base), "dtype": "float32", "remat": "none"},
+        "data": {
+            "path": str(folder / "problems.jsonl"), "problem_column": "problem", "answer_column": "answer",
+            "suffix": "", "max_prompt_tokens": 8,
+        },
+        "rollout": {"prompts": 8, "samples": 8, "max_tokens": 8, "slots": 16},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1, "minibatch_prompts": 4},
+        "packing": {"stream_tokens": 128, "bucket_tokens": 8, "logprob_chunk": 64},
+        "checkpoint": {"every": 2},
+    }  # fmt: skip
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        values.setdefault(section, {})[name] = value
+    path = folder / "recipe.toml"
+    path.write_text(config.to_toml(config.from_dict(values)))
+    return path
+
+
+def jaxrl(*args: Any, **options: Any) -> subprocess.Popen:
+    """Starts the command line in a process of its own, on one virtual device."""
+    environment = {**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jaxrl.cli", *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **(pipes | options))
