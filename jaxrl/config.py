@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ from jaxrl.errors import InputError
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ def from_command_line(default: Recipe, args: list[str], program: str) -> Recipe:
     return tyro.cli(
         tyro.conf.configure(tyro.conf.FlagConversionOff)(Recipe),
         default=default,
-        args=args,
+        args=[{"true": "True", "false": "False"}.get(arg, arg) for arg in args],  # as TOML writes them
         prog=program,
         description="Overrides of the recipe's values, which are shown as defaults.",
     )
@@ -319,21 +320,21 @@ def _impossible(r: Recipe) -> list[str]:
             problems.append(message)
 
     longest = r.data.max_prompt_tokens + r.rollout.max_tokens
-    stream, bucket = r.packing.stream_tokens, r.packing.bucket_tokens
+    stream, bucket, chunk = r.packing.stream_tokens, r.packing.bucket_tokens, r.packing.logprob_chunk
+    unit = math.lcm(bucket, chunk)
     require(
         stream >= longest,
         f"packing.stream_tokens = {stream} cannot hold one sequence of data.max_prompt_tokens + "
-        f"rollout.max_tokens = {longest}; raise it to {-(-longest // bucket) * bucket} or lower those two",
+        f"rollout.max_tokens = {longest}; raise it to {-(-longest // unit) * unit} or lower those two",
     )
     require(
         stream % bucket == 0,
         f"packing.stream_tokens = {stream} is not a multiple of packing.bucket_tokens = {bucket}; "
-        f"use {-(-stream // bucket) * bucket}",
+        f"use {-(-stream // unit) * unit}",
     )
     require(
-        stream % r.packing.logprob_chunk == 0,
-        f"packing.stream_tokens = {stream} is not a multiple of packing.logprob_chunk = "
-        f"{r.packing.logprob_chunk}; use a divisor of {stream}",
+        stream % chunk == 0,
+        f"packing.logprob_chunk = {chunk} does not divide packing.stream_tokens = {stream}; use a divisor",
     )
     require(
         r.rollout.prompts % r.optimizer.minibatch_prompts == 0,
@@ -342,7 +343,7 @@ def _impossible(r: Recipe) -> list[str]:
     )
     require(
         r.rollout.temperature > 0,
-        "rollout.temperature = 0 samples one answer eight times over; training needs a temperature above 0",
+        f"rollout.temperature = 0 samples one answer {r.rollout.samples} times over; raise it, to 1.0 say",
     )
     require(
         r.eval.every == 0 or r.eval.path != "",

@@ -5,7 +5,13 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from jaxrl.models import decoder
+from jaxrl.models.decoder import Config, Params, Spec
 
 CONFIGS = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}
 # Grouped heads (6 over 2), and for qwen3 a head_dim that is not width / heads.
@@ -60,3 +66,19 @@ def checkpoint(reference_model: Callable, tmp_path_factory: pytest.TempPathFacto
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[[Config], Params]:
+    """Like `initialise`, but biases and norms are random too and the matrices are large enough to matter."""
+
+    def build(config: Config) -> Params:
+        rng = np.random.default_rng(0)
+
+        def create(spec: Spec) -> jax.Array:
+            noise = 0.3 * rng.standard_normal(decoder.stacked_shape(spec, config))
+            return jnp.asarray(noise + (spec.init == "ones"), jnp.float32)
+
+        return jax.tree.map(create, decoder.declare(config), is_leaf=lambda x: isinstance(x, Spec))
+
+    return build

@@ -232,10 +232,9 @@ def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-def model_grads(remat: decoder.Remat) -> decoder.Params:
+def model_grads(remat: decoder.Remat, params: decoder.Params) -> decoder.Params:
     lengths = LAYOUTS["odd_lengths"]
     segments = layout(lengths)
-    params = decoder.initialise(MODEL, 0, scale=0.2)
     positions = jnp.concatenate([jnp.arange(n) for n in (*lengths, TOKENS - sum(lengths))])
 
     @jax.jit
@@ -258,14 +257,17 @@ def model_grads(remat: decoder.Remat) -> decoder.Params:
 
 # A kernel run is one segment of one layer. The backward pass of a segment runs the kernel once to differentiate it.
 @pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("attention", 2), ("full", 3)])
-def test_what_is_recomputed(remat: decoder.Remat, passes: int, kernel_runs: list[int]) -> None:
-    model_grads(remat)
+def test_what_is_recomputed(
+    remat: decoder.Remat, passes: int, kernel_runs: list[int], random_params: Callable
+) -> None:
+    model_grads(remat, random_params(MODEL))
     jax.effects_barrier()
     assert len(kernel_runs) == passes * LAYERS * len(LAYOUTS["odd_lengths"])
 
 
-def test_recomputation_changes_no_gradient() -> None:
-    plain = model_grads("none")
+def test_recomputation_changes_no_gradient(random_params: Callable) -> None:
+    params = random_params(MODEL)
+    plain = model_grads("none", params)
     for remat in ("attention", "full"):
-        for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(model_grads(remat)), strict=True):
-            np.testing.assert_allclose(one, two, atol=1e-6 * float(jnp.abs(one).max()))
+        for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(model_grads(remat, params)), strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-5 * float(jnp.abs(one).max()))

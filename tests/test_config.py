@@ -1,0 +1,319 @@
+import ast
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxrl import config
+from jaxrl.config import Recipe
+from jaxrl.errors import InputError
+
+# JustRL as run: the released script, and verl v0.4.0's defaults where the script is silent.
+JUSTRL = {
+    "run.steps": 4380,
+    "run.seed": 1,
+    "model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
+    "data.path": "BytedTsinghua-SIA/DAPO-Math-17k",
+    "data.suffix": "\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    "data.strip_dapo_wrapper": True,
+    "data.chat_template": True,
+    "data.max_prompt_tokens": 1024,
+    "data.order": "shuffle",
+    "rollout.prompts": 256,
+    "rollout.samples": 8,
+    "rollout.max_tokens": 15_360,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "reward.verifier": "strict_boxed",
+    "advantage.normalize_std": True,
+    "advantage.epsilon": 1e-6,
+    "loss.clip_low": 0.2,
+    "loss.clip_high": 0.28,
+    "loss.dual_clip": 10.0,
+    "loss.normalization": "token_mean",
+    "optimizer.learning_rate": 1e-6,
+    "optimizer.warmup_steps": 10,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.epsilon": 1e-8,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.max_grad_norm": 1.0,
+    "optimizer.minibatch_prompts": 64,
+    "checkpoint.every": 50,
+}
+SOURCE = ast.parse(Path(config.__file__).read_text())
+FIELDS = {
+    f"{section.name}.{field.name}": field
+    for section in dataclasses.fields(Recipe)
+    for field in dataclasses.fields(section.default_factory)
+}
+
+
+def value(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def one_line(path: Path, overrides: list[str] | None = None) -> str:
+    with pytest.raises(InputError) as caught:
+        config.load(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: " if overrides is None else "command line: ")
+    return message
+
+
+@pytest.mark.parametrize("key", JUSTRL)
+def test_the_default_is_justrl(key: str) -> None:
+    default = value(Recipe(), key)
+    assert default == JUSTRL[key] and type(default) is type(JUSTRL[key])
+
+
+def test_an_empty_recipe_is_the_baseline(tmp_path: Path) -> None:
+    recipe = config.load(write(tmp_path, ""))
+    assert recipe == Recipe()
+    assert recipe.updates_per_step == 4
+
+
+def test_a_toml_round_trip_loses_nothing(tmp_path: Path) -> None:
+    recipe = config.from_dict(
+        {
+            "run": {"directory": 'a "quoted" \\ path/ü', "seed": 7, "tensorboard": False},
+            "data": {"suffix": "\n\ttab \\boxed{}", "prefix": "'''\"\"\"", "order": "replacement"},
+            "optimizer": {"learning_rate": 3.3e-7, "epsilon": 1e-15},
+            "loss": {"dual_clip": float("inf")},
+            "mesh": {"data": 2, "fsdp": 4},
+        }
+    )
+    assert config.load(write(tmp_path, config.to_toml(recipe))) == recipe
+    assert config.load(write(tmp_path, config.to_toml(Recipe()))) == Recipe()
+
+
+def test_integers_do_for_floats(tmp_path: Path) -> None:
+    recipe = config.load(write(tmp_path, "[loss]\nclip_low = 0\n"))
+    assert recipe.loss.clip_low == 0.0 and isinstance(recipe.loss.clip_low, float)
+
+
+def test_differences() -> None:
+    changed = config.from_dict({"run": {"seed": 2}, "model": {"dtype": "float32"}})
+    assert config.differences(Recipe(), Recipe()) == []
+    assert config.differences(Recipe(), changed) == [
+        "run.seed: 1 -> 2",
+        "model.dtype: 'bfloat16' -> 'float32'",
+    ]
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "[rollout]\nsamples = 4\nprompts = 128\n[model]\npath = 'here'\n")
+    arguments = {
+        "--rollout.samples": "16",
+        "--optimizer.learning_rate": "2e-5",
+        "--optimizer.weight-decay": "0",  # hyphens do too
+        "--data.chat_template": "false",  # as TOML writes it
+        "--run.tensorboard": "False",
+        "--loss.normalization": "dr_grpo",
+        "--data.suffix": "",
+    }
+    recipe = config.load(path, [word for pair in arguments.items() for word in pair])
+    expected = config.from_dict(
+        {
+            "rollout": {"samples": 16, "prompts": 128},
+            "model": {"path": "here"},
+            "optimizer": {"learning_rate": 2e-5, "weight_decay": 0.0},
+            "data": {"chat_template": False, "suffix": ""},
+            "run": {"tensorboard": False},
+            "loss": {"normalization": "dr_grpo"},
+        }
+    )
+    assert recipe == expected
+    for key in FIELDS:
+        assert type(value(recipe, key)) is type(value(Recipe(), key)), key
+
+
+def test_what_is_impossible_is_judged_after_the_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "[rollout]\nmax_tokens = 20_000\n")
+    assert "packing.stream_tokens" in one_line(path)
+    assert config.load(path, ["--packing.stream_tokens", "21504"]).rollout.max_tokens == 20_000
+    assert "packing.stream_tokens" in one_line(write(tmp_path, ""), ["--rollout.max_tokens", "20000"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rollout.samples", "eight"],
+        ["--rollout.samples", "8.5"],
+        ["--data.chat_template", "maybe"],
+        ["--model.dtype", "fp8"],
+        ["--rollout.samplez", "8"],
+        ["--nonsense"],
+        ["--rollout.samples"],
+    ],
+    ids=" ".join,
+)
+def test_overrides_that_cannot_be_read_exit_with_2(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        config.load(write(tmp_path, ""), arguments)
+    assert caught.value.code == 2
+    assert arguments[0].lstrip("-").split(".")[-1].replace("_", "-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[rolout]\nsamples = 8", ("'rolout'", "did you mean 'rollout'?")),
+        ("[rollout]\nsample = 8", ("'rollout.sample'", "did you mean 'samples'?")),
+        ("[optimizer]\nlerning_rate = 8", ("'optimizer.lerning_rate'", "did you mean 'learning_rate'?")),
+        ("[reward]\nzzz = 8", ("'reward.zzz'", "known here: verifier")),
+        ("zzz = 8", ("'zzz'", "known here: run, model")),
+        ("[model.path]\nx = 1", ("model.path", "valid string")),
+        ("rollout = 3", ("rollout = 3", "object")),
+        ("[rollout]\nsamples = '8'", ("rollout.samples = '8'", "valid integer")),
+        ("[rollout]\nsamples = 8.0", ("rollout.samples = 8.0", "valid integer")),
+        ("[rollout]\nsamples = true", ("rollout.samples = True", "valid integer")),
+        ("[loss]\nclip_low = 'x'", ("loss.clip_low = 'x'", "valid number")),
+        ("[run]\ntensorboard = 1", ("run.tensorboard = 1", "valid boolean")),
+        ("[model]\npath = 3", ("model.path = 3", "valid string")),
+        ("[model]\ndtype = 'fp8'", ("model.dtype = 'fp8'", "'bfloat16' or 'float32'")),
+        ("[rollout]\nsamples = 0", ("rollout.samples = 0", "greater than 0")),
+        ("[run]\nsteps = -1", ("run.steps = -1", "greater than or equal to 0")),
+        ("[rollout]\ntop_p = 0.0", ("rollout.top_p = 0.0", "greater than 0")),
+        ("[rollout]\ntop_p = 1.1", ("rollout.top_p = 1.1", "less than or equal to 1")),
+        ("[loss]\ndual_clip = 1.0", ("loss.dual_clip = 1.0", "greater than 1")),
+        ("[optimizer]\nbeta2 = 1.0", ("optimizer.beta2 = 1.0", "less than 1")),
+        ("[optimizer]\nlearning_rate = nan", ("optimizer.learning_rate = nan", "finite")),
+        ("[optimizer]\nlearning_rate = inf", ("optimizer.learning_rate = inf", "finite")),
+        ("[optimizer]\nmax_grad_norm = nan", ("optimizer.max_grad_norm = nan", "finite")),
+    ],
+)
+def test_a_bad_value_is_named(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    message = one_line(path)
+    assert all(word in message for word in words), message
+    with pytest.raises(InputError) as caught:  # and overrides of other keys do not hide it
+        config.load(path, ["--run.seed", "3"])
+    assert str(caught.value) == message
+
+
+def test_each_of_several_problems_has_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "[run]\nsteps = -1\nseeed = 1\n[loss]\nclip_low = 'a'\n")
+    with pytest.raises(InputError) as caught:
+        config.load(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3 and all(line.startswith(f"{path}: ") for line in lines)
+
+
+IMPOSSIBLE = {
+    "stream_too_short": (
+        {"rollout": {"max_tokens": 15_361}},
+        ("packing.stream_tokens", "data.max_prompt_tokens", "rollout.max_tokens", "raise it to 17408"),
+        {"packing": {"stream_tokens": 17_408}},
+    ),
+    "stream_not_in_buckets": (
+        {"packing": {"bucket_tokens": 3000, "logprob_chunk": 512}},
+        ("packing.stream_tokens", "packing.bucket_tokens", "use 192000"),
+        {"packing": {"stream_tokens": 192_000}},
+    ),
+    "chunk_does_not_divide": (
+        {"packing": {"logprob_chunk": 1000}},
+        ("packing.stream_tokens", "packing.logprob_chunk", "use a divisor"),
+        {"packing": {"logprob_chunk": 2048}},
+    ),
+    "minibatch_does_not_divide": (
+        {"optimizer": {"minibatch_prompts": 60}},
+        ("optimizer.minibatch_prompts", "rollout.prompts = 256", "use a divisor"),
+        {"optimizer": {"minibatch_prompts": 32}},
+    ),
+    "greedy_training": (
+        {"rollout": {"temperature": 0.0, "samples": 5}},
+        ("rollout.temperature", "5 times", "raise it"),
+        {"rollout": {"temperature": 0.5}},
+    ),
+    "evaluation_of_nothing": (
+        {"eval": {"every": 10}},
+        ("eval.every", "eval.path", "name a file"),
+        {"eval": {"path": "held_out.jsonl"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_impossible_combination_is_refused_and_the_remedy_works(name: str) -> None:
+    values, words, remedy = IMPOSSIBLE[name]
+    with pytest.raises(InputError) as caught:
+        config.from_dict(values, "here")
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("here: ")
+    assert all(word in message for word in words), message
+    config.from_dict(
+        {
+            section: values.get(section, {}) | remedy.get(section, {})
+            for section in values.keys() | remedy.keys()
+        }
+    )
+
+
+def test_every_impossible_combination_is_tried() -> None:
+    functions = [node for node in ast.walk(SOURCE) if isinstance(node, ast.FunctionDef)]
+    body = ast.unparse(next(node for node in functions if node.name == "_impossible"))
+    assert body.count("require(") - 1 == len(IMPOSSIBLE)  # less the definition
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    message = one_line(tmp_path / "absent.toml")
+    assert "No such file" in message and "give the path" in message
+    assert "Is a directory" in one_line(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[run", b"a = ", b"[run]\nseed = 1\nseed = 2", b"\xff\xfe"])
+def test_a_file_that_is_not_toml(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    assert "not valid TOML" in one_line(path)
+
+
+def docstrings() -> dict[str, str]:
+    """Docstring by section.field, from the source: an attribute's docstring is the string that follows it."""
+    sections = {field.default_factory.__name__: field.name for field in dataclasses.fields(Recipe)}
+    found = {}
+    for node in SOURCE.body:
+        if isinstance(node, ast.ClassDef) and node.name in sections:
+            for one, two in zip(node.body, [*node.body[1:], None], strict=True):
+                if (
+                    isinstance(one, ast.AnnAssign)
+                    and isinstance(two, ast.Expr)
+                    and isinstance(two.value, ast.Constant)
+                ):
+                    found[f"{sections[node.name]}.{one.target.id}"] = two.value.value
+    return found
+
+
+def test_every_field_is_documented() -> None:
+    assert set(docstrings()) == set(FIELDS)
+    assert all(text.endswith(".") and len(text) > 10 for text in docstrings().values())
+
+
+def test_help_shows_every_field_with_its_docstring(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as caught:
+        config.load(write(tmp_path, "[rollout]\nsamples = 77"), ["--help"])
+    assert caught.value.code == 0
+    help_text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    for key, text in docstrings().items():
+        start = help_text.index("--" + key.replace("_", "-"))
+        assert re.sub(r"\s+", "", text) in help_text[start : start + 600], key
+    assert "(default:77)" in help_text
