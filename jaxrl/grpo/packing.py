@@ -101,7 +101,8 @@ def pack(
       skip_zero_advantage: leave out sequences whose loss and gradient are exactly 0; the averages still count them.
 
     Returns:
-      a PackedBatch of NumPy arrays; M is one of 1, 2, 3, 4, 6, 8, 12, 16, ... so that shapes stay few.
+      a PackedBatch of NumPy arrays. M is B / G, which holds the longest sequences there can be, so that a run has
+      one shape; what is computed depends on `micro_batches`.
     """
     response = np.array([len(r.tokens) for r in rollouts])
     weight = sequence_weights(response, normalization, max_tokens)
@@ -111,7 +112,7 @@ def pack(
     used = np.zeros(devices, np.int32)
     for place in places:
         used[place.device] = max(used[place.device], place.micro_batch + 1)
-    rows = _round_up(int(used.max(initial=1)))
+    rows = max(-(-len(rollouts) // devices), int(used.max(initial=1)))
     segments = stream // 2  # a segment has a prompt token and a completion token at least
 
     def grid(dtype: Any, *shape: int, fill: int = 0) -> np.ndarray:
@@ -145,8 +146,3 @@ def pack(
         filled[at] += 1
     return batch
 
-
-def _round_up(count: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
-    power = 1 << (count - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
