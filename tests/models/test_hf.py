@@ -162,6 +162,9 @@ def test_a_model_without_a_folder_is_described_by_its_config(tmp_path: Path) -> 
     config = hf.Config("qwen3", 40, 16, 2, 4, 2, 8, 24, 12_345.0, 1e-5, True, 77)
     models.save(hf.Model(config, zeros(config)), tmp_path)
     assert hf.read_config(tmp_path) == config
+    raw = json.loads((tmp_path / "config.json").read_text())  # both dialects: servers read either
+    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 12_345.0
+    assert raw["dtype"] == raw["torch_dtype"] == "float32"
 
 
 def test_companions_travel(folder: Path, tmp_path: Path) -> None:
@@ -263,6 +266,15 @@ def test_shards_are_slices_of_the_whole(
         assert array.addressable_shards[0].data.size * devices == array.size
 
 
+def test_norms_may_be_divided_by_layers(tmp_path: Path, random_params: Callable) -> None:
+    config = hf.Config("qwen3", 40, 16, 16, 4, 2, 6, 24, 1e4, 1e-6, True, 64)
+    mesh = jax.make_mesh((1, 8), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    models.save(hf.Model(config, random_params(config)), tmp_path)
+    sharded = models.load(tmp_path, mesh=mesh).params
+    assert sharded["layers"]["q_norm"].addressable_shards[0].data.shape == (2, 6)
+    assert_same_bits(sharded, random_params(config))
+
+
 def test_replicas_hold_the_same_shards(checkpoint: Callable[..., Path]) -> None:
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params = models.load(checkpoint("llama"), mesh=mesh).params
@@ -319,7 +331,7 @@ def test_loading_holds_one_copy(place: str, tmp_path: Path) -> None:
     assert 180e6 < (tmp_path / "model.safetensors").stat().st_size < 250e6
     command = [sys.executable, "-c", MEASURE, str(tmp_path), place]
     copies = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert 0.9 < copies < 1.5  # the parameters, and one of them in flight
+    assert 0.5 < copies < 1.5  # the parameters, and one of them in flight
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -379,6 +391,9 @@ def _header(entry: Any) -> bytes:
         ),
         pytest.param(_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}), id="backwards"),
         pytest.param(_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 8]}}), id="negative"),
+        pytest.param(
+            _header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-16, -8]}}), id="behind_the_end"
+        ),
         pytest.param(_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 7]}}), id="odd_bytes"),
         pytest.param(
             _header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}), id="short_tensor"
