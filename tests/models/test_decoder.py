@@ -163,9 +163,8 @@ def test_rms_norm_of_bfloat16_is_rounded_once() -> None:
     assert got.dtype == jnp.bfloat16
     x64 = np.asarray(x, np.float64)
     expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64), expected, rtol=1.01 * 2**-8
-    )  # half a unit of 8 bits
+    half_a_unit = 2**-8
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=1.01 * half_a_unit)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])
