@@ -145,4 +145,3 @@ def pack(
         batch.sampler_logprobs[at][completion] = rollout.logprobs
         filled[at] += 1
     return batch
-

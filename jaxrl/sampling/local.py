@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -177,7 +178,8 @@ def _admit(
     """Starts one prompt's samples in the slots `index`; entries past the last slot are dropped."""
     keys, values = prefilled
     n = keys.shape[1]
-    return slots.replace(
+    return dataclasses.replace(
+        slots,
         keys=slots.keys.at[:, index, :n].set(keys[:, None], mode="drop"),
         values=slots.values.at[:, index, :n].set(values[:, None], mode="drop"),
         token=slots.token.at[index].set(token, mode="drop"),
@@ -217,7 +219,8 @@ def _decode(
         live = s.left > 0
         stop = jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(live)
         at = jnp.where(live, s.made, s.tokens.shape[1])  # out of range: dropped
-        new = s.replace(
+        new = dataclasses.replace(
+            s,
             keys=s.keys.at[:, rows, s.position].set(k),
             values=s.values.at[:, rows, s.position].set(v),
             tokens=s.tokens.at[rows, at].set(token, mode="drop"),

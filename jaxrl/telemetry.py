@@ -1,0 +1,219 @@
+"""What a run tells: live progress, metrics.jsonl, TensorBoard, sampled rollouts. Effects only, no arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from jaxrl.errors import InputError
+from jaxrl.sampling.sampler import Rollout
+
+SHOWN = {
+    "reward": "reward/mean",
+    "accuracy": "reward/accuracy",
+    "entropy": "policy/entropy",
+    "length": "response/length_mean",
+    "grad norm": "update/grad_norm",
+}
+PHASES = ("sample", "score", "old_logprobs", "update", "publish", "step")
+
+
+class Timer:
+    """Seconds spent in named phases of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
+
+    def reset(self) -> None:
+        self._seconds.clear()
+
+    def seconds(self) -> dict[str, float]:
+        return {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+
+
+class MetricsWriter:
+    """metrics.jsonl, an object a step, and TensorBoard files beside it.
+
+    Rows from `start_step` on are dropped first: those steps are about to be run again.
+    """
+
+    def __init__(self, directory: Path, start_step: int, tensorboard: bool = True):
+        path = directory / "metrics.jsonl"
+        rows = [row for row in _rows(path) if row["step"] < start_step] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = path.open("a")
+        self._board: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        values = {name: _finite(float(value)) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl.
+
+    Raises:
+      InputError: if there are none.
+    """
+    rows = list(_rows(path)) if path.exists() else []
+    if not rows:
+        raise InputError(f"{path}: no metrics; give a run folder that has trained for a step")
+    return rows
+
+
+def write_rollouts(
+    directory: Path, step: int, groups: list[list[Rollout]], decode: Callable[[np.ndarray], str]
+) -> None:
+    """rollouts/step_NNNNNN.jsonl: a row a rollout, with its token ids and log-probs (nats)."""
+    rows = (
+        {
+            "step": step,
+            "prompt_id": r.prompt.id,
+            "sample": g,
+            "prompt": decode(r.prompt.tokens),
+            "answer": r.prompt.answer,
+            "completion": decode(r.tokens),
+            "score": r.score,
+            "finish_reason": r.finish_reason,
+            "tokens": len(r.tokens),
+            "version": r.version,
+            "logprob_mean": round(float(r.logprobs.mean()), 4),
+            "token_ids": r.tokens.tolist(),
+            "logprobs": [round(float(x), 4) for x in r.logprobs],
+        }
+        for group in groups
+        for g, r in enumerate(group)
+    )
+    folder = directory / "rollouts"
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(folder / f"step_{step:06d}.jsonl", text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of the text or none of it, whenever the process dies."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+class Progress:
+    """Live on a terminal: steps, the phase under way, the last step's figures. Elsewhere: a line a step."""
+
+    def __init__(self, total: int, start: int, title: str):
+        self._console = Console()
+        self._live = self._console.is_terminal
+        self._total, self._first, self._began = total, start, time.monotonic()
+        self._bars = Bars(
+            SpinnerColumn(), TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"), console=self._console,
+        )  # fmt: skip
+        self._steps = self._bars.add_task(title, total=total, completed=start, note="")
+        self._phase = self._bars.add_task("starting", total=None, note="")
+        self._figures = Text("")
+        self._display: Live | None = None
+        self._tokens, self._phase_began = 0, self._began
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._display = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._display.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._display:
+            self._bars.update(self._phase, visible=False)
+            self._display.__exit__(*error)
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """A new phase of the step begins; `total` of its units are to come, where that is known."""
+        self._tokens, self._phase_began = 0, time.monotonic()
+        self._bars.reset(self._phase, total=total, description=name, note="")
+
+    def advance(self, n: int = 1, tokens: int = 0) -> None:
+        self._tokens += tokens
+        seconds = max(time.monotonic() - self._phase_began, 1e-9)
+        note = f"{self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+        self._bars.update(self._phase, advance=n, note=note)
+
+    def step_done(self, step: int, metrics: dict[str, Any]) -> None:
+        self._bars.update(self._steps, completed=step + 1)
+        values = [f"{label} {metrics[name]:.3g}" for label, name in SHOWN.items() if name in metrics]
+        times = [f"{p} {metrics[f'time/{p}']:.2f}s" for p in PHASES if f"time/{p}" in metrics]
+        line = "  ".join(values) + ("  |  " + "  ".join(times) if times else "")
+        self._figures = Text(line, style="dim")
+        if not self._live:
+            done = step + 1 - self._first
+            left = (time.monotonic() - self._began) / done * (self._total - step - 1)
+            print(f"step {step + 1}/{self._total}  {line}  |  ETA {_duration(left)}", flush=True)
+
+    def _render(self) -> Group:
+        return Group(self._bars, self._figures)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows up to a torn one, which a killed process may have left at the end."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
