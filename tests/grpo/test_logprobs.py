@@ -1,0 +1,140 @@
+"""Chunked log-probabilities against NumPy, against whole logits, and against the promise that those never exist."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.grpo import token_logprobs
+
+TOKENS, WIDTH, VOCABULARY = 64, 16, 97
+
+
+def inputs(seed=0, tokens=TOKENS, scale=1.0):
+    rng = np.random.default_rng(seed)
+    hidden = scale * rng.normal(size=(tokens, WIDTH)).astype(np.float32)
+    head = rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
+    targets = rng.integers(VOCABULARY, size=tokens).astype(np.int32)
+    return hidden, head, targets, rng.normal(size=tokens).astype(np.float32)
+
+
+def reference(hidden, head, targets, cotangent, temperature=1.0):
+    """(log-probs, entropies, d hidden, d head) of sum(cotangent * log-probs), in float64 with whole logits."""
+    hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
+    logits = hidden @ head.T / temperature
+    top = logits.max(-1, keepdims=True)
+    logp = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    p = np.exp(logp)
+    d_logits = (np.eye(VOCABULARY)[targets] - p) * cotangent[:, None] / temperature
+    return logp[np.arange(len(targets)), targets], -(p * logp).sum(-1), d_logits @ head, d_logits.T @ hidden
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "chunk"))
+def ours(hidden, head, targets, cotangent, temperature=1.0, chunk=8):
+    def loss(hidden, head):
+        logprobs, entropy = token_logprobs(hidden, head, targets, temperature=temperature, chunk=chunk)
+        return jnp.sum(cotangent * logprobs), (logprobs, entropy)
+
+    grads, outputs = jax.grad(loss, (0, 1), has_aux=True)(hidden, head)
+    return *outputs, *grads
+
+
+@pytest.mark.parametrize("chunk", [1, 8, TOKENS])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_float64(temperature, chunk):
+    arrays = inputs()
+    expected = reference(*arrays, temperature)
+    found = ours(*arrays, temperature=temperature, chunk=chunk)
+    for a, b, tolerance in zip(found, expected, (2e-5, 1e-4, 2e-5, 2e-5), strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance)
+
+
+def test_autodiff_of_whole_logits():
+    hidden, head, targets, cotangent = inputs(1)
+
+    def loss(hidden, head):
+        logp = jax.nn.log_softmax(hidden @ head.T / 0.7)
+        return jnp.sum(cotangent * logp[np.arange(TOKENS), targets])
+
+    d_hidden, d_head = jax.grad(loss, (0, 1))(hidden, head)
+    _, _, *grads = ours(hidden, head, targets, cotangent, temperature=0.7)
+    np.testing.assert_allclose(grads[0], d_hidden, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grads[1], d_head, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_thousands():
+    arrays = inputs(2, scale=1000.0)
+    logprobs, entropy, *grads = ours(*arrays)
+    expected = reference(*arrays)
+    np.testing.assert_allclose(logprobs, expected[0], rtol=1e-4, atol=5e-3)
+    np.testing.assert_allclose(entropy, expected[1], atol=5e-3)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_entropy_of_a_uniform_and_of_a_sure_distribution():
+    hidden, head, targets, cotangent = inputs()
+    uniform = ours(0 * hidden, head, targets, cotangent)
+    np.testing.assert_allclose(uniform[1], math.log(VOCABULARY), rtol=1e-6)
+    np.testing.assert_allclose(uniform[0], -math.log(VOCABULARY), rtol=1e-6)
+    sure = ours(1000 * hidden, head, targets, cotangent)
+    assert (np.asarray(sure[1]) >= -1e-2).all() and np.median(sure[1]) < 1e-2
+
+
+def test_entropy_carries_no_gradient():
+    hidden, head, targets, _ = inputs()
+    entropy = lambda h, w: token_logprobs(h, w, targets, temperature=1.0, chunk=8)[1].sum()  # noqa: E731
+    assert not any(np.asarray(g).any() for g in jax.grad(entropy, (0, 1))(hidden, head))
+
+
+def test_head_gradient_is_summed_in_float32():
+    """256 chunks of bfloat16: what matters is that the sum over chunks is not itself rounded to bfloat16."""
+    hidden, head, targets, cotangent = inputs(3, tokens=512)
+    cotangent = np.abs(cotangent)  # one sign, so that the running sum grows past its terms
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    rounded = jnp.asarray(head, jnp.bfloat16)
+
+    def error(head):
+        d_head = ours(hidden, head, targets, cotangent, chunk=2)[3]
+        expected = reference(hidden, rounded, targets, cotangent)[3]
+        return np.linalg.norm(np.asarray(d_head, np.float64) - expected) / np.linalg.norm(expected)
+
+    assert ours(hidden, head, targets, cotangent, chunk=2)[3].dtype == jnp.float32
+    assert error(jnp.asarray(head)) < 2e-3
+    assert error(rounded) > 4 * error(jnp.asarray(head)), (
+        "a bfloat16 head was to show what this test is about"
+    )
+
+
+def largest_array(function, *args):
+    """Elements of the largest array in the compiled program, fused-away ones aside."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    shapes = re.findall(r"\b(?:f32|bf16|f16|f64|s32|u32|pred)\[([\d,]+)\]", text)
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+def test_logits_of_a_stream_never_exist():
+    hidden, head, targets, cotangent = inputs()
+
+    def chunked(hidden, head, chunk):
+        logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0, chunk=chunk)
+        return jnp.sum(cotangent * logprobs)
+
+    sizes = {
+        chunk: largest_array(
+            jax.value_and_grad(functools.partial(chunked, chunk=chunk), (0, 1)), hidden, head
+        )
+        for chunk in (8, TOKENS)
+    }
+    assert sizes[8] == max(head.size, hidden.size, 8 * VOCABULARY)
+    assert sizes[TOKENS] >= TOKENS * VOCABULARY  # so the search does see logits where they are
+
+
+def test_chunk_must_divide():
+    hidden, head, targets, _ = inputs()
+    with pytest.raises(AssertionError):
+        token_logprobs(hidden, head, targets, temperature=1.0, chunk=24)
