@@ -1,0 +1,184 @@
+"""Packing, read back: every token where it belongs, once, with what belongs to it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl.grpo.advantages import sequence_weights
+from jaxrl.grpo.packing import PackedBatch, bucket_lengths, pack, plan
+from jaxrl.sampling.sampler import Prompt, Rollout
+
+LONGEST = 20
+NORMALIZATIONS = ("token_mean", "sequence_mean", "sequence_sum", "dr_grpo")
+
+
+@dataclasses.dataclass
+class Case:
+    rollouts: list[Rollout]
+    advantages: np.ndarray
+    devices: int
+    stream: int
+    buckets: tuple[int, ...]
+    normalization: str = "token_mean"
+    attention_cost: float = 0.0
+    skip_zero_advantage: bool = True
+    on_policy: bool = False
+
+    def pack(self) -> PackedBatch:
+        return pack(max_tokens=16, **vars(self))
+
+    def kept(self) -> list[int]:
+        return [i for i, a in enumerate(self.advantages) if a or not self.skip_zero_advantage]
+
+
+def rollouts_of(sizes: list[tuple[int, int]]) -> list[Rollout]:
+    """From (prompt tokens, completion tokens): every token id and every log-prob is the only one of its kind."""
+    rollouts, last = [], 0
+    for i, (prompt, completion) in enumerate(sizes):
+        ids = np.arange(last + 1, last + prompt + completion + 1, dtype=np.int32)
+        last = ids[-1]
+        logprobs = -ids[prompt:].astype(np.float32) / 8
+        rollouts.append(Rollout(Prompt(str(i), ids[:prompt], ""), ids[prompt:], logprobs, "stop", 0))
+    return rollouts
+
+
+@st.composite
+def cases(draw) -> Case:
+    sizes = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, LONGEST - 6)), min_size=1, max_size=24))
+    advantages = draw(
+        st.lists(st.sampled_from([0.0, 0.0, 0.7, -1.1]), min_size=len(sizes), max_size=len(sizes))
+    )
+    buckets = bucket_lengths(draw(st.sampled_from([1, 4, 7, 20])), LONGEST)
+    return Case(
+        rollouts_of(sizes),
+        np.array(advantages, np.float32),
+        devices=draw(st.integers(1, 5)),
+        stream=buckets[-1] + draw(st.integers(0, 40)),
+        buckets=buckets,
+        normalization=draw(st.sampled_from(NORMALIZATIONS)),
+        attention_cost=draw(st.sampled_from([0.0, 0.05, 1.0])),
+        skip_zero_advantage=draw(st.booleans()),
+        on_policy=draw(st.booleans()),
+    )
+
+
+@settings(deadline=None)
+@given(cases())
+def test_read_back(case):
+    batch, kept = case.pack(), case.kept()
+    owner = {int(t): i for i, r in enumerate(case.rollouts) for t in np.append(r.prompt.tokens, r.tokens)}
+    responses = [len(r.tokens) for r in case.rollouts]
+    weights = sequence_weights(np.array(responses), case.normalization, 16)
+    seen = []
+    for device, row in np.ndindex(batch.tokens.shape[:2]):
+        at = (device, row)
+        count = int((batch.buckets[at] >= 0).sum())
+        assert (batch.buckets[at][count:] == -1).all() and (batch.buckets[at][:count] >= 0).all()
+        assert (count > 0) == (row < batch.micro_batches[device])
+        covered = np.zeros(case.stream, bool)
+        before = -1
+        for start, bucket in zip(batch.starts[at][:count], batch.buckets[at][:count], strict=True):
+            i = owner[int(batch.tokens[at][start])]
+            rollout, prompt = case.rollouts[i], len(case.rollouts[i].prompt.tokens)
+            length = prompt + responses[i]
+            assert before < start and start + case.buckets[bucket] <= case.stream
+            assert length <= case.buckets[bucket] and (bucket == 0 or case.buckets[bucket - 1] < length)
+            whole, completion = slice(start, start + length), slice(start + prompt, start + length)
+            assert not covered[whole].any()
+            covered[whole], before = True, start
+            np.testing.assert_array_equal(batch.tokens[at][whole], [*rollout.prompt.tokens, *rollout.tokens])
+            np.testing.assert_array_equal(batch.positions[at][whole], np.arange(length))
+            np.testing.assert_array_equal(batch.sampler_logprobs[at][completion], rollout.logprobs)
+            np.testing.assert_array_equal(batch.advantages[at][completion], case.advantages[i])
+            np.testing.assert_array_equal(batch.weights[at][completion], np.float32(weights[i]))
+            for field in (batch.weights, batch.advantages, batch.sampler_logprobs):
+                assert not field[at][start : start + prompt].any()
+            seen.append(i)
+        for field in (batch.tokens, batch.positions, batch.weights, batch.advantages, batch.sampler_logprobs):
+            assert not field[at][~covered].any()
+    assert sorted(seen) == kept
+    assert not batch.old_logprobs.any()
+    rows = max(-(-len(case.rollouts) // case.devices), batch.micro_batches.max())
+    assert batch.tokens.shape == (case.devices, rows, case.stream)
+    assert batch.starts.shape == batch.buckets.shape == (case.devices, rows, case.stream // 2)
+    np.testing.assert_array_equal(batch.response_tokens, [sum(responses)] * case.devices)
+    np.testing.assert_array_equal(batch.on_policy, [case.on_policy] * case.devices)
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases())
+def test_dtypes_and_determinism(case):
+    batch, again = vars(case.pack()), vars(case.pack())
+    floats = {"weights", "advantages", "old_logprobs", "sampler_logprobs", "response_tokens"}
+    for name, value in batch.items():
+        assert value.dtype == (np.float32 if name in floats else bool if name == "on_policy" else np.int32)
+        np.testing.assert_array_equal(value, again[name])
+
+
+@settings(deadline=None, max_examples=30)
+@given(cases())
+def test_denominators_count_what_is_left_out(case):
+    """Keeping or dropping sequences of zero advantage changes no other sequence's weights."""
+    totals = []
+    for skip in (True, False):
+        batch = dataclasses.replace(case, skip_zero_advantage=skip).pack()
+        totals.append(np.sort((batch.weights * batch.advantages).reshape(-1)))
+        totals[-1] = totals[-1][totals[-1] != 0]
+    np.testing.assert_array_equal(*totals)
+
+
+def test_a_batch_of_which_nothing_is_kept():
+    case = Case(rollouts_of([(2, 3)] * 8), np.zeros(8, np.float32), devices=2, stream=16, buckets=(8,))
+    batch = case.pack()
+    assert not batch.micro_batches.any() and (batch.buckets == -1).all() and not batch.weights.any()
+    assert batch.tokens.shape == (2, 4, 16)  # the shape of every batch of 8 on 2 devices
+    np.testing.assert_array_equal(batch.response_tokens, [24, 24])
+
+
+def test_not_a_number_is_kept_and_seen():
+    case = Case(
+        rollouts_of([(2, 3)] * 2), np.array([np.nan, 0], np.float32), devices=1, stream=8, buckets=(8,)
+    )
+    batch = case.pack()
+    assert np.isnan(batch.advantages).any() and batch.micro_batches[0] == 1
+
+
+def test_too_long_for_every_bucket():
+    case = Case(rollouts_of([(5, 4)]), np.ones(1, np.float32), devices=1, stream=16, buckets=(4, 8))
+    with pytest.raises(IndexError):
+        case.pack()
+
+
+@given(st.integers(1, 600), st.integers(1, 20_000))
+def test_bucket_lengths(bucket, longest):
+    lengths = bucket_lengths(bucket, longest)
+    assert 1 <= len(lengths) <= 32 and lengths[-1] >= longest > lengths[-1] - lengths[0]
+    assert lengths[0] % bucket == 0 and np.array_equal(np.diff(lengths), [lengths[0]] * (len(lengths) - 1))
+
+
+def test_bucket_lengths_of_justrl():
+    assert bucket_lengths(512, 1024 + 15_360) == tuple(range(512, 16_385, 512))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_devices_are_balanced(seed):
+    """512 sequences as a 1.5B model writes them, on 16 devices; the cost is what `plan` was told it is."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(60, 400, 512)
+    lengths = prompts + np.minimum(np.exp(rng.normal(8.25, 0.9, 512)), 15_360).astype(int)
+    assert 4_500 < lengths.mean() < 5_600 and (lengths > 15_360).sum() > 10
+    devices, stream, buckets, attention_cost = 16, 16_384, bucket_lengths(512, 16_384), 5.6e-5
+    places = plan(lengths.tolist(), devices, stream, buckets, attention_cost)
+    cost, streams = np.zeros(devices), np.zeros(devices, int)
+    for place, length in zip(places, lengths, strict=True):
+        room = buckets[np.searchsorted(buckets, length)]
+        cost[place.device] += length + attention_cost * room**2 / 2
+        streams[place.device] = max(streams[place.device], place.micro_batch + 1)
+    padding = streams.sum() * stream / lengths.sum()
+    print(f"cost max/mean {cost.max() / cost.mean():.4f}, streams {streams}, padding {padding:.3f}")
+    assert cost.max() < 1.005 * cost.mean() and np.ptp(streams) <= 1
+    assert streams.max() * stream * devices < 1.2 * lengths.sum()  # what the slowest device computes on
+    assert streams.max() <= 512 / devices  # so that batches of 512 all have one shape
