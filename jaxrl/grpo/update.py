@@ -118,7 +118,7 @@ def make_update(
         )
         return tuple(jnp.roll(x, 1) for x in predicted)  # type: ignore[return-value]  # the token's own index
 
-    def loss_of(params: decoder.Params, micro: PackedBatch) -> tuple[jax.Array, Metrics]:
+    def loss_of(params: decoder.Params, micro: PackedBatch) -> tuple[jax.Array, dict[str, Metrics]]:
         logprobs, entropy = logprobs_of(params, micro)
         old = jnp.where(micro.on_policy, jax.lax.stop_gradient(logprobs), micro.old_logprobs)
         loss, metrics = policy_objective(
@@ -162,7 +162,7 @@ def make_update(
         grads, totals = jax.shard_map(
             gradients, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=(specs, P()), check_vma=False
         )(state.params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         fine = jnp.isfinite(norm)
         keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, fine), new, old)  # noqa: E731

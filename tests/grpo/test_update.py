@@ -1,0 +1,511 @@
+"""The update against an independent one: sequences one at a time, whole logits, plain sums, torch's AdamW.
+
+One trajectory of eight updates is computed in the plain way and every mesh has to follow it. It has mini-batches
+that are on-policy, off-policy with ratios beyond every clip, empty, and too few for all devices.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from jax.sharding import AxisType, Mesh
+
+from jaxrl.distributed import BATCH_AXES, to_devices
+from jaxrl.grpo import group_advantages
+from jaxrl.grpo.packing import PackedBatch, bucket_lengths, pack
+from jaxrl.grpo.update import TrainState, abstract_state, init_state, make_optimizer, make_update
+from jaxrl.models import decoder
+from jaxrl.sampling.sampler import Prompt, Rollout
+
+# On 8 devices some parameters have no axis that divides (width 20, keys 12), on 4 and 2 all have one.
+SHAPE = {
+    "vocab_size": 72, "width": 20, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 6, "mlp_width": 24,
+    "rope_theta": 1e4, "norm_epsilon": 1e-6, "max_positions": 64,
+}  # fmt: skip
+UNTIED = decoder.Config("qwen2", tied=False, **SHAPE)
+TIED = decoder.Config("qwen2", tied=True, **SHAPE)
+SEQUENCES, LONGEST, STREAM = 16, 16, 32
+BUCKETS = bucket_lengths(8, LONGEST)
+TEMPERATURE, CLIP = 0.8, {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
+OPTIMIZER = {
+    "learning_rate": 0.02, "warmup_steps": 3, "updates_per_step": 2, "beta1": 0.9, "beta2": 0.95,
+    "epsilon": 1e-4, "weight_decay": 0.1, "max_grad_norm": 2.05,
+}  # fmt: skip
+UPDATES = 8
+
+
+class MiniBatch(NamedTuple):
+    rollouts: list[Rollout]
+    advantages: np.ndarray  # [B]
+    old_logprobs: list[np.ndarray]  # [B][T]
+    on_policy: bool
+
+
+class Trainer(NamedTuple):
+    mesh: Mesh
+    state: Any  # () -> TrainState
+    update: Any
+    score: Any
+    traces: list[None]  # one entry each time `update` was traced
+
+    def batch(self, mini: MiniBatch, stream: int = STREAM, **options: Any) -> PackedBatch:
+        """On the devices; as packing fills in `sampler_logprobs`, so `old_logprobs` are filled in."""
+        old = [
+            Rollout(r.prompt, r.tokens, o, "stop", 0)
+            for r, o in zip(mini.rollouts, mini.old_logprobs, strict=True)
+        ]
+        packed, with_old = (
+            pack(
+                rollouts, mini.advantages, devices=self.mesh.size, stream=stream, buckets=BUCKETS,
+                normalization="token_mean", max_tokens=LONGEST, **({"on_policy": mini.on_policy} | options),
+            )
+            for rollouts in (mini.rollouts, old)
+        )  # fmt: skip
+        return to_devices(packed.replace(old_logprobs=with_old.sampler_logprobs), self.mesh)
+
+
+def with_gradients(optimizer: optax.GradientTransformation, traces: list) -> optax.GradientTransformation:
+    """`optimizer`, with the gradients that reached it kept in its state: (gradients, its own state)."""
+
+    def update(grads, state, params):
+        traces.append(None)
+        updates, inner = optimizer.update(grads, state[1], params)
+        return updates, (grads, inner)
+
+    init = lambda params: (jax.tree.map(jnp.zeros_like, params), optimizer.init(params))  # noqa: E731
+    return optax.GradientTransformation(init, update)
+
+
+def trainer(devices=1, data=1, config=UNTIED, remat="full", dtype="float32") -> Trainer:
+    return build(devices, data, config, remat, dtype)
+
+
+@functools.cache
+def build(devices, data, config, remat, dtype) -> Trainer:
+    if jax.device_count() < devices:
+        pytest.skip(f"needs {devices} devices")
+    shape = (data, devices // data)
+    mesh = jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:devices])
+    traces: list[None] = []
+    optimizer = with_gradients(make_optimizer(**OPTIMIZER), traces)
+    update, score = make_update(
+        config, optimizer, mesh, buckets=BUCKETS, backend="xla", dtype=dtype, remat=remat,
+        temperature=TEMPERATURE, chunk=8, **CLIP,
+    )  # fmt: skip
+    state = lambda: init_state(to_jax(first_params(config)), optimizer, mesh)  # noqa: E731
+    return Trainer(mesh, state, update, score, traces)
+
+
+@functools.cache
+def first_params(config):
+    """Norms and biases random too; the functions of this file never change them."""
+    rng = np.random.default_rng(0)
+
+    def create(spec):
+        shape = decoder.stacked_shape(spec, config)
+        return np.float32(
+            (spec.init == "ones") + (0.3 if len(spec.shape) > 1 else 0.1) * rng.normal(size=shape)
+        )
+
+    return jax.tree.map(create, decoder.declare(config), is_leaf=lambda x: isinstance(x, decoder.Spec))
+
+
+def to_jax(tree):
+    return jax.tree.map(jnp.array, tree)
+
+
+def to_numpy(tree):
+    return jax.tree.map(np.array, tree)
+
+
+@functools.cache
+def minibatches(config) -> list[MiniBatch]:
+    rng = np.random.default_rng(1)
+
+    def one(k: int) -> MiniBatch:
+        rewards = np.tile([1.0, -1.0, -1.0, 1.0], (4, 1))
+        rewards[0] = 1  # all right: nothing to learn
+        rewards[1, 3] = -1
+        if k == 4:
+            rewards[:] = -1  # nothing is kept
+        if k == 6:
+            rewards[:3] = -1  # four sequences for up to eight devices
+        rollouts, old = [], []
+        for _ in range(SEQUENCES):
+            prompt, completion = rng.integers(1, 6), rng.integers(1, LONGEST - 5)
+            tokens = rng.integers(SHAPE["vocab_size"], size=prompt + completion).astype(np.int32)
+            logprobs, _ = reference_logprobs(config, first_params(config), tokens)
+            behind = logprobs[prompt - 1 :] + rng.normal(0, 0.5, completion)
+            sampler = np.float32(behind + rng.normal(0, 0.01, completion))
+            rollouts.append(Rollout(Prompt("", tokens[:prompt], ""), tokens[prompt:], sampler, "stop", 0))
+            old.append(np.float32(behind))
+        advantages = group_advantages(rewards).reshape(-1)
+        return MiniBatch(rollouts, advantages, old, on_policy=k in (0, 5))
+
+    return [one(k) for k in range(UPDATES)]
+
+
+def whole_logprobs(config, params, tokens):
+    """Log-probabilities of all tokens after each token of one sequence [T]: [T - 1, V]."""
+    return jax.nn.log_softmax(decoder.logits(config, params, tokens[None])[0, :-1] / TEMPERATURE)
+
+
+def padded(tokens):
+    """To one length, for one compilation; behind the end, where causality keeps it from mattering."""
+    return np.pad(tokens, (0, LONGEST - len(tokens)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reference_logprobs_padded(config, params, tokens):
+    logp = whole_logprobs(config, params, tokens)
+    return logp[np.arange(LONGEST - 1), tokens[1:]], -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def reference_logprobs(config, params, tokens):
+    """Of tokens 1 ... T - 1 of a sequence, and the entropies of what they were drawn from."""
+    logprobs, entropy = reference_logprobs_padded(config, params, padded(tokens))
+    return np.array(logprobs[: len(tokens) - 1]), np.array(entropy[: len(tokens) - 1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=1)
+def reference_loss(config, params, tokens, old, advantage, weights):
+    logprobs = whole_logprobs(config, params, tokens)[np.arange(LONGEST - 1), tokens[1:]]
+    ratio = jnp.exp(logprobs - old)
+    high = jnp.minimum(ratio, 1 + CLIP["clip_high"])
+    low = jnp.minimum(jnp.maximum(ratio, 1 - CLIP["clip_low"]), CLIP["dual_clip"])
+    return jnp.sum(-advantage * weights * jnp.where(advantage >= 0, high, low))
+
+
+def reference_gradient(config, params, mini):
+    """(gradients, metrics), in float64 from one sequence to the next."""
+    total = sum(len(r.tokens) for r in mini.rollouts)
+    loss, grads = 0.0, jax.tree.map(lambda p: np.zeros(p.shape), params)
+    rows = []  # of each trained token: A, old - sampler, new - old, entropy
+    for rollout, advantage, old in zip(mini.rollouts, mini.advantages, mini.old_logprobs, strict=True):
+        prompt, tokens = len(rollout.prompt.tokens), np.append(rollout.prompt.tokens, rollout.tokens)
+        now, entropy = (x[prompt - 1 :] for x in reference_logprobs(config, params, tokens))
+        old = now if mini.on_policy else old
+        whole_old, weights = np.zeros((2, LONGEST - 1), np.float32)
+        whole_old[prompt - 1 : len(tokens) - 1] = old
+        weights[prompt - 1 : len(tokens) - 1] = 1 / total
+        one, gradient = reference_loss(config, params, padded(tokens), whole_old, advantage, weights)
+        loss += float(one)
+        grads = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), grads, gradient)
+        if advantage:
+            rows += zip([advantage] * len(old), old - rollout.logprobs, now - old, entropy, strict=True)
+    metrics = {
+        "loss": loss,
+        "tokens": len(rows),
+        "sequences": np.count_nonzero(mini.advantages),
+        "skipped": 0,
+    }
+    metrics["grad_norm"] = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+    a, difference, log_ratio, entropy = np.array(rows).reshape(-1, 4).T
+    ratio = np.exp(log_ratio)
+    binds = ((a > 0) & (ratio > 1 + CLIP["clip_high"])) | ((a < 0) & (ratio < 1 - CLIP["clip_low"]))
+    metrics["clip_fraction"] = binds.sum() / total
+    metrics["clip_fraction_lower"] = ((a < 0) & (ratio > CLIP["dual_clip"])).sum() / total
+    metrics["ratio_max"] = ratio.max(initial=0)
+    metrics["logprob_diff_max"] = abs(difference).max(initial=0)
+    means = {"approx_kl": -log_ratio, "entropy": entropy, "logprob_diff_mean": abs(difference)}
+    return grads, metrics | {name: x.mean() if rows else np.nan for name, x in means.items()}
+
+
+class Torch:
+    """AdamW behind clipping, LambdaLR stepped once a rollout batch."""
+
+    def __init__(self, params, *, learning_rate, warmup_steps, updates_per_step, **options):
+        self.leaves, self.tree = jax.tree.flatten(params)
+        self.leaves = [torch.tensor(leaf) for leaf in self.leaves]
+        self.max_norm, self.updates_per_step, self.count = options["max_grad_norm"], updates_per_step, 0
+        self.optimizer = torch.optim.AdamW(
+            self.leaves, lr=learning_rate, betas=(options["beta1"], options["beta2"]),
+            eps=options["epsilon"], weight_decay=options["weight_decay"],
+        )  # fmt: skip
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda k: min(k / warmup_steps, 1.0) if warmup_steps else 1.0
+        )
+
+    def step(self, grads):
+        grads = jax.tree.leaves(grads)
+        norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in grads))
+        for leaf, g in zip(self.leaves, grads, strict=True):
+            leaf.grad = torch.tensor(np.float32(g * min(1, self.max_norm / norm) if norm else g))
+        self.optimizer.step()
+        self.count += 1
+        if self.count % self.updates_per_step == 0:
+            self.schedule.step()
+        return jax.tree.unflatten(self.tree, [leaf.numpy().copy() for leaf in self.leaves])
+
+
+@functools.cache
+def trajectory(config):
+    """[(gradients, metrics, parameters afterwards)] of each update."""
+    params = first_params(config)
+    optimizer, steps = Torch(params, **OPTIMIZER), []
+    for mini in minibatches(config):
+        grads, metrics = reference_gradient(config, params, mini)
+        params = optimizer.step(grads)
+        steps.append((grads, metrics, params))
+    return steps
+
+
+def assert_close(a, b, tolerance=1e-5, floor=0.0):
+    """Each array to `tolerance` of its own norm."""
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        error = np.linalg.norm(x - y)
+        assert error <= tolerance * np.linalg.norm(y) + floor, f"{jax.tree_util.keystr(path)}: off by {error}"
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, to_numpy(a), to_numpy(b))
+
+
+def gradients_of(trainer_, batch):
+    state, metrics = trainer_.update(trainer_.state(), batch)
+    return to_numpy(state.opt_state[0]), metrics
+
+
+# The trajectory itself
+
+
+@pytest.mark.parametrize(
+    ("devices", "data", "config"),
+    [(1, 1, UNTIED), (2, 1, TIED), (8, 1, UNTIED), (8, 2, UNTIED)],
+    ids=["1x1", "1x2-tied", "1x8", "2x4"],
+)
+def test_follows_the_reference(devices, data, config):
+    t = trainer(devices, data, config)
+    state = t.state()
+    for k, (mini, (grads, metrics, params)) in enumerate(
+        zip(minibatches(config), trajectory(config), strict=True)
+    ):
+        state, found = t.update(state, t.batch(mini))
+        assert_close(state.opt_state[0], grads, floor=1e-6)
+        assert_close(state.params, params)
+        assert int(state.step) == k + 1
+        assert found.keys() == metrics.keys()
+        for name, value in metrics.items():
+            assert float(found[name]) == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), (k, name)
+
+
+def test_the_trajectory_has_everything_in_it():
+    """On-policy and off, clipped above and below, norms on both sides of the clip, real movement, an idle device."""
+    grads, metrics, params = zip(*trajectory(UNTIED), strict=True)
+    off_policy = [
+        m for m, b in zip(metrics, minibatches(UNTIED), strict=True) if not b.on_policy and m["tokens"]
+    ]
+    assert all(m["clip_fraction"] > 0.05 for m in off_policy)
+    assert any(m["clip_fraction_lower"] > 0 for m in off_policy)
+    norms = [m["grad_norm"] for m in metrics]
+    assert norms[4] == 0 and min(norms[:4]) < OPTIMIZER["max_grad_norm"] < max(norms), norms
+    assert_same_bits(params[1], first_params(UNTIED))  # the first rollout batch runs at 0, both updates of it
+    moved = [a["norm"] - b["norm"] for a, b in zip(params[2:], params[1:], strict=False)]
+    assert all(abs(m).min() > 1e-5 for m in moved)
+    assert sum(bool(a) for a in minibatches(UNTIED)[6].advantages) < 8
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+# The optimizer, with the numbers of the recipe
+
+
+@pytest.mark.parametrize(("warmup_steps", "updates_per_step"), [(10, 4), (0, 4), (1, 1)])
+def test_optimizer_is_torchs(warmup_steps, updates_per_step):
+    options = {
+        "learning_rate": 1e-3, "warmup_steps": warmup_steps, "updates_per_step": updates_per_step,
+        "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0,
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = {"matrix": np.float32(rng.normal(size=(3, 4))), "norm": np.ones(5, np.float32)}
+    reference, ours = Torch(params, **options), make_optimizer(**options)
+    ours_params, opt_state, step = to_jax(params), ours.init(to_jax(params)), jax.jit(ours.update)
+    for k in range(12 * updates_per_step):
+        before, size = ours_params, (0.02, 2.0)[k % 2]
+        grads = jax.tree.map(lambda p: np.float32(size * rng.normal(size=p.shape)), params)  # noqa: B023
+        updates, opt_state = step(grads, opt_state, ours_params)
+        ours_params = optax.apply_updates(ours_params, updates)
+        assert_close(ours_params, reference.step(grads), 1e-6)
+        if warmup_steps and k < updates_per_step:
+            assert_same_bits(ours_params, before)
+
+
+# What must not change the result
+
+
+def run(t, options=None, old_logprobs=False, updates=4):
+    """Parameters after the first updates of the trajectory."""
+    state = t.state()
+    for mini in minibatches(UNTIED)[:updates]:
+        batch = t.batch(mini, **(options or {}))
+        if old_logprobs:
+            batch = batch.replace(old_logprobs=t.score(state.params, batch))
+        state, _ = t.update(state, batch)
+    return to_numpy(state.params)
+
+
+def test_leaving_out_zero_advantages_changes_nothing():
+    assert_close(
+        run(trainer(8, 2), {"skip_zero_advantage": True}),
+        run(trainer(8, 2), {"skip_zero_advantage": False}),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (8, 2)])
+def test_on_policy_is_recomputed_log_probs(mesh):
+    t = trainer(*mesh)
+    assert_close(run(t, {"on_policy": True}), run(t, {"on_policy": False}, old_logprobs=True), 1e-6)
+
+
+@pytest.mark.parametrize(("remat", "stream"), [("attention", LONGEST), ("none", 256)])
+def test_neither_remat_nor_the_cut_into_streams_changes_anything(remat, stream):
+    """Two sequences a stream at most, and all of a mini-batch in one."""
+    t, mini = trainer(remat=remat), minibatches(UNTIED)[1]
+    streams = [int(t.batch(mini, stream=n).micro_batches[0]) for n in (LONGEST, STREAM, 256)]
+    assert streams[0] > streams[1] > streams[2] == 1
+    assert_close(run(t, {"stream": stream}), run(trainer()), 2e-6)
+
+
+def test_bfloat16_compute_float32_state():
+    t, mini = trainer(dtype="bfloat16"), minibatches(UNTIED)[0]
+    state, metrics = t.update(t.state(), t.batch(mini))
+    for leaf in jax.tree.leaves((state.params, state.opt_state, metrics)):
+        assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_)
+    assert_close(state.opt_state[0], trajectory(UNTIED)[0][0], 0.05, floor=1e-3)
+    assert float(metrics["loss"]) == pytest.approx(trajectory(UNTIED)[0][1]["loss"], abs=1e-3)
+
+
+# Scores
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (8, 1), (8, 2)])
+def test_score_is_the_log_probs_of_each_sequence(mesh):
+    t, mini = trainer(*mesh), minibatches(UNTIED)[2]
+    batch = t.batch(mini, skip_zero_advantage=False)
+    scores = np.asarray(t.score(t.state().params, batch))
+    host, found = to_numpy(batch), 0
+    assert scores.shape == host.tokens.shape and scores.dtype == np.float32
+    for at in np.ndindex(host.starts.shape):
+        if host.buckets[at] < 0:
+            continue
+        g, m, _ = at
+        stream = host.tokens[g, m, host.starts[at] :]
+        rollout = next(r for r in mini.rollouts if starts_with(stream, r))
+        prompt, length = len(rollout.prompt.tokens), len(rollout.prompt.tokens) + len(rollout.tokens)
+        expected, _ = reference_logprobs(UNTIED, first_params(UNTIED), stream[:length])
+        of_sequence = scores[g, m, host.starts[at] : host.starts[at] + length]
+        np.testing.assert_allclose(of_sequence[prompt:], expected[prompt - 1 :], rtol=1e-5, atol=1e-5)
+        found += 1
+    assert found == SEQUENCES
+
+
+def starts_with(stream, rollout):
+    whole = np.append(rollout.prompt.tokens, rollout.tokens)
+    return np.array_equal(stream[: len(whole)], whole)
+
+
+# When something is not finite, or there is nothing
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (8, 2)])
+@pytest.mark.parametrize("what", ["advantage", "old_logprob", "parameter"])
+def test_not_finite_changes_nothing_but_step(mesh, what):
+    """One bad number in one sequence, so on one device: all devices have to agree to skip."""
+    t, mini = trainer(*mesh), minibatches(UNTIED)[1]
+    state, _ = t.update(t.state(), t.batch(minibatches(UNTIED)[0]))  # moments that are not zero
+    if what == "advantage":
+        mini.advantages[5:6], before = np.nan, mini.advantages.copy()
+        batch = t.batch(mini)
+        mini.advantages[:] = before
+    elif what == "old_logprob":
+        batch = t.batch(mini)
+        bad = np.array(batch.old_logprobs)
+        bad[tuple(np.argwhere(np.asarray(batch.weights) > 0)[0])] = np.nan
+        batch = batch.replace(old_logprobs=jax.device_put(bad, batch.old_logprobs.sharding))
+    else:
+        batch = t.batch(mini)
+        norm = state.params["layers"]["mlp_norm"]
+        broken = jax.device_put(
+            np.where(np.arange(norm.size).reshape(norm.shape) == 7, np.inf, norm), norm.sharding
+        )
+        state = state.replace(params=state.params | {"layers": state.params["layers"] | {"mlp_norm": broken}})
+    before = to_numpy(state)
+    after, metrics = t.update(state, batch)
+    assert bool(metrics["skipped"]) and not np.isfinite(metrics["grad_norm"])
+    assert int(after.step) == int(before.step) + 1
+    assert_same_bits((after.params, after.opt_state), (before.params, before.opt_state))
+    if what != "parameter":  # and training goes on
+        _, metrics = t.update(after, t.batch(mini))
+        assert not metrics["skipped"] and np.isfinite(metrics["grad_norm"])
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (8, 2)])
+def test_nothing_kept_only_decays(mesh):
+    t, empty = trainer(*mesh), minibatches(UNTIED)[4]
+    state = t.state()
+    for _ in range(OPTIMIZER["updates_per_step"] + 1):  # the last is the first with a rate above 0
+        state, metrics = t.update(state, t.batch(empty))
+    rate = OPTIMIZER["learning_rate"] / OPTIMIZER["warmup_steps"]
+    decayed = jax.tree.map(lambda p: p * (1 - rate * OPTIMIZER["weight_decay"]), first_params(UNTIED))
+    assert_close(state.params, decayed, 1e-6)
+    undefined = {"approx_kl", "entropy", "logprob_diff_mean"}  # means over no tokens
+    assert {name for name, value in metrics.items() if np.isnan(value)} == undefined
+    assert not any(float(value) for name, value in metrics.items() if name not in undefined)
+
+
+# What it asks of JAX
+
+
+def test_the_state_is_donated_and_stays_where_it_is():
+    t = trainer(8, 2)
+    state = t.state()
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    new, _ = t.update(state, t.batch(minibatches(UNTIED)[1]))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    jax.tree.map(
+        lambda a, sharding: a.sharding.is_equivalent_to(sharding, a.ndim) or pytest.fail(), new, shardings
+    )
+    q = new.params["layers"]["q"]
+    assert q.addressable_shards[0].data.size * 4 == q.size  # a quarter each; the two replicas hold the same
+    by_index = {}
+    for shard in q.addressable_shards:
+        by_index.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    for first, second in by_index.values():
+        np.testing.assert_array_equal(first, second)
+
+
+def test_abstract_state_is_the_states():
+    t = trainer(8, 2)
+    optimizer = with_gradients(make_optimizer(**OPTIMIZER), [])
+    abstract = abstract_state(jax.eval_shape(lambda: decoder.initialise(UNTIED, 0)), optimizer, t.mesh)
+    assert isinstance(abstract, TrainState)
+    for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(t.state()), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) and b.sharding.is_equivalent_to(a.sharding, b.ndim)
+
+
+def test_equal_shapes_are_traced_once():
+    t = trainer(8, 2)
+    before = len(t.traces)
+    state = t.state()
+    for mini in minibatches(UNTIED):  # full, empty, on-policy and not
+        state, _ = t.update(state, t.batch(mini))
+        state, _ = t.update(state, t.batch(mini, skip_zero_advantage=False))
+    assert len(t.traces) <= max(before, 1)
+
+
+def test_nothing_moves_between_host_and_device():
+    t = trainer(8, 2)
+    state, batch = t.state(), t.batch(minibatches(UNTIED)[1])
+    with jax.transfer_guard("disallow"):
+        old = t.score(state.params, batch)
+        state, metrics = t.update(state, batch.replace(old_logprobs=old))
+        jax.block_until_ready((state, metrics))
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"(?i)disallowed"):
+        t.score(state.params, to_numpy(batch))  # the guard does guard
