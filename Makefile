@@ -42,7 +42,7 @@ demo: $(VENV)/.installed
 	test -f $(RUN)/eval/before.json || $(BIN)/jaxrl eval $(RUN)/base --recipe $(DEMO) --name before
 	$(BIN)/jaxrl train $(DEMO)
 	$(BIN)/jaxrl export $(RUN)
-	$(BIN)/jaxrl eval $(RUN)/hf --recipe $(DEMO) --name after
+	$(BIN)/jaxrl eval $(RUN) --name after
 	$(BIN)/jaxrl report $(RUN)
 
 test: $(VENV)/.installed-test

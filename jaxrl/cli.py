@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args, overrides)
     except InputError as error:
-        raise SystemExit("\n".join(f"jaxrl: {line}" for line in str(error).splitlines())) from None
+        print("\n".join(f"jaxrl: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("jaxrl: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -38,7 +39,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="accuracy on a recipe's held-out problems")
-    evaluate.add_argument("model", help="Hugging Face folder, Hub id or run folder")
+    evaluate.add_argument(
+        "model", help="Hugging Face folder, Hub id, or run folder, whose newest checkpoint is exported first"
+    )
     evaluate.add_argument("--recipe", help="recipe with [data], [reward] and [eval]; default: the run's own")
     evaluate.add_argument("--name", default="eval", help="label in the report, such as before or after")
     evaluate.add_argument(
@@ -80,8 +83,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     if not (args.recipe or run):
         raise InputError(f"{args.model} is not a run folder; say what to evaluate on with --recipe FILE")
     recipe = config.load(args.recipe or run / "recipe.toml", overrides)  # type: ignore[operator]
-    if run and not (run / "hf" / "config.json").exists():
-        _write_hf(run, run / "hf", "bfloat16")
+    step = _write_hf(run, run / "hf", "bfloat16") if run else 0
     from jaxrl import telemetry, train
     from jaxrl.models import hf
     from jaxrl.sampling.sampler import SamplingParams
@@ -100,7 +102,6 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     sampling = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(folder))
     with telemetry.Progress(1, 0, title=f"eval {args.name}") as progress:
         progress.phase("eval", total=len(prompts) * recipe.eval.samples)
-        step = recipe.run.steps if run else 0
         result = train.run_evaluation(
             recipe, sampler, prompts, sampling, verify, progress, out, args.name, step
         )
@@ -126,7 +127,8 @@ def _run_of(source: Path) -> tuple[Path, int | None]:
     raise InputError(f"{source}: neither a run folder nor a checkpoint (RUN/checkpoints/N); check the path")
 
 
-def _write_hf(source: Path, out: Path, dtype: str) -> None:
+def _write_hf(source: Path, out: Path, dtype: str) -> int:
+    """Exports the newest or the given checkpoint; returns its step."""
     import jax
 
     from jaxrl.checkpoint import Checkpoints
@@ -148,6 +150,7 @@ def _write_hf(source: Path, out: Path, dtype: str) -> None:
     params = checkpoints.restore_params(step, like)
     hf.save(hf.Model(model_config, params, folder), out, dtype)
     print(f"step {step} of {run} -> {out} ({dtype})")
+    return step
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> None:

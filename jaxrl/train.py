@@ -126,7 +126,7 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
             metrics = rollout_metrics(groups, rewards) | update_metrics(updates) | timer.seconds()
             metrics |= {
                 "time/step": seconds,
-                "sampler/staleness": step - np.mean([r.version for g in groups for r in g]),
+                "sampler/staleness": float(step - np.mean([r.version for g in groups for r in g])),
             }
             metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])
             if step == start:

@@ -73,7 +73,7 @@ def write_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
             "suffix": "", "max_prompt_tokens": 8,
         },
         "rollout": {"prompts": 8, "samples": 8, "max_tokens": 8, "slots": 16},
-        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1, "minibatch_prompts": 4},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "minibatch_prompts": 4},
         "packing": {"stream_tokens": 128, "bucket_tokens": 8, "logprob_chunk": 64},
         "checkpoint": {"every": 2},
     }  # fmt: skip

@@ -72,7 +72,9 @@ def _backward(lengths, backend, residuals, d_out):
         own = (start + jnp.arange(length) < end)[None, :, None, None]
         _, vjp = jax.vjp(_kernel(backend), *(_slice(x, start, length) for x in (q, k, v)))
         new = vjp(jnp.where(own, _slice(d_out, start, length), 0))
-        return jax.tree.map(functools.partial(_add_slice, start=start), grads, new)
+        # an overrun writes zeros, which the segments that own those tokens then overwrite
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(lambda all_of_them, own: write(all_of_them, own[0]), grads, new)
 
     zeros = jax.tree.map(jnp.zeros_like, (q, k, v))
     return (*_for_each_segment(attend, zeros, segments, lengths), None)
@@ -103,8 +105,3 @@ def _for_each_segment(
 
 def _slice(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, start, length, 0)[None]  # [1, length, heads, D]
-
-
-def _add_slice(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-    old = lax.dynamic_slice_in_dim(total, start, part.shape[1], 0)
-    return lax.dynamic_update_slice_in_dim(total, old + part[0], start, 0)
