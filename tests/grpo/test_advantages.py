@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from jaxrl.grpo import group_advantages, sequence_weights, token_weights
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "grpo_objective.json").read_text())
-MASK = np.array([[1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+MASK = np.array([5, 1, 3, 6])[:, None] > np.arange(8)[None]  # nothing is as long as may be
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"seed{case['seed']}")
@@ -81,7 +81,7 @@ def test_weights_make_the_mean(normalization):
     weights = token_weights(MASK, normalization)
     assert weights.dtype == np.float32 and not weights[MASK == 0].any() and (weights[MASK == 1] > 0).all()
     np.testing.assert_allclose((weights * losses).sum(), mean_loss(losses, MASK, normalization), rtol=1e-5)
-    total = {"token_mean": 1, "sequence_mean": 1, "sequence_sum": 15 / 4, "dr_grpo": 15 / 24}[normalization]
+    total = {"token_mean": 1, "sequence_mean": 1, "sequence_sum": 15 / 4, "dr_grpo": 15 / 32}[normalization]
     np.testing.assert_allclose(weights.sum(), total, rtol=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_token_mean_is_the_default():
 
 @pytest.mark.parametrize("normalization", ["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"])
 def test_an_empty_sequence_counts_and_breaks_nothing(normalization):
-    mask = np.vstack([MASK, np.zeros(6)])
+    mask = np.vstack([MASK, np.zeros(8)])
     weights = token_weights(mask, normalization)
     assert np.isfinite(weights).all() and not weights[-1].any()
     per_sequence = {"token_mean": 1.0}.get(normalization, 4 / 5)  # four of five sequences have tokens
@@ -100,7 +100,7 @@ def test_an_empty_sequence_counts_and_breaks_nothing(normalization):
 
 def test_sequence_weights_are_the_rows_of_token_weights():
     for normalization in ("token_mean", "sequence_mean", "sequence_sum", "dr_grpo"):
-        by_sequence = sequence_weights(MASK.sum(axis=1), normalization, max_length=6)
+        by_sequence = sequence_weights(MASK.sum(axis=1), normalization, max_length=8)
         np.testing.assert_allclose(by_sequence[:, None] * MASK, token_weights(MASK, normalization), rtol=1e-6)
 
 

@@ -33,7 +33,7 @@ SEQUENCES, LONGEST, STREAM = 16, 16, 32
 BUCKETS = bucket_lengths(8, LONGEST)
 TEMPERATURE, CLIP = 0.8, {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
 OPTIMIZER = {
-    "learning_rate": 0.02, "warmup_steps": 3, "updates_per_step": 2, "beta1": 0.9, "beta2": 0.95,
+    "learning_rate": 0.01, "warmup_steps": 3, "updates_per_step": 2, "beta1": 0.9, "beta2": 0.95,
     "epsilon": 1e-4, "weight_decay": 0.1, "max_grad_norm": 2.05,
 }  # fmt: skip
 UPDATES = 8
@@ -282,11 +282,11 @@ def gradients_of(trainer_, batch):
     ids=["1x1", "1x2-tied", "1x8", "2x4"],
 )
 def test_follows_the_reference(devices, data, config):
+    """Parameters along a trajectory of their own; gradients and metrics where it has come to."""
     t = trainer(devices, data, config)
     state = t.state()
-    for k, (mini, (grads, metrics, params)) in enumerate(
-        zip(minibatches(config), trajectory(config), strict=True)
-    ):
+    for k, (mini, (_, _, params)) in enumerate(zip(minibatches(config), trajectory(config), strict=True)):
+        grads, metrics = reference_gradient(config, to_numpy(state.params), mini)
         state, found = t.update(state, t.batch(mini))
         assert_close(state.opt_state[0], grads, floor=1e-6)
         assert_close(state.params, params)
