@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxrl import config
 from jaxrl.errors import InputError
+from jaxrl.rewards.strict_boxed import BOX, extract
 from jaxrl.sampling.sampler import Prompt
 
 # The instruction that DAPO-Math-17k puts around every problem; JustRL's authors took it off.
@@ -20,6 +21,10 @@ DAPO_PREFIX = (
     "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
 )
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+ID_COLUMNS = ("id", "index", "extra_info.index")  # of these the first that a row has names its prompt
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+BATCH = 1024  # rows templated and tokenized at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,14 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    # Where all of these are missing, transformers makes up an empty tokenizer from config.json.
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in VOCABULARIES):
+        raise InputError(f"{path}: no tokenizer; the folder needs tokenizer.json and tokenizer_config.json")
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever the many tokenizer classes raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path}: no readable tokenizer ({reason}); a model folder has tokenizer.json"
+            f"{path}: no readable tokenizer ({_first_line(error)}); a model folder has tokenizer.json"
         ) from None
 
 
@@ -63,7 +70,7 @@ def load_prompts(section: config.Data, tokenizer: Any, path: str | None = None, 
       section: the recipe's [data].
       tokenizer: of transformers.
       path: other rows than section.path's (held-out problems).
-      limit: take the first n that are left; 0 takes all.
+      limit: take the first n that are not over-long; 0 takes all.
 
     Raises:
       InputError: naming the file, and the row or column, for anything that cannot be used as it is.
@@ -71,28 +78,30 @@ def load_prompts(section: config.Data, tokenizer: Any, path: str | None = None, 
     source = path or section.path
     if section.chat_template and not tokenizer.chat_template:
         raise InputError(
-            "the model's tokenizer has no chat template; set data.chat_template = false for plain text"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one to tokenizer_config.json, "
+            "or set data.chat_template = false for plain text"
         )
-    seen: set[str] = set()
     kept: list[tuple[str, str, str]] = []
+    seen: set[str] = set()
     rows = 0
-    for where, row in read_rows(source, (section.problem_column, section.answer_column)):
+    for where, row in read_rows(source, (section.problem_column, section.answer_column), ID_COLUMNS):
         rows += 1
-        text = _problem(_column(row, section.problem_column, where), section.strip_dapo_wrapper)
-        answer = _answer(_column(row, section.answer_column, where), section.answer_column, where)
+        text = _problem(row[section.problem_column], section, where)
         if section.deduplicate and text in seen:
             continue
         seen.add(text)
-        kept.append((str(row.get("id", row.get("index", rows - 1))), text, answer))
+        name = next((str(row[c]) for c in ID_COLUMNS if row.get(c) is not None), str(rows))
+        kept.append((name, text, _answer(row[section.answer_column], section, where)))
     if not kept:
-        raise InputError(f"{source}: has no rows; give a file with problems")
+        raise InputError(f"{source}: no rows in it; give a file with problems")
     prompts: list[Prompt] = []
     overlong = 0
-    for name, text, answer in kept:
-        tokens = _encode(tokenizer, section.prefix + text + section.suffix, section.chat_template)
+    for (name, _, answer), tokens in zip(kept, _encode(tokenizer, section, kept), strict=False):
+        if limit and len(prompts) == limit:
+            break
         if len(tokens) > section.max_prompt_tokens:
             overlong += 1
-        elif not limit or len(prompts) < limit:
+        else:
             prompts.append(Prompt(name, tokens, answer))
     if not prompts:
         raise InputError(
@@ -102,10 +111,13 @@ def load_prompts(section: config.Data, tokenizer: Any, path: str | None = None, 
     return PromptSet(prompts, source, rows, rows - len(kept), overlong)
 
 
-def batch(prompts: Sequence[Prompt], seed: int, step: int, size: int, order: str) -> list[Prompt]:
+def batch(
+    prompts: Sequence[Prompt], seed: int, step: int, size: int, order: Literal["shuffle", "replacement"]
+) -> list[Prompt]:
     """The prompts of one step, a pure function of the arguments.
 
-    `shuffle` walks through epochs, each a permutation of its own; `replacement` draws independently.
+    `shuffle` walks through epochs, each a permutation of its own, and a batch may lie across two or more;
+    `replacement` draws independently.
     """
     n = len(prompts)
     if order == "replacement":
@@ -115,18 +127,29 @@ def batch(prompts: Sequence[Prompt], seed: int, step: int, size: int, order: str
     return [prompts[epochs[p // n][p % n]] for p in positions]
 
 
-def read_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where, row) from a .jsonl or .parquet file, or from the training files of a Hub data set.
+def read_rows(
+    path: str, columns: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where, {column: value}) from a .jsonl or .parquet file, or the training files of a Hub data set.
+
+    Args:
+      path: the file, or a Hub id.
+      columns: to read; a dot enters a struct.
+      optional: to read where there are any.
 
     Raises:
-      InputError: if there is no such file or data set, or a line is not JSON.
+      InputError: if there is no such file, data set or column, or a line is not JSON.
     """
+    for file in _files(path):
+        yield from (_parquet_rows if file.suffix == ".parquet" else _jsonl_rows)(file, columns, optional)
+
+
+def _files(path: str) -> list[Path]:
     file = Path(path)
     if file.suffix in (".jsonl", ".parquet"):
         if not file.is_file():
             raise InputError(f"{path}: no such file; data.path takes a .jsonl or .parquet file or a Hub id")
-        yield from (_parquet_rows if file.suffix == ".parquet" else _jsonl_rows)(file, columns)
-        return
+        return [file]
     if path.count("/") != 1 or file.exists():
         raise InputError(f"{path}: neither a .jsonl nor a .parquet file nor a Hub id such as org/name")
     from huggingface_hub import snapshot_download
@@ -134,76 +157,126 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
     try:
         folder = Path(snapshot_download(path, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: no such file, and the Hub did not have it: {reason}") from None
+        raise InputError(f"{path}: no such file, and the Hub did not have it: {_first_line(error)}") from None
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".jsonl", ".parquet"))
-    training = [f for f in files if "train" in f.stem] or files
-    for part in training:
-        yield from (_parquet_rows if part.suffix == ".parquet" else _jsonl_rows)(part, columns)
+    if not files:
+        raise InputError(f"{path}: the data set has no .parquet or .jsonl file; convert it to one of them")
+    return [f for f in files if "train" in str(f.relative_to(folder))] or files
 
 
-def _jsonl_rows(file: Path, _: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+def _jsonl_rows(
+    file: Path, columns: Sequence[str], optional: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"{file}:{number}"
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise InputError(f"{file}:{number}: not JSON: {error}") from None
+                raise InputError(f"{where}: not JSON ({error}); write one object a line") from None
             if not isinstance(row, dict):
-                raise InputError(
-                    f"{file}:{number}: a row is an object with columns, this is a {type(row).__name__}"
-                )
-            yield f"{file}:{number}", row
+                raise InputError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
+            flat = _flat(row)
+            _require(columns, flat, where)
+            yield where, {c: flat[c] for c in (*columns, *optional) if c in flat}
 
 
-def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(
+    file: Path, columns: Sequence[str], optional: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file)
     except Exception as error:
-        raise InputError(f"{file}: not a parquet file ({error}); get it again") from None
-    there = set(table.schema_arrow.names)
-    wanted = [c for c in {*(c.split(".")[0] for c in columns), "id", "index"} if c in there]
+        raise InputError(f"{file}: not a parquet file ({_first_line(error)}); get it again") from None
+    there = _flat_table(parquet.schema_arrow.empty_table()).column_names
+    _require(columns, there, str(file))
+    wanted = [*columns, *(c for c in optional if c in there)]
     number = 0
-    for chunk in table.iter_batches(columns=wanted):
-        for row in chunk.to_pylist():
+    for chunk in parquet.iter_batches(columns=wanted):
+        table = _flat_table(pa.Table.from_batches([chunk]))
+        for values in zip(*(_first_message(table[c]).to_pylist() for c in wanted), strict=True):
             number += 1
-            yield f"{file}, row {number}", row
-    if number and not wanted:
-        raise InputError(f"{file}: has the columns {', '.join(sorted(there))}, not {' and '.join(columns)}")
+            yield f"{file}, row {number}", dict(zip(wanted, values, strict=True))
 
 
-def _column(row: dict[str, Any], name: str, where: str) -> Any:
-    value: Any = row
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            there = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _flat_table(table: Any) -> Any:
+    import pyarrow as pa
+
+    while any(pa.types.is_struct(kind) for kind in table.schema.types):
+        table = table.flatten()
+    return table
+
+
+def _first_message(column: Any) -> Any:
+    """The contents of a column of chats, taken while in Arrow: DAPO's file has 1.8 million of them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    chats = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
+    if not chats or kind.value_type.get_field_index("content") < 0:
+        return column
+    if not pc.min(pc.list_value_length(column)).as_py():
+        return column  # an empty one: the check of its row says so
+    return pc.struct_field(pc.list_element(column, 0), "content")
+
+
+def _require(columns: Sequence[str], there: Iterable[str], where: str) -> None:
+    for name in columns:
+        if name not in there:
             raise InputError(
-                f"{where}: no column '{name}'; there are: {there}. Set data.problem_column or data.answer_column"
+                f"{where}: no column '{name}'; there are: {', '.join(there)}. Set data.problem_column and "
+                "data.answer_column"
             )
-        value = value[part]
-    return value
 
 
-def _problem(value: Any, strip_wrapper: bool) -> str:
-    text = value if isinstance(value, str) else value[0]["content"]
-    return text.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX) if strip_wrapper else text
+def _problem(value: Any, section: config.Data, where: str) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = value[0].get("content")
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(
+            f"{where}: '{section.problem_column}' holds neither text nor chat messages; remove the row or fill it in"
+        )
+    return value.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX) if section.strip_dapo_wrapper else value
 
 
-def _answer(value: Any, column: str, where: str) -> str:
+def _answer(value: Any, section: config.Data, where: str) -> str:
+    """The answer as the strict verifier compares it: nothing is stripped but a box around the whole."""
+    column = section.answer_column
+    if not isinstance(value, str | int | None) or isinstance(value, bool):
+        raise InputError(f"{where}: '{column}' is {value!r}, neither text nor an integer; write it as text")
     text = "" if value is None else str(value)
+    inside = extract(text)
+    text = inside if inside is not None and text == f"{BOX}{inside}}}" else text
     if not text.strip():
         raise InputError(f"{where}: '{column}' is empty; every row needs an answer, remove it or fill it in")
-    boxed = text.startswith("\\boxed{") and text.endswith("}")
-    return text[len("\\boxed{") : -1] if boxed else text
+    return text
 
 
-def _encode(tokenizer: Any, text: str, chat_template: bool) -> np.ndarray:
-    if chat_template:  # the template writes its own special tokens
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-    return np.array(tokenizer.encode(text, add_special_tokens=not chat_template), np.int32)
+def _encode(
+    tokenizer: Any, section: config.Data, rows: Sequence[tuple[str, str, str]]
+) -> Iterator[np.ndarray]:
+    for first in range(0, len(rows), BATCH):
+        texts = [section.prefix + text + section.suffix for _, text, _ in rows[first : first + BATCH]]
+        if section.chat_template:  # the template writes its own special tokens
+            chats = [[{"role": "user", "content": text}] for text in texts]
+            texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        for ids in tokenizer(texts, add_special_tokens=not section.chat_template)["input_ids"]:
+            yield np.array(ids, np.int32)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

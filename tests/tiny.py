@@ -1,0 +1,35 @@
+"""A tokenizer small enough to read: one token per character, and the special ones that models have."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>"]
+TEMPLATE = (
+    "<bos>{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_tokenizer(path: Path, chat_template: str | None = TEMPLATE) -> Any:
+    """Saves a Hugging Face tokenizer to the folder, and returns it.
+
+    Like Llama's, it puts a <bos> before plain text, and its chat template writes one too.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [*SPECIAL, "<unk>", *string.printable]
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+        chat_template=chat_template, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.save_pretrained(path)
+    return fast
