@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ _EPILOG = """Any value of a recipe is an option: jaxrl train recipes/demo.toml -
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; exits with 2 on bad input (one line on stderr) and with 130 when interrupted."""
     args, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's; what matters in it is raised as well
     try:
         args.run(args, overrides)
     except InputError as error:

@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
     sampler.publish(state.params, start)
     timer = telemetry.Timer()
     with (
+        closing(checkpoints),  # outermost: whatever happens, a write under way is finished
         telemetry.Progress(recipe.run.steps, start, title=directory.name) as progress,
         telemetry.MetricsWriter(directory, start, recipe.run.tensorboard) as writer,
         graceful_stop(say) as stop,
@@ -141,7 +142,6 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
                 evaluate(done)
             if stop.asked:
                 break
-    checkpoints.close()
     if stop.asked and done < recipe.run.steps:
         say(f"stopped after step {done}; the same command goes on from there")
         raise KeyboardInterrupt

@@ -1,0 +1,139 @@
+"""The command line as a new user meets it: one clear line, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from jaxrl import cli
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
+
+
+def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
+    """The one line that a command refuses bad input with."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in args])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and error.startswith("jaxrl: "), error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.path", "nowhere/at/all", "no such model folder"),
+        ("data.path", "missing.jsonl", "no such file"),
+        ("data.problem_column", "question", "question"),
+        ("data.answer_column", "solution", "solution"),
+        ("eval.every", 5, "eval.path"),
+    ],
+)
+def test_bad_recipe_values(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, key: str, value: object, said: str
+) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base)
+    section, name = key.split(".")
+    text = recipe.read_text().replace(f"[{section}]\n", f"[{section}]\n{name} = {json.dumps(value)}\n")
+    lines, seen = [], set()
+    for line in text.splitlines():  # the new value stands first; drop the old one of the same key
+        header = line if line.startswith("[") else None
+        seen = set() if header else seen
+        entry = line.split(" = ")[0]
+        if header or entry not in seen:
+            lines.append(line)
+        seen.add(entry)
+    recipe.write_text("\n".join(lines))
+    assert said in refused(capsys, "train", recipe)
+
+
+def test_damaged_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    recipe = tiny_run.write_recipe(tmp_path, broken)
+    assert "model.safetensors" in refused(capsys, "train", recipe)
+    settings = json.loads((broken / "config.json").read_text()) | {"model_type": "mamba"}
+    (broken / "config.json").write_text(json.dumps(settings))
+    assert "mamba" in refused(capsys, "train", recipe)
+
+
+def test_bad_data(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("")
+    assert "no rows" in refused(capsys, "train", recipe)
+    problems.write_text('{"problem": "1", "answer": "1"}\n{"problem": "2", "answer": null}\n')
+    assert "problems.jsonl:2" in refused(capsys, "train", recipe)
+
+
+def test_commands_that_need_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "neither a run folder nor a checkpoint" in refused(capsys, "export", tmp_path)
+    assert "no metrics" in refused(capsys, "report", tmp_path)
+    assert "--recipe" in refused(capsys, "eval", tmp_path)
+    assert "cannot read the recipe" in refused(capsys, "train", tmp_path / "recipe.toml")
+
+
+def test_help_lists_every_section(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--rollout.samples", "--loss.clip-high", "--eval.every"))
+
+
+def test_export_reads_one_checkpoint_or_the_newest(base: Path, tmp_path: Path) -> None:
+    recipe, run = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4}), tmp_path / "run"
+    assert tiny_run.jaxrl("train", recipe).wait(300) == 0
+    for source, out in ((run, "newest"), (run / "checkpoints" / "2", "second")):
+        output, _ = tiny_run.jaxrl("export", source, tmp_path / out, "--dtype", "float32").communicate(
+            timeout=120
+        )
+        assert f"step {4 if out == 'newest' else 2} of" in output
+    read = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("newest", "second")]
+    assert read[0] != read[1]
+    assert (tmp_path / "newest" / "tokenizer.json").exists()
+
+
+def test_a_failed_checkpoint_write_is_one_line_and_the_run_goes_on_later(base: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base)
+    # files over 8 KiB cannot be written, as on a disk that is full: arrays fail, logs do not
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, 8 << 10))  # noqa: E731
+    process = tiny_run.jaxrl("train", recipe, "--run.rollouts-every", "0", preexec_fn=limit)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert "writing a checkpoint failed" in output and "Traceback" not in output
+    process = tiny_run.jaxrl("train", recipe)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("moment", ["loading", "sampling"])
+def test_interrupted_early_it_says_so(base: Path, tmp_path: Path, moment: str) -> None:
+    process = tiny_run.jaxrl("train", tiny_run.write_recipe(tmp_path, base), stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    first = process.stdout.readline()  # the prompts have been read; the model and the compiler come next
+    assert "3 prompts" in first
+    if moment == "sampling":
+        while not (tmp_path / "run" / "recipe.toml").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
