@@ -6,9 +6,11 @@ nothing else has to be remembered. Orbax writes into a temporary folder and rena
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from jaxrl import config
@@ -49,8 +51,13 @@ class Checkpoints:
         """Starts writing `state`; returns as soon as it is copied off the devices.
 
         Raises:
-          InputError: if this or the write before it failed, with the step that a restart goes on from.
+          InputError: if there is no room for it, or this or the write before it failed; with the step that a
+            restart goes on from.
         """
+        need = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < need:  # Orbax would find out too, after many lines of its own
+            self._fail(f"it takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -104,12 +111,15 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # Orbax wraps what the file system said in types of its own
-            good = self.latest()
-            after = "there is no older one" if good is None else f"the last good one is of step {good}"
-            raise InputError(
-                f"{self.directory}: writing a checkpoint failed ({_root(error)}); {after}. "
-                "Free space or fix the folder and run the same command again"
-            ) from error
+            self._fail(_root(error), error)
+
+    def _fail(self, why: str, cause: Exception | None = None) -> None:
+        good = self.latest()
+        after = "there is no older one" if good is None else f"the last good one is of step {good}"
+        raise InputError(
+            f"{self.directory}: writing a checkpoint failed ({why}); {after}. "
+            "Free space or fix the folder and run the same command again"
+        ) from cause
 
 
 def _root(error: BaseException) -> str:

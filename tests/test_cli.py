@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -108,22 +106,33 @@ def test_export_reads_one_checkpoint_or_the_newest(base: Path, tmp_path: Path) -
     assert (tmp_path / "newest" / "tokenizer.json").exists()
 
 
-def test_a_failed_checkpoint_write_is_one_line_and_the_run_goes_on_later(base: Path, tmp_path: Path) -> None:
+def test_a_failed_checkpoint_write_ends_in_one_line_and_the_run_goes_on_later(
+    base: Path, tmp_path: Path
+) -> None:
     recipe = tiny_run.write_recipe(tmp_path, base)
-    # files over 8 KiB cannot be written, as on a disk that is full: arrays fail, logs do not
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, 8 << 10))  # noqa: E731
-    process = tiny_run.jaxrl("train", recipe, "--run.rollouts-every", "0", preexec_fn=limit)
+    # files over 8 KiB cannot be written, as on a disk that fills up: arrays fail, logs do not
+    process = tiny_run.jaxrl("train", recipe, "--run.rollouts-every", "0", largest_file=8)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
-    assert "writing a checkpoint failed" in output and "Traceback" not in output
+    assert "writing a checkpoint failed" in output.splitlines()[-1]
     process = tiny_run.jaxrl("train", recipe)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
 
 
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    error = refused(capsys, "train", tiny_run.write_recipe(tmp_path, base))
+    assert "GB are free" in error and "there is no older one" in error
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("moment", ["loading", "sampling"])
 def test_interrupted_early_it_says_so(base: Path, tmp_path: Path, moment: str) -> None:
-    process = tiny_run.jaxrl("train", tiny_run.write_recipe(tmp_path, base), stderr=subprocess.STDOUT)
+    process = tiny_run.jaxrl("train", tiny_run.write_recipe(tmp_path, base))
     assert process.stdout is not None
     first = process.stdout.readline()  # the prompts have been read; the model and the compiler come next
     assert "3 prompts" in first

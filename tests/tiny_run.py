@@ -85,9 +85,12 @@ def write_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
     return path
 
 
-def jaxrl(*args: Any, **options: Any) -> subprocess.Popen:
-    """Starts the command line in a process of its own, on one virtual device."""
+def jaxrl(*args: Any, largest_file: int = 0) -> subprocess.Popen:
+    """Starts the command line in a process of its own, on one device; `largest_file` in KiB fails bigger writes."""
     environment = {**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jaxrl.cli", *map(str, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, **(pipes | options))
+    if largest_file:
+        command = ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "jaxrl", *command]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
