@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -343,6 +345,23 @@ def test_a_tokenizer_comes_back_whole(tmp_path):
     assert theirs("a+b\n\\boxed{1}<eos>")["input_ids"] == ours("a+b\n\\boxed{1}<eos>")["input_ids"]
     assert (theirs.eos_token, theirs.pad_token) == ("<eos>", "<pad>")
     assert theirs.decode(theirs("a + b\n1<eos>")["input_ids"], skip_special_tokens=True) == "a + b\n1"
+
+
+def test_addition_problems_are_right_apart_and_the_same_again(tmp_path):
+    script = Path(__file__).parents[1] / "recipes/addition.py"
+    for out in ("a", "b"):
+        sizes = ("--digits", "1", "--train", "70", "--heldout", "30")
+        subprocess.run([sys.executable, script, tmp_path / out, *sizes], check=True)
+    rows = {}
+    for name, count in (("train", 70), ("heldout", 30)):
+        file = tmp_path / "a" / f"{name}.jsonl"
+        assert file.read_bytes() == (tmp_path / "b" / f"{name}.jsonl").read_bytes()
+        rows[name] = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows[name]) == count
+    every = [row["problem"] for row in rows["train"] + rows["heldout"]]
+    assert len(set(every)) == 100  # all the sums of two digits, each in one of the files
+    for row in rows["train"] + rows["heldout"]:
+        assert sum(map(int, row["problem"].split(" + "))) == int(row["answer"])
 
 
 # --- batch
