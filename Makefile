@@ -7,6 +7,7 @@ SEED   ?= 1
 # Threads on purpose: two cores are saturated by one process, and spinning OpenMP threads only steal from it.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
 SMOLLM2 := models/smollm2-135m-instruct
 

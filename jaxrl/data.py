@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,7 @@ def load_tokenizer(path: str) -> Any:
     Raises:
       InputError: if there is none that can be read.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is intended
     from transformers import AutoTokenizer
 
     # Where all of these are missing, transformers makes up an empty tokenizer from config.json.
