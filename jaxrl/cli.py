@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(f"jaxrl: {line}" for line in str(error).splitlines()), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the exit short
         print("jaxrl: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 

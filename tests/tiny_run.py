@@ -22,7 +22,7 @@ SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"012"]
 
 
 def make_base(folder: Path) -> Path:
-    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2} whatever is asked."""
+    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2}: what it is asked half the time."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,16 +37,17 @@ def make_base(folder: Path) -> Path:
     decoder = Config(family="qwen2", vocab_size=len(SYMBOLS), **sizes)  # type: ignore[arg-type]
     mesh, rng = make_mesh(), np.random.default_rng(0)
     adam = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
-    optimizer = grpo.make_optimizer(learning_rate=1e-2, warmup_steps=0, updates_per_step=1, **adam)
+    optimizer = grpo.make_optimizer(learning_rate=3e-3, warmup_steps=0, updates_per_step=1, **adam)
     update, _ = grpo.make_update(
         decoder, optimizer, mesh, buckets=(8,), backend="xla", dtype="float32", remat="none", temperature=1.0,
         chunk=64, clip_low=0.2, clip_high=0.2, dual_clip=10.0,
     )  # fmt: skip
-    state = grpo.init_state(initialise(decoder, 0), optimizer, mesh)
-    for _ in range(60):
+    state = grpo.init_state(initialise(decoder, 0, scale=0.2), optimizer, mesh)
+    for _ in range(150):
         examples = []
         for _ in range(32):
-            asked, answered = 6 + rng.integers(3, size=2)
+            asked, guess = 6 + rng.integers(3, size=2)
+            answered = asked if rng.random() < 0.25 else guess
             prompt = Prompt("", np.array([2, asked, 3], np.int32), "")
             answer = np.array([4, answered, 5, 1], np.int32)
             examples.append(Rollout(prompt, answer, np.zeros(4, np.float32), "stop", 0))
