@@ -22,7 +22,7 @@ SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"012"]
 
 
 def make_base(folder: Path) -> Path:
-    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2}: what it is asked half the time."""
+    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2}: right half the time."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
