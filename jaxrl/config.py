@@ -52,7 +52,7 @@ class Model(Section):
     """Hugging Face folder or Hub id of the policy to start from (paper, section 3)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; parameters, moments, softmax, log-probs and gradients stay float32 (verl FSDP)."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "cudnn_packed"] = "auto"
     """Kernel for packed attention; auto takes cudnn on NVIDIA GPUs with bfloat16, xla elsewhere (ours)."""
     remat: Literal["full", "attention", "none"] = "full"
     """What the backward pass recomputes: whole layers, all but attention's output, nothing (verl: full)."""

@@ -23,7 +23,7 @@ from jaxrl.grpo.logprobs import token_logprobs
 from jaxrl.grpo.objective import policy_objective
 from jaxrl.grpo.packing import PackedBatch
 from jaxrl.models import decoder
-from jaxrl.models.attention import Segments, packed_attention
+from jaxrl.models.attention import Backend, Segments, packed_attention
 
 Metrics = dict[str, jax.Array]
 
@@ -86,7 +86,7 @@ def make_update(
     mesh: Mesh,
     *,
     buckets: tuple[int, ...],
-    backend: str,
+    backend: Backend,
     dtype: str,
     remat: decoder.Remat,
     temperature: float,

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 Params = dict[str, Any]
 # (q [..., N, H, D], k [..., N, K, D], v [..., N, K, D], this layer's slice of `cache`) -> (out, kept), see `forward`
@@ -149,7 +148,6 @@ def forward(
             x = rms_norm(h, w["attention_norm"], config.norm_epsilon)
             q, k, v = _qkv(config, w, x, positions)
             out, kept = attend(q, k, v, layer_cache)
-            out = checkpoint_name(out, "attention")
             h = h + _linear(out.reshape(*h.shape[:-1], -1), w["o"])
         with jax.named_scope("mlp"):
             x = rms_norm(h, w["mlp_norm"], config.norm_epsilon)
@@ -157,7 +155,7 @@ def forward(
         return h, kept
 
     if remat != "none":
-        # packed_attention keeps only q, k and v for its backward pass, so naming its output is enough here
+        # packed_attention names what its backward pass needs beside q, k and v
         policies = jax.checkpoint_policies
         save = (
             policies.save_only_these_names("attention") if remat == "attention" else policies.nothing_saveable
