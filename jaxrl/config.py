@@ -154,8 +154,10 @@ class Optimizer(Section):
 
 @dataclass(frozen=True)
 class Packing(Section):
-    stream_tokens: Positive = 16_384
-    """Tokens in one device's stream, the micro-batch (ours; verl packs 32,768 a GPU)."""
+    stream_tokens: Positive = 32_768
+    """Most tokens in one device's stream, the micro-batch (verl ppo_max_token_len_per_gpu); may be down to half."""
+    segments: Positive = 64
+    """Most sequences in one stream (ours)."""
     bucket_tokens: Positive = 512
     """Attention runs at segment lengths rounded up to this many tokens (ours)."""
     logprob_chunk: Positive = 1024
@@ -168,6 +170,8 @@ class Mesh(Section):
     """Replicas of the sharded state, across slow links (ours)."""
     fsdp: Count = 0
     """Devices that share one copy of the state; 0 takes all devices / data (verl: all 32 ranks)."""
+    gather: Literal["step", "layer"] = "step"
+    """When parameters are whole: from the start of an update, or a layer at a time for models too large (ours)."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +339,11 @@ def _impossible(r: Recipe) -> list[str]:
     require(
         stream % chunk == 0,
         f"packing.logprob_chunk = {chunk} does not divide packing.stream_tokens = {stream}; use a divisor",
+    )
+    require(
+        r.mesh.gather == "step" or r.model.remat != "none",
+        'mesh.gather = "layer" with model.remat = "none" keeps every layer whole for the backward pass; set '
+        'model.remat to "full" or "attention"',
     )
     require(
         r.rollout.prompts % r.optimizer.minibatch_prompts == 0,

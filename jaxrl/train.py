@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -170,6 +171,7 @@ def make_update(recipe: config.Recipe, model_config: decoder.Config, optimizer: 
         backend=attention.choose_backend(recipe.model.attention, recipe.model.dtype),
         dtype=recipe.model.dtype,
         remat=recipe.model.remat,
+        gather=recipe.mesh.gather,
         temperature=recipe.rollout.temperature,
         chunk=recipe.packing.logprob_chunk,
         clip_low=recipe.loss.clip_low,
@@ -185,6 +187,11 @@ def make_sampler(recipe: config.Recipe, model_config: decoder.Config, mesh: Any)
 def attention_buckets(recipe: config.Recipe) -> tuple[int, ...]:
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
     return packing.bucket_lengths(recipe.packing.bucket_tokens, longest)
+
+
+def stream_lengths(recipe: config.Recipe) -> tuple[int, ...]:
+    unit = math.lcm(recipe.packing.bucket_tokens, recipe.packing.logprob_chunk)
+    return packing.stream_lengths(recipe.packing.stream_tokens, attention_buckets(recipe)[-1], unit)
 
 
 def abstract_state(model_config: decoder.Config, optimizer: Any, mesh: Any) -> grpo.TrainState:
@@ -218,7 +225,8 @@ def minibatches(
             [rollout for group in groups[first : first + size] for rollout in group],
             advantages[first : first + size].reshape(-1),
             devices=mesh.size,
-            stream=recipe.packing.stream_tokens,
+            streams=stream_lengths(recipe),
+            segments=recipe.packing.segments,
             buckets=attention_buckets(recipe),
             normalization=recipe.loss.normalization,
             max_tokens=recipe.rollout.max_tokens,

@@ -126,6 +126,7 @@ def forward(
     cache: Any = None,
     dtype: str = "float32",
     remat: Remat = "none",
+    fetch: Callable[[Params], Params] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder up to the final norm.
 
@@ -136,6 +137,7 @@ def forward(
       cache: pytree with a leading layer axis, handed to `attend` slice by slice, or None.
       dtype: of the computation; norms, rotations and softmax are float32 inside.
       remat: what the backward pass recomputes.
+      fetch: makes one layer's parameters of what `params["layers"]` holds a slice of; as they are by default.
 
     Returns:
       hidden states [..., N, D] in `dtype`, and what `attend` kept, stacked over layers.
@@ -143,7 +145,7 @@ def forward(
 
     def layer(h: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         w, layer_cache = inputs
-        w = jax.tree.map(lambda a: a.astype(dtype), w)
+        w = jax.tree.map(lambda a: a.astype(dtype), fetch(w) if fetch else w)
         with jax.named_scope("attention"):
             x = rms_norm(h, w["attention_norm"], config.norm_epsilon)
             q, k, v = _qkv(config, w, x, positions)
