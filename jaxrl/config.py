@@ -44,6 +44,10 @@ class Run(Section):
     """Also write TensorBoard event files into the run folder (ours)."""
     rollouts_every: Count = 1
     """Keep every n-th step's rollouts as jsonl; 0 keeps none (ours)."""
+    compilation_cache: str = "~/.cache/jaxrl"
+    """Folder for compiled programs, on a file system that all hosts share; empty keeps none (ours)."""
+    profile: Count = 0
+    """Trace this many steps after the first into the run folder's profile/, for XProf; 0 traces none (ours)."""
 
 
 @dataclass(frozen=True)

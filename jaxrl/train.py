@@ -34,6 +34,9 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
     """Trains until `run.steps`, from the newest checkpoint of the run folder where there is one."""
     started = time.monotonic()
     directory = Path(recipe.run.directory)
+    if recipe.run.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(recipe.run.compilation_cache).expanduser()))
+    compilations = telemetry.Compilations()
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     folder = hf.resolve(recipe.model.path)
     model_config = hf.read_config(folder)
@@ -83,11 +86,13 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
         closing(checkpoints),  # outermost: whatever happens, a write under way is finished
         telemetry.Progress(recipe.run.steps, start, title=directory.name) as progress,
         telemetry.MetricsWriter(directory, start, recipe.run.tensorboard) as writer,
+        closing(telemetry.Profile(directory / "profile", start, recipe.run.profile)) as profile,
         graceful_stop(say) as stop,
     ):
         evaluate(start)
         for step in range(start, recipe.run.steps):
             timer.reset()
+            profile.begin(step)
             began = time.monotonic()
             with timer("sample"):
                 batch = data.batch(
@@ -128,6 +133,7 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
             metrics = rollout_metrics(groups, rewards) | update_metrics(updates) | timer.seconds()
             metrics |= {
                 "time/step": seconds,
+                "perf/compilations": float(compilations.new()),
                 "sampler/staleness": float(step - np.mean([r.version for g in groups for r in g])),
             }
             metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])

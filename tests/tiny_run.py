@@ -67,7 +67,10 @@ def write_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
     rows = [{"problem": d, "answer": d} for d in "012"]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values: dict[str, Any] = {
-        "run": {"directory": str(folder / "run"), "steps": 6, "tensorboard": False},
+        "run": {
+            "directory": str(folder / "run"), "steps": 6, "tensorboard": False,
+            "compilation_cache": str(base.parent / "cache"),
+        },
         "model": {"path": str(base), "dtype": "float32", "remat": "none"},
         "data": {
             "path": str(folder / "problems.jsonl"), "problem_column": "problem", "answer_column": "answer",
