@@ -11,7 +11,7 @@ export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 test test-slow test-golden lint clean
+.PHONY: help install demo smollm2 test test-slow test-golden test-gpu lint clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learnt (RUN=, SEED=)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
+	@echo "make test-gpu     attention backends on this machine's GPU"
 	@echo "make lint         ruff and mypy"
 
 install: $(VENV)/.installed
@@ -63,6 +64,10 @@ test-slow: $(VENV)/.installed-test smollm2
 test-golden: $(VENV)/.installed-test
 	@test -n "$(GOLDEN)" || { echo "say where the vectors are: make test-golden GOLDEN=DIR"; exit 1; }
 	GOLDEN="$(GOLDEN)" $(BIN)/python -m pytest -m golden $(PYTEST)
+
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cuda]'
+	$(BIN)/python -m pytest -m gpu $(PYTEST)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -166,7 +166,7 @@ def _xla_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, j
         scores = _scores(q, k[:, :seen], at)
         lse = jax.nn.logsumexp(scores, axis=-1)
         weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
-        return None, (_dot("kgnm,kmd->nkgd", weights, v[:, :seen]), lse.transpose(2, 0, 1))
+        return None, (_weighted(weights, v[:, :seen]), lse.transpose(2, 0, 1))
 
     _, (out, lse) = _over_rows(attend, None, (_by_group(q, k),))
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(length, heads)
@@ -185,7 +185,7 @@ def _xla_backward(q, k, v, out, lse, d_out):
         d_scores = (scale * weights * (d_weights - delta.transpose(1, 2, 0)[..., None])).astype(q.dtype)
         dv = dv.at[:, :seen].add(_dot("kgnm,nkgd->kmd", weights.astype(q.dtype), d_out))
         dk = dk.at[:, :seen].add(_dot("kgnm,nkgd->kmd", d_scores, q))
-        return (dk, dv), _dot("kgnm,kmd->nkgd", d_scores, k[:, :seen])
+        return (dk, dv), _weighted(d_scores, k[:, :seen])
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     rows = tuple(_by_group(x, k) for x in (q, d_out, lse, delta))
@@ -219,6 +219,12 @@ def _scores(q: jax.Array, k: jax.Array, at: jax.Array) -> jax.Array:
     """q [n, K, G, D] at positions [n], k [K, m, D] -> masked, scaled scores [K, G, n, m] float32."""
     seen = at[:, None] >= jnp.arange(k.shape[1])[None]
     return jnp.where(seen[None, None], _dot("nkgd,kmd->kgnm", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+
+
+def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Weights [K, G, n, m], x [K, m, D] -> [n, K, G, D] float32."""
+    # transposed by hand: XLA's CPU backend has no bfloat16 product that also moves axes
+    return _dot("kgnm,kmd->kgnd", weights, x).transpose(2, 0, 1, 3)
 
 
 def _by_group(x: jax.Array, k: jax.Array) -> jax.Array:
