@@ -68,15 +68,16 @@ class Weights:
         return jax.tree.map(reduce, grads, self.axes)
 
     def _whole(self, shards: Params, axes: Any) -> Params:
-        """The LM head, the last to be used, stays float32 (see `token_logprobs`)."""
-        last = "head" if "head" in shards else "embed"
+        """In the compute dtype, but the embedding and the LM head: their gradients sum over all tokens, in float32."""
 
         def gather(dtype: str, shard: jax.Array, axis: int) -> jax.Array:
             return shard if axis < 0 else _all_gather(shard, axis, dtype)
 
         return {
             name: jax.tree.map(
-                functools.partial(gather, "float32" if name == last else self.dtype), part, axes[name]
+                functools.partial(gather, "float32" if name in ("embed", "head") else self.dtype),
+                part,
+                axes[name],
             )
             for name, part in shards.items()
         }

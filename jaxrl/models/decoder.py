@@ -183,7 +183,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """Root-mean-square norm over the last axis (arXiv 1910.07467), computed in float32."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return _over_last(weight, x) * (x32 * scale).astype(x.dtype)
+    return _in_float32(jnp.multiply, (x32 * scale).astype(x.dtype), weight)
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -199,7 +199,12 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 def _linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     y = jnp.einsum("...i,oi->...o", x, w)
-    return y if bias is None else y + _over_last(bias, y)
+    return y if bias is None else _in_float32(jnp.add, y, bias)
+
+
+def _in_float32(op: Callable[..., jax.Array], x: jax.Array, w: jax.Array) -> jax.Array:
+    """op([..., D], [D]) in x's dtype: the same bits, but the gradient of w sums over tokens in float32."""
+    return op(x.astype(jnp.float32), _over_last(w, x).astype(jnp.float32)).astype(x.dtype)
 
 
 def _over_last(w: jax.Array, x: jax.Array) -> jax.Array:

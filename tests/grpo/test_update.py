@@ -436,6 +436,17 @@ def test_bfloat16_compute_float32_state():
     assert float(metrics["loss"]) == pytest.approx(trajectory(UNTIED)[0][1]["loss"], abs=1e-3)
 
 
+@pytest.mark.parametrize("gather", ["step", "layer"])
+def test_gradients_are_summed_over_tokens_in_float32(gather):
+    """In bfloat16 the embedding's, of a token that comes hundreds of times, or a bias's would stop growing."""
+    t = trainer(gather=gather, dtype="bfloat16")
+    program = t.update.lower(t.state(), t.batch(minibatches(UNTIED)[1])).as_text()
+    scattered = re.findall(r'"stablehlo.scatter"\(.*?-> tensor<([\dx]+x\w+)>', program, flags=re.S)
+    assert "72x20xf32" in scattered and "72x20xbf16" not in scattered
+    sums = re.findall(r"applies stablehlo.add across .*-> tensor<(?:[\dx]+x)?(\w+)>", program)
+    assert "f32" in sums and "bf16" not in sums
+
+
 # Scores
 
 
