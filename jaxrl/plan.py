@@ -7,19 +7,21 @@ abstract arrays. Seconds are a roofline model over a data sheet and five constan
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxrl import config
+from jaxrl.distributed import BATCH_AXES
 from jaxrl.errors import InputError
-from jaxrl.models import decoder
+from jaxrl.models import decoder, hf
 from jaxrl.models.decoder import Config, forward_flops
+from jaxrl.sampling.sampler import Prompt, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,14 @@ BANDWIDTH = 0.6  # reached share of memory and link bandwidth
 STEP_OVERHEAD = 3e-3  # s a decode step beyond the roofline, with CUDA graphs
 EAGER_OVERHEAD = 12e-3  # the same where every kernel is launched from Python (vLLM's enforce_eager)
 PUBLISH_RATE = 3e9  # bytes/s from the trainers' bf16 weights to samplers that run on them
-CACHE_SHARE = 0.85  # of a sampler's memory for weights and cache (verl's gpu_memory_utilization)
+MEMORY_SHARE = 0.85  # of device memory that can be planned with (verl's gpu_memory_utilization)
 NODE = 8  # devices that NVLink joins
+
+_R1_DISTILL = Config("qwen2", 151_936, 1536, 28, 12, 2, 128, 8960, 1e4, 1e-6, False, 131_072)
+KNOWN = {  # models that can be planned for without network, from their config.json
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _R1_DISTILL,
+    "nvidia/OpenMath-Nemotron-1.5B": _R1_DISTILL,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +72,9 @@ class Workload:
     spread: float = 0.8  # standard deviation over mean of the log-normal lengths, before the cap
     updates: int = 4
     scored: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
-    trained: float = 1.0  # share of sequences that the trainer computes; those with zero advantage may be left out
+    trained: float = (
+        1.0  # share of sequences that the trainer computes; those with zero advantage may be left out
+    )
     eager: bool = False
     tensor: int = 1  # devices that one sampler spans
 
@@ -89,17 +99,9 @@ class Step:
     publish: float
 
     @property
-    def sampling(self) -> float:
-        return self.prefill + self.decode
-
-    @property
-    def training(self) -> float:
-        return self.score + self.update + self.communication
-
-    @property
     def total(self) -> float:
-        together = self.sampling + self.training if self.colocated else max(self.sampling, self.training)
-        return together + self.publish
+        sampling, training = self.prefill + self.decode, self.score + self.update + self.communication
+        return (sampling + training if self.colocated else max(sampling, training)) + self.publish
 
 
 def response_lengths(w: Workload) -> np.ndarray:
@@ -112,7 +114,7 @@ def response_lengths(w: Workload) -> np.ndarray:
         raise InputError(
             f"a mean response of {w.response_tokens:g} tokens is not between 1 and the cap of {w.cap}; change one"
         )
-    normal = _normal_quantiles((np.arange(w.sequences) + 0.5)[::-1] / w.sequences)
+    normal = np.array([NormalDist().inv_cdf(1 - (i + 0.5) / w.sequences) for i in range(w.sequences)])
     shape = np.exp(normal * math.sqrt(math.log1p(w.spread**2)))
     low, high = -20.0, 60.0  # logarithm of the median
     for _ in range(100):
@@ -120,12 +122,6 @@ def response_lengths(w: Workload) -> np.ndarray:
         under = np.clip(shape * math.exp(middle), 1, w.cap).mean() < w.response_tokens
         low, high = (middle, high) if under else (low, middle)
     return np.rint(np.clip(shape * math.exp(high), 1, w.cap)).astype(int)
-
-
-def _normal_quantiles(p: np.ndarray) -> np.ndarray:
-    from statistics import NormalDist
-
-    return np.array([NormalDist().inv_cdf(x) for x in p])
 
 
 def parameters(c: Config) -> int:
@@ -156,7 +152,7 @@ def decode_seconds(w: Workload, hardware: Hardware, lengths: np.ndarray) -> tupl
     dense, _ = forward_flops(w.model)  # also the bytes of these weights: 2 FLOPs and 2 bytes a parameter
     bandwidth, flops = (rate * w.tensor for rate in (hardware.bandwidth * BANDWIDTH, hardware.flops * MFU))
     per_token = cache_bytes(w.model)
-    room = CACHE_SHARE * hardware.memory * w.tensor - 2 * parameters(w.model)
+    room = MEMORY_SHARE * hardware.memory * w.tensor - 2 * parameters(w.model)
     slots = int(room / (per_token * (w.prompt_tokens + w.response_tokens)))
     if slots < 1:
         raise InputError(
@@ -175,7 +171,9 @@ def decode_seconds(w: Workload, hardware: Hardware, lengths: np.ndarray) -> tupl
         cached = np.concatenate([cached, np.full(len(entering), w.prompt_tokens)])
         live, steps = left.size, left.min()
         read = steps * cached.sum() + live * steps * (steps + 1) / 2
-        took = steps * (overhead + max(dense / bandwidth, live * dense / flops)) + per_token * read / bandwidth
+        took = (
+            steps * (overhead + max(dense / bandwidth, live * dense / flops)) + per_token * read / bandwidth
+        )
         seconds += took
         tail += took if live + len(waiting) < len(lengths) / 4 else 0.0
         going_on = left > steps
@@ -191,10 +189,14 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
             "and whole samplers"
         )
     lengths, engines = response_lengths(w), samplers // w.tensor
-    decode, tail = decode_seconds(w, hardware, lengths[::engines])  # dealt out in turn: the first gets the longest
+    decode, tail = decode_seconds(
+        w, hardware, lengths[::engines]
+    )  # dealt out in turn: the first gets the longest
     dense, _ = forward_flops(w.model)
     prefill = math.ceil(w.prompts / engines) * w.prompt_tokens * dense / (hardware.flops * MFU * w.tensor)
-    forward = sequence_flops(w.model, lengths + w.prompt_tokens) * w.trained / (trainers * hardware.flops * MFU)
+    forward = (
+        sequence_flops(w.model, lengths + w.prompt_tokens) * w.trained / (trainers * hardware.flops * MFU)
+    )
     size = parameters(w.model)
     link = hardware.nvlink if trainers <= NODE else hardware.network
     traffic = 6 * size * (trainers - 1) / trainers  # gather in bf16, reduce-scatter in float32
@@ -226,16 +228,6 @@ def best_split(
     return min((predict(w, hardware, t, devices - t) for t in trainers), key=lambda step: step.total)
 
 
-def workload(recipe: config.Recipe, model: Config, **assumed: Any) -> Workload:
-    """What the recipe asks for; `assumed` are the fields that a recipe does not say."""
-    updates = recipe.updates_per_step
-    scored = 1 - 1 / updates if recipe.loss.skip_first_old_logprobs else 1.0
-    rollout = recipe.rollout
-    return Workload(
-        model, rollout.prompts, rollout.samples, cap=rollout.max_tokens, updates=updates, scored=scored, **assumed
-    )
-
-
 def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
     """Bytes on each trainer by arithmetic: float32 state, and what one update holds beside it."""
     size, shards = parameters(c), trainers // recipe.mesh.data
@@ -252,67 +244,183 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
         "activations": compute * stream * c.layers * kept,
-        "temporaries": compute * size * whole + gradients + 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size,
+        "temporaries": compute * size * whole
+        + gradients
+        + 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size,
     }
 
 
 def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
     """Bytes on each trainer as XLA assigns them, compiled for virtual devices; nothing is allocated.
 
-    The CPU compiler computes in float32 where a GPU computes in bfloat16, so the temporaries are an upper bound.
+    The batch has the longest sequences that the recipe allows. The CPU compiler computes in float32 where a GPU
+    computes in bfloat16, so the temporaries are an upper bound.
     """
     try:  # before jax starts; where it has, its devices have to do
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", trainers)
+        jax.config.update("jax_platforms", "cpu")
     except RuntimeError:
-        pass
-    if jax.device_count("cpu") < trainers:
-        raise InputError(f"{trainers} trainers cannot be compiled for: jax started with fewer virtual devices")
-    from jax.sharding import NamedSharding, PartitionSpec
+        if jax.device_count("cpu") < trainers:
+            raise InputError(f"{trainers} trainers, but jax has started with fewer virtual devices") from None
+    from jaxrl import train
 
-    from jaxrl import distributed, train
-
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention="xla"))
-    shape = (recipe.mesh.data, trainers // recipe.mesh.data)
+    longest = train.attention_buckets(recipe)[
+        -1
+    ]  # one attention length compiles fast, and the longest holds most
+    recipe = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, attention="xla"),
+        packing=dataclasses.replace(recipe.packing, bucket_tokens=longest),
+    )
     mesh = jax.make_mesh(
-        shape, distributed.BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        devices=jax.devices("cpu")[:trainers],
+        (recipe.mesh.data, trainers // recipe.mesh.data), BATCH_AXES, devices=jax.devices("cpu")[:trainers],
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
     )  # fmt: skip
     optimizer = train.make_optimizer(recipe)
     update, score = train.make_update(recipe, c, optimizer, mesh)
     state = train.abstract_state(c, optimizer, mesh)
-    per_device = NamedSharding(mesh, PartitionSpec(distributed.BATCH_AXES))
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=per_device), _longest_batch(recipe, c, mesh)
-    )
-    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # buffers stay the same
-    memory, scoring = (
-        function.lower(argument, batch).compile(fast).memory_analysis()
+    prompt = Prompt("", np.zeros(recipe.data.max_prompt_tokens, np.int32), "")
+    response = np.zeros(recipe.rollout.max_tokens, np.int32)
+    group = [Rollout(prompt, response, response.astype(np.float32), "length", 0)] * recipe.rollout.samples
+    groups = [group] * recipe.optimizer.minibatch_prompts
+    full = next(iter(train.minibatches(recipe, c, groups, np.ones((len(groups), len(group))), mesh)))
+    per_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=per_device), full)
+    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # same buffers
+    training, scoring = (
+        function.lower(argument, batch).compile(fast).memory_analysis().temp_size_in_bytes
         for function, argument in ((update, state), (score, state.params))
     )
-    activations = min(estimated_bytes(recipe, c, trainers)["activations"], memory.temp_size_in_bytes)
-    return {
-        "parameters": _shard_bytes(state.params),
-        "optimizer": _shard_bytes(state.opt_state),
-        "batch": _shard_bytes(batch),
+    activations = min(estimated_bytes(recipe, c, trainers)["activations"], training)
+    held = {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}
+    return {name: _shard_bytes(tree) for name, tree in held.items()} | {
         "activations": activations,
-        "temporaries": memory.temp_size_in_bytes - activations,
-        "arguments of update": memory.argument_size_in_bytes,
-        "temporaries of scoring": scoring.temp_size_in_bytes,
+        "temporaries": training - activations,
+        "temporaries of scoring": scoring,
     }
-
-
-def _longest_batch(recipe: config.Recipe, c: Config, mesh: Any) -> Any:
-    """A mini-batch of the longest sequences that the recipe allows, packed as training packs it."""
-    from jaxrl import train
-    from jaxrl.sampling.sampler import Prompt, Rollout
-
-    longest, minibatch = recipe.rollout.max_tokens, recipe.optimizer.minibatch_prompts
-    prompt = Prompt("", np.zeros(recipe.data.max_prompt_tokens, np.int32), "")
-    rollout = Rollout(prompt, np.zeros(longest, np.int32), np.zeros(longest, np.float32), "length", 0)
-    groups = [[rollout] * recipe.rollout.samples] * minibatch
-    return next(iter(train.minibatches(recipe, c, groups, np.ones((minibatch, recipe.rollout.samples)), mesh)))
 
 
 def _shard_bytes(tree: Any) -> float:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def model_config(path: str) -> Config:
+    """Of a Hugging Face folder, of a model known here, or of a Hub id; no weights are read.
+
+    Raises:
+      InputError: if it is none of these.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if Path(path).expanduser().is_dir():
+        return hf.read_config(Path(path).expanduser())
+    if path in KNOWN:
+        return KNOWN[path]
+    try:
+        file = hf_hub_download(path, "config.json")
+    except Exception as error:
+        raise InputError(
+            f"{path}: no such folder, and the Hub did not have its config.json ({type(error).__name__}); "
+            f"known without network: {', '.join(KNOWN)}"
+        ) from error
+    return hf.read_config(Path(file).parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """What a plan needs beside the recipe; the options of `jaxrl plan`."""
+
+    hardware: str = "H100"
+    trainers: int = 0
+    samplers: int = 0
+    devices: int = 0
+    mean_response: float = 5000
+    mean_prompt: float = 150
+    spread: float = 0.8
+    zero_advantage: float = 0.0
+    tensor: int = 1
+    eager: bool = False
+    compile: bool = True
+
+
+def plan(recipe: config.Recipe, a: Assumptions) -> dict[str, Any]:
+    """The plan as plain values: options, the fastest first, and bytes on each of the fastest one's trainers.
+
+    Raises:
+      InputError: for what cannot be.
+    """
+    for name in ("mean_response", "mean_prompt", "tensor"):
+        if not getattr(a, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} = {getattr(a, name)} is not positive")
+    if a.hardware not in HARDWARE:
+        raise InputError(f"--hardware = {a.hardware} is not known; {', '.join(HARDWARE)} are")
+    if not (0 <= a.zero_advantage < 1 and 0 <= a.spread < 10):
+        raise InputError(
+            "--zero-advantage is a share from 0 to below 1, --spread a number from 0 to below 10"
+        )
+    if (
+        min(a.trainers, a.samplers, a.devices) < 0
+        or (a.devices and a.trainers)
+        or (a.samplers and not a.trainers)
+    ):
+        raise InputError("give --devices N to find the best split, or --trainers N and --samplers M")
+    c, hardware, data = model_config(recipe.model.path), HARDWARE[a.hardware], recipe.mesh.data
+    updates, all_but_first = recipe.updates_per_step, 1 - 1 / recipe.updates_per_step
+    w = Workload(
+        c, recipe.rollout.prompts, recipe.rollout.samples, a.mean_prompt, a.mean_response,
+        recipe.rollout.max_tokens, a.spread, updates, eager=a.eager, tensor=a.tensor, trained=1 - a.zero_advantage,
+        scored=all_but_first if recipe.loss.skip_first_old_logprobs else 1.0,
+    )  # fmt: skip
+
+    def fits(trainers: int) -> bool:
+        needed = sum(estimated_bytes(recipe, c, trainers).values())
+        return trainers % data == 0 and needed <= MEMORY_SHARE * hardware.memory
+
+    count = a.trainers or a.devices or (recipe.mesh.fsdp or NODE) * data
+    if count % data:
+        raise InputError(f"{count} devices cannot be divided by mesh.data = {data}; change one of them")
+    steps = [predict(w, hardware, count, a.samplers or count, colocated=not a.samplers)]
+    if a.devices > 1:
+        steps.append(best_split(w, hardware, count, fits))
+    steps.sort(key=lambda step: step.total)
+    trainers, lengths = steps[0].trainers, response_lengths(w)
+    forward = sequence_flops(c, lengths + w.prompt_tokens) * w.trained
+    return {
+        "recipe": config.to_dict(recipe),
+        "assumptions": dataclasses.asdict(a),
+        "parameters": parameters(c),
+        "capped_fraction": float((lengths >= w.cap).mean()),
+        "steps": [dataclasses.asdict(step) | {"total": step.total} for step in steps],
+        "flops": {"old log-probs": w.scored * forward, "update": 3 * forward},
+        "bytes": (compiled_bytes if a.compile else estimated_bytes)(recipe, c, trainers),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints a plan."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, steps, a = Console(), result["steps"], result["assumptions"]
+    seconds = Table(f"{a['hardware']}: seconds a step", title_justify="left")
+    for s in steps:
+        split = f"{s['trainers']} trainers : {s['samplers']} samplers\none step ahead"
+        seconds.add_column(f"{s['trainers']} devices\nin turn" if s["colocated"] else split, justify="right")
+    names = ("prefill", "decode", "tail", "score", "update", "communication", "publish", "total")
+    titles = {"tail": "  of which the long tail", "score": "old log-probs", "update": "forward and backward"}
+    for name in names:
+        last = name in ("tail", "publish")
+        seconds.add_row(titles.get(name, name), *(f"{s[name]:.1f}" for s in steps), end_section=last)
+    console.print(seconds)
+    trainers, flops, held = steps[0]["trainers"], sum(result["flops"].values()), result["bytes"]
+    how = "compiled for virtual devices" if a["compile"] else "estimated"
+    sizes = Table(f"each of {trainers} trainers, {how}", "GB")
+    for name, size in held.items():
+        sizes.add_row(name, f"{size / 1e9:.2f}", end_section=name == "temporaries")
+    peak = sum(size for name, size in held.items() if name != "temporaries of scoring")
+    sizes.add_row("at most at one time", f"{peak / 1e9:.1f} of {HARDWARE[a['hardware']].memory / 1e9:.0f}")
+    console.print(sizes)
+    console.print(
+        f"{result['parameters'] / 1e9:.2f} B parameters; {flops:.3g} model FLOPs a step, {flops / trainers:.3g} on "
+        f"each trainer; mean response {a['mean_response']:g}, {result['capped_fraction']:.1%} at the cap"
+    )
