@@ -72,9 +72,7 @@ class Workload:
     spread: float = 0.8  # standard deviation over mean of the log-normal lengths, before the cap
     updates: int = 4
     scored: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
-    trained: float = (
-        1.0  # share of sequences that the trainer computes; those with zero advantage may be left out
-    )
+    trained: float = 1.0  # share of sequences that the trainer computes: zero advantage may be left out
     eager: bool = False
     tensor: int = 1  # devices that one sampler spans
 
@@ -151,9 +149,8 @@ def decode_seconds(w: Workload, hardware: Hardware, lengths: np.ndarray) -> tupl
     """
     dense, _ = forward_flops(w.model)  # also the bytes of these weights: 2 FLOPs and 2 bytes a parameter
     bandwidth, flops = (rate * w.tensor for rate in (hardware.bandwidth * BANDWIDTH, hardware.flops * MFU))
-    per_token = cache_bytes(w.model)
     room = MEMORY_SHARE * hardware.memory * w.tensor - 2 * parameters(w.model)
-    slots = int(room / (per_token * (w.prompt_tokens + w.response_tokens)))
+    slots = int(room / (cache_bytes(w.model) * (w.prompt_tokens + w.response_tokens)))
     if slots < 1:
         raise InputError(
             f"{w.tensor} device(s) of {hardware.memory / 1e9:.0f} GB cannot sample: the weights take "
@@ -171,9 +168,8 @@ def decode_seconds(w: Workload, hardware: Hardware, lengths: np.ndarray) -> tupl
         cached = np.concatenate([cached, np.full(len(entering), w.prompt_tokens)])
         live, steps = left.size, left.min()
         read = steps * cached.sum() + live * steps * (steps + 1) / 2
-        took = (
-            steps * (overhead + max(dense / bandwidth, live * dense / flops)) + per_token * read / bandwidth
-        )
+        took = steps * (overhead + max(dense / bandwidth, live * dense / flops))
+        took += cache_bytes(w.model) * read / bandwidth
         seconds += took
         tail += took if live + len(waiting) < len(lengths) / 4 else 0.0
         going_on = left > steps
@@ -185,18 +181,17 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
     """Seconds of a step. `samplers` counts devices; colocated, both counts are all devices."""
     if min(trainers, samplers) < 1 or samplers % w.tensor:
         raise InputError(
-            f"{trainers} trainers and {samplers} samplers of {w.tensor}: give both at least one device, "
-            "and whole samplers"
+            f"{trainers} trainers and {samplers} samplers: each needs a device, samplers whole groups of {w.tensor}"
         )
     lengths, engines = response_lengths(w), samplers // w.tensor
-    decode, tail = decode_seconds(
-        w, hardware, lengths[::engines]
-    )  # dealt out in turn: the first gets the longest
+    # dealt out in turn, so the first sampler has the longest
+    decode, tail = decode_seconds(w, hardware, lengths[::engines])
     dense, _ = forward_flops(w.model)
-    prefill = math.ceil(w.prompts / engines) * w.prompt_tokens * dense / (hardware.flops * MFU * w.tensor)
-    forward = (
-        sequence_flops(w.model, lengths + w.prompt_tokens) * w.trained / (trainers * hardware.flops * MFU)
-    )
+    rate = hardware.flops * MFU
+    prefill = (
+        math.ceil(w.prompts / engines) * w.prompt_tokens * dense / (rate * w.tensor)
+    )  # one for a whole group
+    forward = sequence_flops(w.model, lengths + w.prompt_tokens) * w.trained / (trainers * rate)
     size = parameters(w.model)
     link = hardware.nvlink if trainers <= NODE else hardware.network
     traffic = 6 * size * (trainers - 1) / trainers  # gather in bf16, reduce-scatter in float32
@@ -220,12 +215,10 @@ def best_split(
     Raises:
       InputError: if there is none.
     """
-    trainers = [t for t in range(1, devices) if (devices - t) % w.tensor == 0 and fits(t)]
-    if not trainers:
-        raise InputError(
-            f"no split of {devices} devices into trainers and samplers has the memory; take more of them"
-        )
-    return min((predict(w, hardware, t, devices - t) for t in trainers), key=lambda step: step.total)
+    possible = [t for t in range(1, devices) if (devices - t) % w.tensor == 0 and fits(t)]
+    if not possible:
+        raise InputError(f"no split of {devices} devices into trainers and samplers will do; take more")
+    return min((predict(w, hardware, t, devices - t) for t in possible), key=lambda step: step.total)
 
 
 def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
@@ -239,14 +232,14 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
         "attention": c.width + attention,
         "none": 4 * c.width + 2 * attention + 2 * c.kv_heads * c.head_dim + 3 * c.mlp_width,
     }[recipe.model.remat]
-    gradients = 4 * size * max(whole, 1 / shards) + compute * size * whole  # the sum, one micro-batch's
+    # the gathered copy, one micro-batch's gradients, their float32 sum
+    weights = 2 * compute * size * whole + 4 * size * max(whole, 1 / shards)
+    logits = 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size  # with their exponentials and gradient
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
         "activations": compute * stream * c.layers * kept,
-        "temporaries": compute * size * whole
-        + gradients
-        + 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size,
+        "temporaries": weights + logits,
     }
 
 
@@ -256,22 +249,18 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
     The batch has the longest sequences that the recipe allows. The CPU compiler computes in float32 where a GPU
     computes in bfloat16, so the temporaries are an upper bound.
     """
-    try:  # before jax starts; where it has, its devices have to do
-        jax.config.update("jax_num_cpu_devices", trainers)
-        jax.config.update("jax_platforms", "cpu")
-    except RuntimeError:
-        if jax.device_count("cpu") < trainers:
+    if jax.config.jax_num_cpu_devices < trainers:  # type: ignore[attr-defined]
+        try:
+            jax.config.update("jax_num_cpu_devices", trainers)
+            jax.config.update("jax_platforms", "cpu")  # leave GPUs that are here alone
+        except RuntimeError:
             raise InputError(f"{trainers} trainers, but jax has started with fewer virtual devices") from None
     from jaxrl import train
 
-    longest = train.attention_buckets(recipe)[
-        -1
-    ]  # one attention length compiles fast, and the longest holds most
-    recipe = dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, attention="xla"),
-        packing=dataclasses.replace(recipe.packing, bucket_tokens=longest),
-    )
+    # one attention length compiles fast, and the longest holds the most
+    packing = dataclasses.replace(recipe.packing, bucket_tokens=train.attention_buckets(recipe)[-1])
+    model = dataclasses.replace(recipe.model, attention="xla")
+    recipe = dataclasses.replace(recipe, model=model, packing=packing)
     mesh = jax.make_mesh(
         (recipe.mesh.data, trainers // recipe.mesh.data), BATCH_AXES, devices=jax.devices("cpu")[:trainers],
         axis_types=(jax.sharding.AxisType.Auto,) * 2,
@@ -355,14 +344,9 @@ def plan(recipe: config.Recipe, a: Assumptions) -> dict[str, Any]:
     if a.hardware not in HARDWARE:
         raise InputError(f"--hardware = {a.hardware} is not known; {', '.join(HARDWARE)} are")
     if not (0 <= a.zero_advantage < 1 and 0 <= a.spread < 10):
-        raise InputError(
-            "--zero-advantage is a share from 0 to below 1, --spread a number from 0 to below 10"
-        )
-    if (
-        min(a.trainers, a.samplers, a.devices) < 0
-        or (a.devices and a.trainers)
-        or (a.samplers and not a.trainers)
-    ):
+        raise InputError("--zero-advantage must be from 0 to below 1, --spread from 0 to below 10")
+    conflict = (a.devices and a.trainers) or (a.samplers and not a.trainers)
+    if conflict or min(a.trainers, a.samplers, a.devices) < 0:
         raise InputError("give --devices N to find the best split, or --trainers N and --samplers M")
     c, hardware, data = model_config(recipe.model.path), HARDWARE[a.hardware], recipe.mesh.data
     updates, all_but_first = recipe.updates_per_step, 1 - 1 / recipe.updates_per_step
@@ -373,8 +357,8 @@ def plan(recipe: config.Recipe, a: Assumptions) -> dict[str, Any]:
     )  # fmt: skip
 
     def fits(trainers: int) -> bool:
-        needed = sum(estimated_bytes(recipe, c, trainers).values())
-        return trainers % data == 0 and needed <= MEMORY_SHARE * hardware.memory
+        even = trainers % data == 0 and c.width % (trainers // data) == 0  # uneven shards are no shards
+        return even and sum(estimated_bytes(recipe, c, trainers).values()) <= MEMORY_SHARE * hardware.memory
 
     count = a.trainers or a.devices or (recipe.mesh.fsdp or NODE) * data
     if count % data:
