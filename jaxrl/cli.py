@@ -196,6 +196,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     plan.show(result)
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2))
 
 

@@ -110,7 +110,7 @@ def response_lengths(w: Workload) -> np.ndarray:
     """
     if not 1 <= w.response_tokens < w.cap:
         raise InputError(
-            f"a mean response of {w.response_tokens:g} tokens is not between 1 and the cap of {w.cap}; change one"
+            f"--mean-response = {w.response_tokens:g} is not between 1 and the cap of {w.cap} tokens"
         )
     normal = np.array([NormalDist().inv_cdf(1 - (i + 0.5) / w.sequences) for i in range(w.sequences)])
     shape = np.exp(normal * math.sqrt(math.log1p(w.spread**2)))
@@ -224,22 +224,21 @@ def best_split(
 def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
     """Bytes on each trainer by arithmetic: float32 state, and what one update holds beside it."""
     size, shards = parameters(c), trainers // recipe.mesh.data
-    stream, compute = int(np.max(recipe.packing.stream_tokens)), jax.numpy.dtype(recipe.model.dtype).itemsize
-    whole = 1 / c.layers if getattr(recipe.mesh, "gather", "step") == "layer" else 1.0
-    attention = c.heads * c.head_dim
-    kept = {
-        "full": c.width,
-        "attention": c.width + attention,
-        "none": 4 * c.width + 2 * attention + 2 * c.kv_heads * c.head_dim + 3 * c.mlp_width,
-    }[recipe.model.remat]
-    # the gathered copy, one micro-batch's gradients, their float32 sum
-    weights = 2 * compute * size * whole + 4 * size * max(whole, 1 / shards)
-    logits = 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size  # with their exponentials and gradient
+    stream, compute = recipe.packing.stream_tokens, jax.numpy.dtype(recipe.model.dtype).itemsize
+    outside = c.vocab_size * c.width * (1 if c.tied else 2)  # embedding and head
+    by_layer = getattr(recipe.mesh, "gather", "step") == "layer"
+    whole = outside + (size - outside) / c.layers if by_layer else size  # parameters gathered at one time
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layer = 4 * c.width + 2 * heads + 2 * kv + 3 * c.mlp_width  # of a token, without recomputation
+    kept = {"full": c.width, "attention": c.width + heads, "none": layer}[recipe.model.remat]
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
         "activations": compute * stream * c.layers * kept,
-        "temporaries": weights + logits,
+        "temporaries": 2 * compute * whole  # the gathered copy, one micro-batch's gradients
+        + 4 * max(whole, size / shards)  # the float32 sum of gradients
+        + 2 * compute * stream * layer  # what the backward pass recomputes of a layer, and its gradients
+        + 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size,  # logits, exponentials, gradients
     }
 
 

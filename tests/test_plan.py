@@ -173,8 +173,7 @@ def test_compiled_bytes_are_those_of_arithmetic() -> None:
     assert held["optimizer"] == pytest.approx(2 * held["parameters"], abs=64)  # and its counters
     estimated = estimated_bytes(recipe, SMALL, 4)
     assert held["activations"] == estimated["activations"] == 4 * 256 * 3 * 64
-    # beside what the formula counts lie one layer's own intermediate values, which do not grow with the model
-    assert estimated["temporaries"] < held["temporaries"] < 2.5 * estimated["temporaries"]
+    assert held["temporaries"] == pytest.approx(estimated["temporaries"], rel=0.3)
     assert held["temporaries of scoring"] < held["temporaries"]
 
 
