@@ -17,15 +17,21 @@ from jaxrl import config
 from jaxrl.errors import InputError
 from jaxrl.grpo.update import TrainState
 
-# What may change between one start of a run and the next: where and how long, not what is computed.
+# What may change between one start of a run and the next: where, how long and on what, not what is computed.
 FREE = (
     "run.steps",
     "run.directory",
     "run.tensorboard",
     "run.rollouts_every",
+    "run.compilation_cache",
+    "run.profile",
     "checkpoint.",
     "eval.",
     "mesh.",
+    "packing.",
+    "model.attention",
+    "model.remat",
+    "rollout.slots",
 )
 
 

@@ -42,6 +42,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "train", add_help=False, help="train by a recipe; goes on where a run stopped"
     )
     train.add_argument("recipe")
+    train.add_argument("--profile", metavar="STEPS", help="trace STEPS steps for XProf: --run.profile")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="accuracy on a recipe's held-out problems")
@@ -105,7 +106,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = config.load(args.recipe, overrides)
+    recipe = config.load(args.recipe, overrides + (["--run.profile", args.profile] if args.profile else []))
     from jaxrl.train import train
 
     train(recipe)

@@ -44,6 +44,10 @@ class Run(Section):
     """Also write TensorBoard event files into the run folder (ours)."""
     rollouts_every: Count = 1
     """Keep every n-th step's rollouts as jsonl; 0 keeps none (ours)."""
+    compilation_cache: str = "~/.cache/jaxrl"
+    """Folder for compiled programs, on a file system that all hosts share; empty keeps none (ours)."""
+    profile: Count = 0
+    """Trace this many steps after the first into the run folder's profile/, for XProf; 0 traces none (ours)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Model(Section):
     """Hugging Face folder or Hub id of the policy to start from (paper, section 3)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; parameters, moments, softmax, log-probs and gradients stay float32 (verl FSDP)."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "cudnn_packed"] = "auto"
     """Kernel for packed attention; auto takes cudnn on NVIDIA GPUs with bfloat16, xla elsewhere (ours)."""
     remat: Literal["full", "attention", "none"] = "full"
     """What the backward pass recomputes: whole layers, all but attention's output, nothing (verl: full)."""
@@ -154,8 +158,10 @@ class Optimizer(Section):
 
 @dataclass(frozen=True)
 class Packing(Section):
-    stream_tokens: Positive = 16_384
-    """Tokens in one device's stream, the micro-batch (ours; verl packs 32,768 a GPU)."""
+    stream_tokens: Positive = 32_768
+    """Most tokens in one device's stream, the micro-batch (verl ppo_max_token_len_per_gpu); may be down to half."""
+    segments: Positive = 64
+    """Most sequences in one stream (ours)."""
     bucket_tokens: Positive = 512
     """Attention runs at segment lengths rounded up to this many tokens (ours)."""
     logprob_chunk: Positive = 1024
@@ -168,6 +174,8 @@ class Mesh(Section):
     """Replicas of the sharded state, across slow links (ours)."""
     fsdp: Count = 0
     """Devices that share one copy of the state; 0 takes all devices / data (verl: all 32 ranks)."""
+    gather: Literal["step", "layer"] = "step"
+    """When parameters are whole: from the start of an update, or a layer at a time for models too large (ours)."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +343,11 @@ def _impossible(r: Recipe) -> list[str]:
     require(
         stream % chunk == 0,
         f"packing.logprob_chunk = {chunk} does not divide packing.stream_tokens = {stream}; use a divisor",
+    )
+    require(
+        r.mesh.gather == "step" or r.model.remat != "none",
+        'mesh.gather = "layer" with model.remat = "none" keeps every layer whole for the backward pass; set '
+        'model.remat to "full" or "attention"',
     )
     require(
         r.rollout.prompts % r.optimizer.minibatch_prompts == 0,

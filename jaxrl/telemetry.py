@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
@@ -38,7 +39,7 @@ PHASES = ("sample", "score", "old_logprobs", "update", "publish", "step")
 
 
 class Timer:
-    """Seconds spent in named phases of a step."""
+    """Seconds spent in named phases of a step; a profile shows the phases under the same names."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -47,7 +48,8 @@ class Timer:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
         try:
-            yield
+            with jax.profiler.TraceAnnotation(phase):
+                yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
 
@@ -56,6 +58,42 @@ class Timer:
 
     def seconds(self) -> dict[str, float]:
         return {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+
+
+class Compilations:
+    """Counts the programs that this process compiled, or took from the compilation cache."""
+
+    def __init__(self) -> None:
+        self._count, self._seen = 0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self._count += event == "/jax/core/compile/backend_compile_duration"
+
+    def new(self) -> int:
+        """Since the last call."""
+        new, self._seen = self._count - self._seen, self._count
+        return new
+
+
+class Profile:
+    """Traces `steps` steps, from the second on: the first one compiles. Read it with XProf or TensorBoard."""
+
+    def __init__(self, folder: Path, first: int, steps: int):
+        self._folder, self._first, self._last = folder, first + 1, first + steps
+        self._running = False
+
+    def begin(self, step: int) -> None:
+        if self._running and step > self._last:
+            self.close()
+        elif step == self._first <= self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class MetricsWriter:

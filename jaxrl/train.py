@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,9 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
     """Trains until `run.steps`, from the newest checkpoint of the run folder where there is one."""
     started = time.monotonic()
     directory = Path(recipe.run.directory)
+    if recipe.run.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(recipe.run.compilation_cache).expanduser()))
+    compilations = telemetry.Compilations()
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     folder = hf.resolve(recipe.model.path)
     model_config = hf.read_config(folder)
@@ -82,11 +86,13 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
         closing(checkpoints),  # outermost: whatever happens, a write under way is finished
         telemetry.Progress(recipe.run.steps, start, title=directory.name) as progress,
         telemetry.MetricsWriter(directory, start, recipe.run.tensorboard) as writer,
+        closing(telemetry.Profile(directory / "profile", start, recipe.run.profile)) as profile,
         graceful_stop(say) as stop,
     ):
         evaluate(start)
         for step in range(start, recipe.run.steps):
             timer.reset()
+            profile.begin(step)
             began = time.monotonic()
             with timer("sample"):
                 batch = data.batch(
@@ -127,6 +133,7 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
             metrics = rollout_metrics(groups, rewards) | update_metrics(updates) | timer.seconds()
             metrics |= {
                 "time/step": seconds,
+                "perf/compilations": float(compilations.new()),
                 "sampler/staleness": float(step - np.mean([r.version for g in groups for r in g])),
             }
             metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])
@@ -170,6 +177,7 @@ def make_update(recipe: config.Recipe, model_config: decoder.Config, optimizer: 
         backend=attention.choose_backend(recipe.model.attention, recipe.model.dtype),
         dtype=recipe.model.dtype,
         remat=recipe.model.remat,
+        gather=recipe.mesh.gather,
         temperature=recipe.rollout.temperature,
         chunk=recipe.packing.logprob_chunk,
         clip_low=recipe.loss.clip_low,
@@ -185,6 +193,11 @@ def make_sampler(recipe: config.Recipe, model_config: decoder.Config, mesh: Any)
 def attention_buckets(recipe: config.Recipe) -> tuple[int, ...]:
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
     return packing.bucket_lengths(recipe.packing.bucket_tokens, longest)
+
+
+def stream_lengths(recipe: config.Recipe) -> tuple[int, ...]:
+    unit = math.lcm(recipe.packing.bucket_tokens, recipe.packing.logprob_chunk)
+    return packing.stream_lengths(recipe.packing.stream_tokens, attention_buckets(recipe)[-1], unit)
 
 
 def abstract_state(model_config: decoder.Config, optimizer: Any, mesh: Any) -> grpo.TrainState:
@@ -218,7 +231,8 @@ def minibatches(
             [rollout for group in groups[first : first + size] for rollout in group],
             advantages[first : first + size].reshape(-1),
             devices=mesh.size,
-            stream=recipe.packing.stream_tokens,
+            streams=stream_lengths(recipe),
+            segments=recipe.packing.segments,
             buckets=attention_buckets(recipe),
             normalization=recipe.loss.normalization,
             max_tokens=recipe.rollout.max_tokens,

@@ -142,10 +142,10 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
 
 
 def test_what_is_impossible_is_judged_after_the_overrides(tmp_path: Path) -> None:
-    path = write(tmp_path, "[rollout]\nmax_tokens = 20_000\n")
+    path = write(tmp_path, "[rollout]\nmax_tokens = 40_000\n")
     assert "packing.stream_tokens" in one_line(path)
-    assert config.load(path, ["--packing.stream_tokens", "21504"]).rollout.max_tokens == 20_000
-    assert "packing.stream_tokens" in one_line(write(tmp_path, ""), ["--rollout.max_tokens", "20000"])
+    assert config.load(path, ["--packing.stream_tokens", "43008"]).rollout.max_tokens == 40_000
+    assert "packing.stream_tokens" in one_line(write(tmp_path, ""), ["--rollout.max_tokens", "40000"])
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,9 @@ def test_each_of_several_problems_has_a_line(tmp_path: Path) -> None:
 
 IMPOSSIBLE = {
     "stream_too_short": (
-        {"rollout": {"max_tokens": 15_361}},
-        ("packing.stream_tokens", "data.max_prompt_tokens", "rollout.max_tokens", "raise it to 17408"),
-        {"packing": {"stream_tokens": 17_408}},
+        {"rollout": {"max_tokens": 31_745}},
+        ("packing.stream_tokens", "data.max_prompt_tokens", "rollout.max_tokens", "raise it to 33792"),
+        {"packing": {"stream_tokens": 33_792}},
     ),
     "stream_not_in_buckets": (
         {"packing": {"bucket_tokens": 3000, "logprob_chunk": 512}},
@@ -230,6 +230,11 @@ IMPOSSIBLE = {
         {"packing": {"logprob_chunk": 1000}},
         ("packing.stream_tokens", "packing.logprob_chunk", "use a divisor"),
         {"packing": {"logprob_chunk": 2048}},
+    ),
+    "nothing_is_forgotten": (
+        {"mesh": {"gather": "layer"}, "model": {"remat": "none"}},
+        ("mesh.gather", "model.remat", 'set model.remat to "full"'),
+        {"model": {"remat": "full"}},
     ),
     "minibatch_does_not_divide": (
         {"optimizer": {"minibatch_prompts": 60}},

@@ -72,6 +72,22 @@ def test_learns_and_leaves_a_complete_run_folder(uninterrupted: Path) -> None:
         assert (uninterrupted / name).exists(), name
 
 
+def test_compiles_in_the_first_step_and_for_the_other_stream_length(uninterrupted: Path) -> None:
+    rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    compilations = [row["perf/compilations"] for row in rows]
+    assert compilations[0] > 3 and sum(compilations[1:]) in (0, 2)  # of update and score
+    assert rows[0]["time/first_step"] >= rows[0]["time/step"]
+
+
+def test_a_profile_has_the_phases(base: Path, tmp_path: Path) -> None:
+    finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4}), "--profile", "2")
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    found = trace.read_bytes()
+    for phase in ("sample", "score", "old_logprobs", "update", "publish"):
+        assert phase.encode() in found
+    assert b"jit_update" in found or b"PjitFunction(update)" in found
+
+
 def test_training_longer_learns_to_copy(base: Path, tmp_path: Path) -> None:
     finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 30, "checkpoint.every": 30}))
     accuracy = [row["reward/accuracy"] for row in metrics(tmp_path / "run")]

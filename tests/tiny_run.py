@@ -52,7 +52,7 @@ def make_base(folder: Path) -> Path:
             answer = np.array([4, answered, 5, 1], np.int32)
             examples.append(Rollout(prompt, answer, np.zeros(4, np.float32), "stop", 0))
         batch = packing.pack(
-            examples, np.ones(32, np.float32), devices=mesh.size, stream=256, buckets=(8,),
+            examples, np.ones(32, np.float32), devices=mesh.size, streams=(256,), buckets=(8,),
             normalization="token_mean", max_tokens=4, on_policy=True,
         )  # fmt: skip
         state, _ = update(state, to_devices(batch, mesh))
@@ -67,7 +67,10 @@ def write_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
     rows = [{"problem": d, "answer": d} for d in "012"]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values: dict[str, Any] = {
-        "run": {"directory": str(folder / "run"), "steps": 6, "tensorboard": False},
+        "run": {
+            "directory": str(folder / "run"), "steps": 6, "tensorboard": False,
+            "compilation_cache": str(base.parent / "cache"),
+        },
         "model": {"path": str(base), "dtype": "float32", "remat": "none"},
         "data": {
             "path": str(folder / "problems.jsonl"), "problem_column": "problem", "answer_column": "answer",

@@ -40,41 +40,87 @@ class Place(NamedTuple):
 
 
 def bucket_lengths(bucket: int, longest: int) -> tuple[int, ...]:
-    """Attention lengths: the multiples of `bucket` up to `longest`, at most 32 of them."""
+    """Attention lengths: at most 32 multiples of `bucket`, evenly spaced; the last just holds `longest`."""
     step = bucket * -(-longest // (32 * bucket))
-    return tuple(range(step, longest + step, step))
+    return (*range(step, longest, step), bucket * -(-longest // bucket))
+
+
+def stream_lengths(stream: int, longest: int, unit: int) -> tuple[int, ...]:
+    """What a stream may measure, so that little of the last one is padding: at most 5 multiples of `unit`.
+
+    They lie between half of `stream` and `stream`, and all hold `longest`.
+    """
+    step = unit * -(-stream // (8 * unit))
+    return tuple(n for n in range(stream, 0, -step) if n >= longest and 2 * n >= stream)[::-1]
 
 
 def plan(
-    lengths: Sequence[int], devices: int, stream: int, buckets: tuple[int, ...], attention_cost: float
-) -> list[Place]:
-    """Places sequences so that devices cost the same and streams are few.
+    lengths: Sequence[int],
+    devices: int,
+    streams: tuple[int, ...],
+    segments: int,
+    buckets: tuple[int, ...],
+    attention_cost: float,
+) -> tuple[int, list[Place]]:
+    """Places sequences so that the busiest device has the least to compute.
 
-    Longest first, each to the device with the least work so far (LPT, Graham 1969); on a device, into the first
-    stream whose rest holds the sequence's attention bucket.
+    That is its streams, padding included, and its attention. For each stream length: longest first, to the device with
+    the least work so far (LPT, Graham 1969) that has room, there into the stream it fills best; with one stream more a
+    device if that does not work out.
 
     Args:
       lengths: tokens of each sequence.
       devices: G.
-      stream: N, tokens a stream holds.
-      buckets: attention lengths; the last is at most `stream`.
+      streams: tokens that a stream may hold, ascending.
+      segments: S, sequences that a stream may hold.
+      buckets: attention lengths; the last is at most streams[0].
       attention_cost: work of attending to one token, in units of the work of one token's dense layers.
+
+    Returns:
+      the stream length N, and a place for each sequence.
     """
-    places: list[Place | None] = [None] * len(lengths)
+    rooms = np.array(buckets)[np.searchsorted(buckets, lengths)] if len(lengths) else np.zeros(0, int)
+    if rooms.max(initial=0) > streams[0]:
+        raise ValueError(f"streams of {streams[0]} tokens cannot hold attention over {rooms.max()}")
+    attention = attention_cost * rooms.astype(float) ** 2 / 2
+    best_cost, best = np.inf, (streams[-1], list[Place]())
+    for n in streams[::-1]:
+        count = -(-sum(lengths) // (devices * n))
+        while (places := _fill(lengths, rooms, attention, devices, n, count, segments)) is None:
+            count += 1
+        of_device = np.bincount([p.device for p in places], attention, devices)
+        cost = count * n + of_device.max(initial=0)
+        if cost < 0.98 * best_cost:  # a shorter stream, which may have to be compiled, must be worth it
+            best_cost, best = cost, (n, places)
+    return best
+
+
+def _fill(
+    lengths: Sequence[int],
+    rooms: np.ndarray,
+    attention: np.ndarray,
+    devices: int,
+    stream: int,
+    count: int,
+    segments: int,
+) -> list[Place] | None:
+    """Places all sequences in `count` streams a device, or says that they do not fit."""
+    places = [Place(0, 0, 0)] * len(lengths)
+    used = np.zeros((devices, count), int)
+    held = np.zeros((devices, count), int)
     work = np.zeros(devices)
-    used: list[list[int]] = [[] for _ in range(devices)]  # tokens in each stream of each device
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[i]
-        room = buckets[np.searchsorted(buckets, length)]
-        device = int(np.argmin(work))
-        work[device] += length + attention_cost * room * room / 2
-        streams = used[device]
-        fits = next((m for m, n in enumerate(streams) if n + room <= stream), len(streams))
-        if fits == len(streams):
-            streams.append(0)
-        places[i] = Place(device, fits, streams[fits])
-        streams[fits] += length
-    return [place for place in places if place is not None]
+        fits = (used + rooms[i] <= stream) & (held < segments)
+        possible = fits.any(axis=1)
+        if not possible.any():
+            return None
+        device = int(np.argmin(np.where(possible, work, np.inf)))
+        m = int(np.argmax(np.where(fits[device], used[device], -1)))
+        places[i] = Place(device, m, int(used[device, m]))
+        used[device, m] += lengths[i]
+        held[device, m] += 1
+        work[device] += lengths[i] + attention[i]
+    return places
 
 
 def pack(
@@ -82,10 +128,11 @@ def pack(
     advantages: np.ndarray,
     *,
     devices: int,
-    stream: int,
+    streams: tuple[int, ...],
     buckets: tuple[int, ...],
     normalization: Normalization,
     max_tokens: int,
+    segments: int = 64,
     attention_cost: float = 0.0,
     on_policy: bool = False,
     skip_zero_advantage: bool = True,
@@ -95,25 +142,25 @@ def pack(
     Args:
       rollouts: B sequences.
       advantages: [B] float32, one a sequence.
-      devices, stream, buckets, attention_cost: see `plan`.
+      devices, streams, segments, buckets, attention_cost: see `plan`.
       normalization, max_tokens: how token losses are averaged, over all B sequences (see `token_weights`).
       on_policy: take the ratio as 1 (nothing has been updated since these were sampled).
       skip_zero_advantage: leave out sequences whose loss and gradient are exactly 0; the averages still count them.
 
     Returns:
-      a PackedBatch of NumPy arrays. M is B / G, which holds the longest sequences there can be, so that a run has
-      one shape; what is computed depends on `micro_batches`.
+      a PackedBatch of NumPy arrays. M is what the longest sequences there can be would take, so that a run has a shape
+      for each stream length and no more; what is computed depends on `micro_batches`.
     """
     response = np.array([len(r.tokens) for r in rollouts])
     weight = sequence_weights(response, normalization, max_tokens)
     kept = [i for i in range(len(rollouts)) if advantages[i] != 0 or not skip_zero_advantage]
     lengths = [len(rollouts[i].prompt.tokens) + len(rollouts[i].tokens) for i in kept]
-    places = plan(lengths, devices, stream, buckets, attention_cost)
+    stream, places = plan(lengths, devices, streams, segments, buckets, attention_cost)
     used = np.zeros(devices, np.int32)
     for place in places:
         used[place.device] = max(used[place.device], place.micro_batch + 1)
-    rows = max(-(-len(rollouts) // devices), int(used.max(initial=1)))
-    segments = stream // 2  # a segment has a prompt token and a completion token at least
+    most = -(-len(rollouts) // (devices * min(segments, stream // buckets[-1])))
+    rows = max(most, int(used.max(initial=1)))
 
     def grid(dtype: Any, *shape: int, fill: int = 0) -> np.ndarray:
         return np.full((devices, rows, *shape), fill, dtype)

@@ -2,7 +2,8 @@
 
 Parameters and Adam's moments are float32, sharded over `fsdp`. An update gathers the parameters once in the compute
 dtype, runs each device's own micro-batches without talking to anyone, and reduce-scatters the gradients once
-(ZeRO, arXiv 1910.02054). Devices may hold different segments and different numbers of micro-batches.
+(ZeRO, arXiv 1910.02054). Devices may hold different segments and different numbers of micro-batches. Where the whole
+parameters do not fit, gather = "layer" moves both collectives into the scan over layers.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.distributed import BATCH_AXES, sharded_axis, sharding_of, spec_of
+from jaxrl.distributed import BATCH_AXES, sharding_of, spec_of
 from jaxrl.grpo.logprobs import token_logprobs
 from jaxrl.grpo.objective import policy_objective
 from jaxrl.grpo.packing import PackedBatch
+from jaxrl.grpo.zero import Gather, make_weights
 from jaxrl.models import decoder
-from jaxrl.models.attention import Segments, packed_attention
+from jaxrl.models.attention import Backend, Segments, packed_attention
 
 Metrics = dict[str, jax.Array]
 
@@ -86,9 +88,10 @@ def make_update(
     mesh: Mesh,
     *,
     buckets: tuple[int, ...],
-    backend: str,
+    backend: Backend,
     dtype: str,
     remat: decoder.Remat,
+    gather: Gather = "step",
     temperature: float,
     chunk: int,
     clip_low: float,
@@ -103,14 +106,23 @@ def make_update(
     gradient norm is not finite it changes nothing but `step` and says so in the metrics.
     """
 
-    whole = jax.eval_shape(lambda: decoder.initialise(config, 0))
+    shapes = jax.eval_shape(lambda: decoder.initialise(config, 0))
+    weights = make_weights(shapes, mesh.shape["fsdp"], dtype, gather)
 
     def logprobs_of(params: decoder.Params, micro: PackedBatch) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and entropies [N] of each token given those before it, in its segment."""
         segments = Segments(micro.starts, micro.buckets)
         attend = lambda q, k, v, _: (packed_attention(q, k, v, segments, buckets, backend), None)  # noqa: E731
+        params = weights.enter(params)
         hidden, _ = decoder.forward(
-            config, params, micro.tokens, micro.positions, attend, dtype=dtype, remat=remat
+            config,
+            params,
+            micro.tokens,
+            micro.positions,
+            attend,
+            dtype=dtype,
+            remat=remat,
+            fetch=weights.fetch,
         )
         targets = jnp.roll(micro.tokens, -1)
         predicted = token_logprobs(
@@ -137,12 +149,12 @@ def make_update(
     def gradients(params: decoder.Params, batch: PackedBatch) -> tuple[decoder.Params, Metrics]:
         """On each device: gather, all own micro-batches, scatter. Metrics are summed over the mesh."""
         own = jax.tree.map(lambda x: x[0], batch)
-        gathered = _gather(params, whole, mesh, dtype)
+        held = weights.hold(params)
         gradient_of = jax.grad(loss_of, has_aux=True)
 
         def accumulate(m: jax.Array, carry: tuple) -> tuple:
             total, sums, peaks = carry
-            grads, metrics = gradient_of(gathered, _micro_batch(own, m))
+            grads, metrics = gradient_of(held, _micro_batch(own, m))
             total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
             return (
                 total,
@@ -150,12 +162,12 @@ def make_update(
                 jax.tree.map(jnp.maximum, peaks, metrics["peaks"]),
             )
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), gathered)
-        shapes = jax.eval_shape(loss_of, gathered, _micro_batch(own, 0))[1]
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), held)
+        of_one = jax.eval_shape(loss_of, held, _micro_batch(own, 0))[1]
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_one)
         carry = (zeros, blank["sums"], blank["peaks"])
-        total, sums, peaks = jax.lax.fori_loop(0, own.micro_batches, accumulate, carry)
-        return _scatter(total, mesh), jax.lax.psum(sums, BATCH_AXES) | jax.lax.pmax(peaks, BATCH_AXES)
+        total, sums, peaks = jax.lax.fori_loop(0, weights.rounds(own.micro_batches), accumulate, carry)
+        return weights.sum(total), jax.lax.psum(sums, BATCH_AXES) | jax.lax.pmax(peaks, BATCH_AXES)
 
     def update(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
         specs = jax.tree.map(lambda p: spec_of(p.shape, mesh), state.params)
@@ -176,19 +188,20 @@ def make_update(
     def score(params: decoder.Params, batch: PackedBatch) -> jax.Array:
         def on_device(params: decoder.Params, batch: PackedBatch) -> jax.Array:
             own = jax.tree.map(lambda x: x[0], batch)
-            gathered = _gather(params, whole, mesh, dtype)
+            held = weights.hold(params)
 
             def one(m: jax.Array, out: jax.Array) -> jax.Array:
-                return out.at[m].set(logprobs_of(gathered, _micro_batch(own, m))[0])
+                return out.at[m].set(logprobs_of(held, _micro_batch(own, m))[0])
 
-            return jax.lax.fori_loop(0, own.micro_batches, one, jnp.zeros_like(own.weights))[None]
+            rounds = weights.rounds(own.micro_batches)
+            return jax.lax.fori_loop(0, rounds, one, jnp.zeros_like(own.weights))[None]
 
         specs = jax.tree.map(lambda p: spec_of(p.shape, mesh), params)
         return jax.shard_map(
             on_device, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=P(BATCH_AXES), check_vma=False
         )(params, batch)
 
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(whole, optimizer, mesh))
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(shapes, optimizer, mesh))
     per_device, replicated = NamedSharding(mesh, P(BATCH_AXES)), NamedSharding(mesh, P())
     return (
         jax.jit(
@@ -205,31 +218,6 @@ def _micro_batch(own: PackedBatch, m: jax.Array | int) -> PackedBatch:
     """Stream m of a device; what has no stream axis (the flags and counts) stays."""
     at = lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False)  # noqa: E731
     return jax.tree.map(lambda x: at(x) if x.ndim else x, own)
-
-
-def _gather(params: decoder.Params, whole: decoder.Params, mesh: Mesh, dtype: str) -> decoder.Params:
-    """Inside shard_map: whole parameters in the compute dtype; the LM head in float32 (see token_logprobs)."""
-    last = "head" if "head" in params else "embed"
-
-    def gather(path: Any, shard: jax.Array, full: jax.ShapeDtypeStruct) -> jax.Array:
-        shard = shard if path[0].key == last else shard.astype(dtype)
-        axis = sharded_axis(full.shape, mesh.shape["fsdp"])
-        return shard if axis is None else jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True)
-
-    return jax.tree_util.tree_map_with_path(gather, params, whole)
-
-
-def _scatter(grads: decoder.Params, mesh: Mesh) -> decoder.Params:
-    """Inside shard_map: sums whole gradients over the mesh and keeps this device's shard of them."""
-
-    def scatter(g: jax.Array) -> jax.Array:
-        axis = sharded_axis(g.shape, mesh.shape["fsdp"])
-        if axis is None:
-            return jax.lax.psum(g, BATCH_AXES)
-        g = jax.lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True)
-        return jax.lax.psum(g, "data")
-
-    return jax.tree.map(scatter, grads)
 
 
 def _averages(totals: Metrics, response_tokens: jax.Array) -> Metrics:

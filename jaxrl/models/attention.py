@@ -1,14 +1,19 @@
-"""Causal attention over packed tokens, one segment at a time.
+"""Causal attention over packed tokens.
 
-A stream is `[N]` tokens of several sequences, one after another. Attention visits the segments in order, each at
-its length rounded up to a bucket, so that a handful of static shapes serve every stream and no `[N, N]` mask
-exists. A bucket may overrun its segment: causality keeps the overrun out of the segment's own outputs, the next
-segment overwrites what it left behind, and the backward pass masks the incoming gradient.
+A stream is `[N]` tokens of several sequences, one after another. The backends "xla" and "cudnn" visit the segments
+in order, each at its length rounded up to a bucket, so that a handful of static shapes serve every stream and no
+`[N, N]` mask exists. A bucket may overrun its segment: causality keeps the overrun out of the segment's own outputs,
+the next segment overwrites what it left behind, and the backward pass masks the incoming gradient. "cudnn_packed"
+hands the whole stream to cuDNN's packed layout.
+
+For the backward pass every backend keeps its output and the log-sum-exp of the scores, both named "attention": a
+remat policy that saves this name never runs attention forward twice.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -16,8 +21,12 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-Backend = Literal["xla", "cudnn"]
+from jaxrl.errors import InputError
+
+Backend = Literal["xla", "cudnn", "cudnn_packed"]
+ROWS = 128  # queries that "xla" scores at one time
 
 
 class Segments(NamedTuple):
@@ -28,13 +37,29 @@ class Segments(NamedTuple):
 
 
 def choose_backend(requested: str, dtype: str) -> Backend:
-    """cuDNN where it exists (NVIDIA GPU, half precision), XLA elsewhere; a request is taken at its word."""
+    """cuDNN where it runs (NVIDIA Ampere and later, half precision), XLA elsewhere.
+
+    Raises:
+      InputError: for a backend that cannot run here.
+    """
+    gpu = jax.default_backend() == "gpu"
+    capability = float(getattr(jax.local_devices()[0], "compute_capability", 0)) if gpu else 0.0
+    fits = capability >= 8 and dtype == "bfloat16"
     if requested == "auto":
-        return "cudnn" if jax.default_backend() == "gpu" and dtype == "bfloat16" else "xla"
+        return "cudnn" if fits else "xla"
+    if requested.startswith("cudnn") and not fits:
+        raise InputError(
+            f"model.attention = {requested} needs model.dtype = bfloat16 and an NVIDIA GPU of the Ampere generation or "
+            "later; set it to auto"
+        )
+    if requested == "cudnn_packed" and (capability < 9 or jax.__version_info__ < (0, 11, 1)):
+        raise InputError(
+            "model.attention = cudnn_packed needs a Hopper GPU or later and jax 0.11.1 or later, before which grouped "
+            "heads come out wrong; set it to cudnn"
+        )
     return requested  # type: ignore[return-value]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def packed_attention(
     q_NxHxD: jax.Array,
     k_NxKxD: jax.Array,
@@ -45,46 +70,62 @@ def packed_attention(
 ) -> jax.Array:
     """Causal self-attention inside each segment. Returns [N, H, D]; tokens outside all segments get anything finite.
 
+    The gradient that comes back must be zero there.
+
     Args:
       q_NxHxD, k_NxKxD, v_NxKxD: queries, keys and values; K divides H.
       segments: starts and buckets.
       lengths: bucket lengths in tokens, ascending; static.
-      backend: implementation of `jax.nn.dot_product_attention`.
+      backend: "xla", "cudnn" or "cudnn_packed".
     """
     chex.assert_rank([q_NxHxD, k_NxKxD, v_NxKxD], 3)
     chex.assert_equal_shape([k_NxKxD, v_NxKxD])
-
-    def attend(length: int, out: jax.Array, start: jax.Array, _: jax.Array) -> jax.Array:
-        qkv = (_slice(x, start, length) for x in (q_NxHxD, k_NxKxD, v_NxKxD))
-        return lax.dynamic_update_slice_in_dim(out, _kernel(backend)(*qkv)[0], start, 0)
-
-    return _for_each_segment(attend, jnp.zeros_like(q_NxHxD), segments, lengths)
+    run = _whole_stream if backend == "cudnn_packed" else _by_segment
+    return run(q_NxHxD, k_NxKxD, v_NxKxD, segments, lengths, backend)
 
 
-def _forward(q, k, v, segments, lengths, backend):
-    return packed_attention(q, k, v, segments, lengths, backend), (q, k, v, segments)
+class Kernel(NamedTuple):
+    """Causal attention of one sequence: q [L, H, D], k and v [L, K, D]."""
+
+    forward: Callable[
+        ..., tuple[jax.Array, jax.Array]
+    ]  # (q, k, v) -> out [L, H, D], log-sum-exp [L, H] float32
+    backward: Callable[..., tuple[jax.Array, ...]]  # (q, k, v, out, log-sum-exp, d_out) -> dq, dk, dv
 
 
-def _backward(lengths, backend, residuals, d_out):
-    q, k, v, segments = residuals
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _by_segment(q, k, v, segments, lengths, backend):
+    return _by_segment_forward(q, k, v, segments, lengths, backend)[0]
+
+
+def _by_segment_forward(q, k, v, segments, lengths, backend):
+    def attend(length: int, carry: tuple, start: jax.Array, _: jax.Array) -> tuple:
+        new = _kernel(backend).forward(*(_slice(x, start, length) for x in (q, k, v)))
+        return jax.tree.map(functools.partial(_write, start=start), carry, new)
+
+    blank = (jnp.zeros_like(q), jnp.zeros(q.shape[:2], jnp.float32))
+    out, lse = _for_each_segment(attend, blank, segments, lengths)
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
+    return out, (q, k, v, out, lse, segments)
+
+
+def _by_segment_backward(lengths, backend, residuals, d_out):
+    *arrays, lse, segments = residuals
 
     def attend(length: int, grads: tuple, start: jax.Array, end: jax.Array) -> tuple:
-        own = (start + jnp.arange(length) < end)[None, :, None, None]
-        _, vjp = jax.vjp(_kernel(backend), *(_slice(x, start, length) for x in (q, k, v)))
-        new = vjp(jnp.where(own, _slice(d_out, start, length), 0))
+        own = (start + jnp.arange(length) < end)[:, None]
+        # behind the end lies the next segment's, with which exp(score - lse) may overflow; this makes it 0
+        own_lse = jnp.where(own, _slice(lse, start, length), 1e30)
+        d = jnp.where(own[..., None], _slice(d_out, start, length), 0)
+        new = _kernel(backend).backward(*(_slice(x, start, length) for x in arrays), own_lse, d)
         # an overrun writes zeros, which the segments that own those tokens then overwrite
-        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return jax.tree.map(lambda all_of_them, own: write(all_of_them, own[0]), grads, new)
+        return jax.tree.map(functools.partial(_write, start=start), grads, new)
 
-    zeros = jax.tree.map(jnp.zeros_like, (q, k, v))
+    zeros = tuple(map(jnp.zeros_like, arrays[:3]))
     return (*_for_each_segment(attend, zeros, segments, lengths), None)
 
 
-packed_attention.defvjp(_forward, _backward)
-
-
-def _kernel(backend: Backend) -> Callable[..., jax.Array]:
-    return functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=backend)
+_by_segment.defvjp(_by_segment_forward, _by_segment_backward)
 
 
 def _for_each_segment(
@@ -104,4 +145,155 @@ def _for_each_segment(
 
 
 def _slice(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, start, length, 0)[None]  # [1, length, heads, D]
+    return lax.dynamic_slice_in_dim(x, start, length, 0)
+
+
+def _write(x: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, 0)
+
+
+def _kernel(backend: Backend) -> Kernel:
+    return {"xla": Kernel(_xla_forward, _xla_backward), "cudnn": Kernel(_cudnn_forward, _cudnn_backward)}[
+        backend
+    ]
+
+
+def _xla_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    length, heads, _ = q.shape
+    k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
+
+    def attend(_: None, q: jax.Array, at: jax.Array, seen: int) -> tuple[None, tuple]:
+        scores = _scores(q, k[:, :seen], at)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
+        return None, (_dot("kgnm,kmd->nkgd", weights, v[:, :seen]), lse.transpose(2, 0, 1))
+
+    _, (out, lse) = _over_rows(attend, None, (_by_group(q, k),))
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(length, heads)
+
+
+def _xla_backward(q, k, v, out, lse, d_out):
+    """From the log-sum-exp, a block of queries at a time (FlashAttention, arXiv 2205.14135, algorithm 4)."""
+    k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
+    delta = _dot("nhd,nhd->nh", out, d_out)
+    scale = q.shape[-1] ** -0.5
+
+    def attend(carry: tuple, q, d_out, lse, delta, at: jax.Array, seen: int) -> tuple[tuple, jax.Array]:
+        dk, dv = carry
+        weights = jnp.exp(_scores(q, k[:, :seen], at) - lse.transpose(1, 2, 0)[..., None])
+        d_weights = _dot("nkgd,kmd->kgnm", d_out, v[:, :seen])
+        d_scores = (scale * weights * (d_weights - delta.transpose(1, 2, 0)[..., None])).astype(q.dtype)
+        dv = dv.at[:, :seen].add(_dot("kgnm,nkgd->kmd", weights.astype(q.dtype), d_out))
+        dk = dk.at[:, :seen].add(_dot("kgnm,nkgd->kmd", d_scores, q))
+        return (dk, dv), _dot("kgnm,kmd->nkgd", d_scores, k[:, :seen])
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    rows = tuple(_by_group(x, k) for x in (q, d_out, lse, delta))
+    (dk, dv), dq = _over_rows(attend, (zeros, zeros), rows)
+    return tuple(
+        x.astype(q.dtype) for x in (dq.reshape(q.shape), jnp.swapaxes(dk, 0, 1), jnp.swapaxes(dv, 0, 1))
+    )
+
+
+def _over_rows(attend: Callable, carry: Any, arrays: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    """Scans blocks of ROWS queries, in at most 8 parts, each of which sees only the keys up to its own end."""
+    length = len(arrays[0])
+    rows = min(length, math.gcd(length, ROWS) if length > ROWS else length)
+    blocks = length // rows
+    parts = min(blocks, 8)
+    results = []
+    for part in range(parts):
+        first, last = blocks * part // parts * rows, blocks * (part + 1) // parts * rows
+        at = jnp.arange(first, last).reshape(-1, rows)
+        xs = [x[first:last].reshape(-1, rows, *x.shape[1:]) for x in arrays]
+
+        def step(carry: Any, x: tuple, seen: int = last) -> tuple[Any, Any]:
+            return attend(carry, *x, seen)
+
+        carry, result = lax.scan(step, carry, (*xs, at))
+        results.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result))
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *results)
+
+
+def _scores(q: jax.Array, k: jax.Array, at: jax.Array) -> jax.Array:
+    """q [n, K, G, D] at positions [n], k [K, m, D] -> masked, scaled scores [K, G, n, m] float32."""
+    seen = at[:, None] >= jnp.arange(k.shape[1])[None]
+    return jnp.where(seen[None, None], _dot("nkgd,kmd->kgnm", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+
+
+def _by_group(x: jax.Array, k: jax.Array) -> jax.Array:
+    """[L, H, ...] -> [L, K, G, ...]: the query heads of each key head together."""
+    return x.reshape(len(x), len(k), -1, *x.shape[2:])
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    out, vjp = jax.vjp(_cudnn, q[None], k[None], v[None])
+    lse = jax.tree.leaves(vjp)[-2]  # see _cudnn_backward; the public residual is rounded to bfloat16
+    chex.assert_shape(lse, (1, q.shape[1], q.shape[0]))
+    return out[0], lse[0].T
+
+
+def _cudnn_backward(q, k, v, out, lse, d_out):
+    """`jax.vjp` without its forward run: its closure holds q, k, v, what is not used here, log-sum-exp and out."""
+    batch = tuple(x[None] for x in (q, k, v, lse.T, out))
+    closure = jax.eval_shape(lambda *qkv: jax.vjp(_cudnn, *qkv)[1], *batch[:3])
+    leaves, structure = jax.tree.flatten(closure)
+    unused = [jnp.zeros(x.shape, x.dtype) for x in leaves[3:-2]]
+    filled = [*batch[:3], *unused, *batch[3:]]
+    chex.assert_trees_all_equal_shapes_and_dtypes(leaves, [jax.typeof(x) for x in filled])
+    return tuple(grad[0] for grad in jax.tree.unflatten(structure, filled)(d_out[None]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _whole_stream(q, k, v, segments, lengths, backend):
+    return _whole_stream_forward(q, k, v, segments, lengths, backend)[0]
+
+
+def _whole_stream_forward(q, k, v, segments, lengths, backend):
+    starts, buckets = segments
+    count = jnp.sum(buckets >= 0)
+    end = (
+        starts[count - 1] + jnp.asarray(lengths, jnp.int32)[buckets[count - 1]]
+    )  # of the last, overrun included
+    live = jnp.arange(starts.size) < count
+    ends = jnp.where(jnp.arange(starts.size) + 1 < count, jnp.roll(starts, -1), end)
+    offsets = jnp.where(jnp.arange(starts.size + 1) < count, jnp.append(starts, 0), -1).at[count].set(end)
+    out, vjp = jax.vjp(
+        lambda q, k, v: _cudnn_packed(q, k, v, jnp.where(live, ends - starts, -1)[None], offsets[None]),
+        q[None], k[None], v[None],
+    )  # fmt: skip
+    leaves, structure = jax.tree.flatten(vjp)
+    leaves[-2:] = [checkpoint_name(x, "attention") for x in leaves[-2:]]  # log-sum-exp and out
+    inside = (jnp.arange(len(q)) < jnp.where(count > 0, end, 0))[:, None, None]
+    # cuDNN writes nothing past the last segment, and nothing may be NaN
+    return checkpoint_name(jnp.where(inside, out[0], 0), "attention"), (
+        jax.tree.unflatten(structure, leaves),
+        inside,
+    )
+
+
+def _whole_stream_backward(lengths, backend, residuals, d_out):
+    vjp, inside = residuals
+    return (*(jnp.where(inside, grad[0], 0) for grad in vjp(jnp.where(inside, d_out, 0)[None])), None)
+
+
+_whole_stream.defvjp(_whole_stream_forward, _whole_stream_backward)
+
+
+def _cudnn_packed(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, offsets: jax.Array
+) -> jax.Array:
+    """[1, N, heads, D] of segments with lengths [1, S] at offsets [1, S + 1], -1 past the last; no public name yet."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return cudnn.dot_product_attention(
+        q, k, v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=offsets, kv_offsets=offsets,
+        scale=q.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL, qkv_layout="BTNH",
+    )  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 Params = dict[str, Any]
 # (q [..., N, H, D], k [..., N, K, D], v [..., N, K, D], this layer's slice of `cache`) -> (out, kept), see `forward`
@@ -127,6 +126,7 @@ def forward(
     cache: Any = None,
     dtype: str = "float32",
     remat: Remat = "none",
+    fetch: Callable[[Params], Params] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder up to the final norm.
 
@@ -137,6 +137,7 @@ def forward(
       cache: pytree with a leading layer axis, handed to `attend` slice by slice, or None.
       dtype: of the computation; norms, rotations and softmax are float32 inside.
       remat: what the backward pass recomputes.
+      fetch: makes one layer's parameters of what `params["layers"]` holds a slice of; as they are by default.
 
     Returns:
       hidden states [..., N, D] in `dtype`, and what `attend` kept, stacked over layers.
@@ -144,12 +145,11 @@ def forward(
 
     def layer(h: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         w, layer_cache = inputs
-        w = jax.tree.map(lambda a: a.astype(dtype), w)
+        w = jax.tree.map(lambda a: a.astype(dtype), fetch(w) if fetch else w)
         with jax.named_scope("attention"):
             x = rms_norm(h, w["attention_norm"], config.norm_epsilon)
             q, k, v = _qkv(config, w, x, positions)
             out, kept = attend(q, k, v, layer_cache)
-            out = checkpoint_name(out, "attention")
             h = h + _linear(out.reshape(*h.shape[:-1], -1), w["o"])
         with jax.named_scope("mlp"):
             x = rms_norm(h, w["mlp_norm"], config.norm_epsilon)
@@ -157,7 +157,7 @@ def forward(
         return h, kept
 
     if remat != "none":
-        # packed_attention keeps only q, k and v for its backward pass, so naming its output is enough here
+        # packed_attention names what its backward pass needs beside q, k and v
         policies = jax.checkpoint_policies
         save = (
             policies.save_only_these_names("attention") if remat == "attention" else policies.nothing_saveable

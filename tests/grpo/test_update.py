@@ -4,7 +4,15 @@ One trajectory of eight updates is computed in the plain way and every mesh has 
 that are on-policy, off-policy with ratios beyond every clip, empty, and too few for all devices.
 """
 
+import dataclasses
 import functools
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +23,7 @@ import pytest
 import torch
 from jax.sharding import AxisType, Mesh
 
-from jaxrl.distributed import BATCH_AXES, to_devices
+from jaxrl.distributed import BATCH_AXES, sharding_of, to_devices
 from jaxrl.grpo import group_advantages
 from jaxrl.grpo.packing import PackedBatch, bucket_lengths, pack
 from jaxrl.grpo.update import TrainState, abstract_state, init_state, make_optimizer, make_update
@@ -61,7 +69,7 @@ class Trainer(NamedTuple):
         ]
         packed, with_old = (
             pack(
-                rollouts, mini.advantages, devices=self.mesh.size, stream=stream, buckets=BUCKETS,
+                rollouts, mini.advantages, devices=self.mesh.size, streams=(stream,), buckets=BUCKETS,
                 normalization="token_mean", max_tokens=LONGEST, **({"on_policy": mini.on_policy} | options),
             )
             for rollouts in (mini.rollouts, old)
@@ -81,12 +89,12 @@ def with_gradients(optimizer: optax.GradientTransformation, traces: list) -> opt
     return optax.GradientTransformation(init, update)
 
 
-def trainer(devices=1, data=1, config=UNTIED, remat="full", dtype="float32") -> Trainer:
-    return build(devices, data, config, remat, dtype)
+def trainer(devices=1, data=1, config=UNTIED, gather="step", remat="full", dtype="float32") -> Trainer:
+    return build(devices, data, config, gather, remat, dtype)
 
 
 @functools.cache
-def build(devices, data, config, remat, dtype) -> Trainer:
+def build(devices, data, config, gather, remat, dtype) -> Trainer:
     if jax.device_count() < devices:
         pytest.skip(f"needs {devices} devices")
     shape = (data, devices // data)
@@ -95,7 +103,7 @@ def build(devices, data, config, remat, dtype) -> Trainer:
     optimizer = with_gradients(make_optimizer(**OPTIMIZER), traces)
     update, score = make_update(
         config, optimizer, mesh, buckets=BUCKETS, backend="xla", dtype=dtype, remat=remat,
-        temperature=TEMPERATURE, chunk=8, **CLIP,
+        gather=gather, temperature=TEMPERATURE, chunk=8, **CLIP,
     )  # fmt: skip
     state = lambda: init_state(to_jax(first_params(config)), optimizer, mesh)  # noqa: E731
     return Trainer(mesh, state, update, score, traces)
@@ -277,13 +285,16 @@ def gradients_of(trainer_, batch):
 
 
 @pytest.mark.parametrize(
-    ("devices", "data", "config"),
-    [(1, 1, UNTIED), (2, 1, TIED), (8, 1, UNTIED), (8, 2, UNTIED)],
-    ids=["1x1", "1x2-tied", "1x8", "2x4"],
-)
-def test_follows_the_reference(devices, data, config):
+    ("devices", "data", "config", "gather"),
+    [
+        (1, 1, UNTIED, "step"), (2, 1, TIED, "step"), (8, 1, UNTIED, "step"), (8, 2, UNTIED, "step"),
+        (1, 1, UNTIED, "layer"), (2, 1, TIED, "layer"), (8, 1, UNTIED, "layer"), (8, 2, UNTIED, "layer"),
+    ],
+    ids=lambda value: value if isinstance(value, str | int) else ("tied" if value.tied else "untied"),
+)  # fmt: skip
+def test_follows_the_reference(devices, data, config, gather):
     """Parameters along a trajectory of their own; gradients and metrics where it has come to."""
-    t = trainer(devices, data, config)
+    t = trainer(devices, data, config, gather)
     state = t.state()
     for k, (mini, (_, _, params)) in enumerate(zip(minibatches(config), trajectory(config), strict=True)):
         grads, metrics = reference_gradient(config, to_numpy(state.params), mini)
@@ -294,6 +305,49 @@ def test_follows_the_reference(devices, data, config):
         assert found.keys() == metrics.keys()
         for name, value in metrics.items():
             assert float(found[name]) == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), (k, name)
+
+
+@pytest.mark.parametrize(("data", "gather"), [(1, "step"), (2, "layer")])
+def test_two_processes_follow_the_reference(data, gather, tmp_path):
+    """The mesh of 8 over two processes of 4, as two hosts have it; the last pays for sends in every layer."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out, here = tmp_path / "steps", Path(__file__).parent
+    command = [sys.executable, here / "two_processes.py", port]
+    processes = [
+        subprocess.Popen(
+            [str(x) for x in (*command, rank, data, gather, out)], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    steps = pickle.loads(out.read_bytes())
+    t = trainer(8, data)
+    state = t.state()
+    for mini, (_, _, expected), (params, found, scores) in zip(
+        minibatches(UNTIED), trajectory(UNTIED), steps, strict=True
+    ):
+        batch = t.batch(mini)
+        np.testing.assert_allclose(scores, t.score(state.params, batch), rtol=1e-5, atol=1e-5)
+        state, metrics = t.update(state, batch)
+        assert_close(params, expected)
+        for name, value in metrics.items():
+            assert float(found[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-6, nan_ok=True), name
+
+
+def test_parameters_divided_by_layer():
+    """Eight layers on eight devices: norms and biases have no other axis to divide."""
+    config = dataclasses.replace(UNTIED, layers=8)
+    step, layer = (trainer(8, config=config, gather=gather) for gather in ("step", "layer"))
+    assert sharding_of(step.state().params["layers"]["mlp_norm"].shape, step.mesh).spec[0] == "fsdp"
+    batch = step.batch(minibatches(UNTIED)[1])
+    (one, a), (two, b) = gradients_of(step, batch), gradients_of(layer, batch)
+    assert_close(one, two, 1e-5, floor=1e-7)
+    assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-5)
 
 
 def test_the_trajectory_has_everything_in_it():
@@ -458,6 +512,54 @@ def test_nothing_kept_only_decays(mesh):
     undefined = {"approx_kl", "entropy", "logprob_diff_mean"}  # means over no tokens
     assert {name for name, value in metrics.items() if np.isnan(value)} == undefined
     assert not any(float(value) for name, value in metrics.items() if name not in undefined)
+
+
+# What it asks of XLA
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+def computations(hlo: str) -> dict[str, str]:
+    """{name: text} of a compiled module."""
+    found = re.findall(r"^(?:ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", hlo, flags=re.M | re.S)
+    return dict(found)
+
+
+def inside_loops(hlo: str) -> str:
+    """The text of all that a while loop runs, whatever calls it."""
+    parts = computations(hlo)
+    waiting = re.findall(r"\bwhile\([^\n]*?body=%?([\w.-]+)", hlo)
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name in parts:
+            seen.add(name)
+            waiting += [word for word in re.findall(r"%([\w.-]+)", parts[name]) if word in parts]
+    return "\n".join(parts[name] for name in seen)
+
+
+def compiled(t: Trainer, program: str) -> str:
+    state, batch = t.state(), t.batch(minibatches(UNTIED)[1])
+    lowered = t.update.lower(state, batch) if program == "update" else t.score.lower(state.params, batch)
+    return lowered.compile().as_text()
+
+
+@pytest.mark.parametrize("program", ["update", "score"])
+def test_no_collective_runs_in_a_loop(program):
+    hlo = compiled(trainer(8, 2), program)
+    assert "all-gather" in hlo and "while" in hlo
+    assert not [name for name in COLLECTIVES if f" {name}" in inside_loops(hlo)]
+    per_layer = inside_loops(compiled(trainer(8, 2, gather="layer"), program))
+    assert " all-gather" in per_layer  # so the search does find what is there
+
+
+def test_no_buffer_of_tokens_by_vocabulary():
+    """Logits exist a chunk at a time; 72 is the vocabulary, 32 the stream, 8 the chunk."""
+    for program in ("update", "score"):
+        shapes = set(re.findall(r"\w+\[([\d,]+)\]", compiled(trainer(8, 2), program)))
+        sizes = [set(map(int, shape.split(","))) for shape in shapes]
+        assert any({72, 8} <= size for size in sizes)
+        assert not [size for size in sizes if {72, 32} <= size]
 
 
 # What it asks of JAX

@@ -1,0 +1,29 @@
+"""One of two processes of four devices each: `python two_processes.py PORT RANK DATA GATHER OUT`.
+
+Takes the trajectory of test_update's mini-batches on a mesh over both; rank 0 writes what came of it.
+"""
+
+import pickle
+import sys
+from pathlib import Path
+
+import jax
+
+port, rank, data, gather, out = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
+
+import test_update  # noqa: E402
+from jax.experimental import multihost_utils  # noqa: E402
+
+t = test_update.trainer(8, int(data), gather=gather)
+state, steps = t.state(), []
+for mini in test_update.minibatches(test_update.UNTIED):
+    batch = t.batch(mini)
+    scores = t.score(state.params, batch)
+    state, metrics = t.update(state, batch)
+    steps.append(multihost_utils.process_allgather((state.params, metrics, scores), tiled=True))
+if rank == "0":
+    with Path(out).open("wb") as file:
+        pickle.dump(steps, file)
