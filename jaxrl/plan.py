@@ -226,7 +226,7 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
     size, shards = parameters(c), trainers // recipe.mesh.data
     stream, compute = recipe.packing.stream_tokens, jax.numpy.dtype(recipe.model.dtype).itemsize
     outside = c.vocab_size * c.width * (1 if c.tied else 2)  # embedding and head
-    by_layer = getattr(recipe.mesh, "gather", "step") == "layer"
+    by_layer = recipe.mesh.gather == "layer"
     whole = outside + (size - outside) / c.layers if by_layer else size  # parameters gathered at one time
     heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layer = 4 * c.width + 2 * heads + 2 * kv + 3 * c.mlp_width  # of a token, without recomputation
