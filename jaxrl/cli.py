@@ -1,8 +1,10 @@
-"""jaxrl train | eval | export | report. Heavy imports wait until a command needs them."""
+"""jaxrl train | eval | export | plan | report. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
 import signal
 import sys
@@ -60,6 +62,33 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     export.set_defaults(run=_export)
 
+    plan = commands.add_parser("plan", help="predict memory and step time of a recipe, without its hardware")
+    plan.add_argument("recipe")
+    plan.add_argument("--hardware", default="H100", help="A100, A800, H100, H200 or B200 (default: H100)")
+    plan.add_argument(
+        "--trainers", type=int, default=0, help="devices that train; alone: they sample in turn"
+    )
+    plan.add_argument("--samplers", type=int, default=0, help="other devices, which sample one step ahead")
+    plan.add_argument("--devices", type=int, default=0, help="of both kinds: finds the best split")
+    plan.add_argument("--mean-response", type=float, default=5000, help="tokens (default: 5000)")
+    plan.add_argument("--mean-prompt", type=float, default=150, help="tokens (default: 150)")
+    plan.add_argument(
+        "--spread", type=float, default=0.8, help="deviation over mean of lengths (default: 0.8)"
+    )
+    plan.add_argument(
+        "--zero-advantage",
+        type=float,
+        default=0.0,
+        help="share of rollouts left out of training (default: 0)",
+    )
+    plan.add_argument("--tensor", type=int, default=1, help="devices that one sampler spans (default: 1)")
+    plan.add_argument("--eager", action="store_true", help="the sampler runs without CUDA graphs")
+    plan.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="estimate the memory, in a second"
+    )
+    plan.add_argument("--json", type=Path, help="also write the plan to this file")
+    plan.set_defaults(run=_plan)
+
     report = commands.add_parser("report", help="draw the curves of one run or several")
     report.add_argument("runs", nargs="+", type=Path)
     report.add_argument("--out", type=Path, help="folder for the figures; default: report in the first run")
@@ -71,7 +100,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     }:  # no recipe: the defaults are worth seeing
         config.from_command_line(config.Recipe(), ["--help"], "jaxrl train RECIPE")
     args, rest = parser.parse_known_args(argv)
-    if rest and args.run not in (_train, _evaluate):
+    if rest and args.run not in (_train, _evaluate, _plan):
         parser.error(f"unknown option {rest[0]}")
     return args, rest
 
@@ -156,6 +185,20 @@ def _write_hf(source: Path, out: Path, dtype: str) -> int:
     hf.save(hf.Model(model_config, params, folder), out, dtype)
     print(f"step {step} of {run} -> {out} ({dtype})")
     return step
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = config.load(args.recipe, overrides)
+    from jaxrl import plan
+
+    result = plan.plan(
+        recipe,
+        plan.Assumptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(plan.Assumptions)}),
+    )
+    plan.show(result)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2))
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> None:

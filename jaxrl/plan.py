@@ -1,0 +1,409 @@
+"""What a recipe costs before any hardware is rented: bytes on each device, and seconds of each phase of a step.
+
+Bytes are measured: the recipe's own `update` and scoring pass, compiled for its mesh on virtual devices with
+abstract arrays. Seconds are a roofline model over a data sheet and five constants (docs/planning.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl import config
+from jaxrl.distributed import BATCH_AXES
+from jaxrl.errors import InputError
+from jaxrl.models import decoder, hf
+from jaxrl.models.decoder import Config, forward_flops
+from jaxrl.sampling.sampler import Prompt, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One device, from its maker's data sheet."""
+
+    flops: float  # dense bf16 FLOP/s
+    bandwidth: float  # bytes/s of device memory
+    memory: float  # bytes
+    nvlink: float  # bytes/s in each direction to the other devices of a node of 8
+    network: float  # bytes/s in each direction to other nodes, as its maker's own 8-device systems have
+
+
+HARDWARE = {  # sources: docs/planning.md
+    "A100": Hardware(312e12, 2.039e12, 80e9, 300e9, 25e9),
+    "A800": Hardware(312e12, 2.039e12, 80e9, 200e9, 25e9),
+    "H100": Hardware(989e12, 3.35e12, 80e9, 450e9, 50e9),
+    "H200": Hardware(989e12, 4.8e12, 141e9, 450e9, 50e9),
+    "B200": Hardware(2250e12, 8.0e12, 180e9, 900e9, 50e9),
+}
+
+# The same for every system and device. Sources and fits: docs/planning.md.
+MFU = 0.40  # model FLOPs over peak, in training, scoring and prefill
+BANDWIDTH = 0.6  # reached share of memory and link bandwidth
+STEP_OVERHEAD = 3e-3  # s a decode step beyond the roofline, with CUDA graphs
+EAGER_OVERHEAD = 12e-3  # the same where every kernel is launched from Python (vLLM's enforce_eager)
+PUBLISH_RATE = 3e9  # bytes/s from the trainers' bf16 weights to samplers that run on them
+MEMORY_SHARE = 0.85  # of device memory that can be planned with (verl's gpu_memory_utilization)
+NODE = 8  # devices that NVLink joins
+
+_R1_DISTILL = Config("qwen2", 151_936, 1536, 28, 12, 2, 128, 8960, 1e4, 1e-6, False, 131_072)
+KNOWN = {  # models that can be planned for without network, from their config.json
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _R1_DISTILL,
+    "nvidia/OpenMath-Nemotron-1.5B": _R1_DISTILL,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One step of GRPO, whatever program runs it."""
+
+    model: Config
+    prompts: int
+    samples: int
+    prompt_tokens: float  # mean
+    response_tokens: float  # mean, the capped ones included
+    cap: int  # longest response
+    spread: float = 0.8  # standard deviation over mean of the log-normal lengths, before the cap
+    updates: int = 4
+    scored: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
+    trained: float = 1.0  # share of sequences that the trainer computes: zero advantage may be left out
+    eager: bool = False
+    tensor: int = 1  # devices that one sampler spans
+
+    @property
+    def sequences(self) -> int:
+        return self.prompts * self.samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Seconds of each phase. Colocated devices do all in turn; otherwise samplers are one step ahead."""
+
+    trainers: int
+    samplers: int
+    colocated: bool
+    prefill: float
+    decode: float
+    tail: float  # the part of decode in which under a quarter of the slowest sampler's sequences were left
+    score: float
+    update: float
+    communication: float
+    publish: float
+
+    @property
+    def total(self) -> float:
+        sampling, training = self.prefill + self.decode, self.score + self.update + self.communication
+        return (sampling + training if self.colocated else max(sampling, training)) + self.publish
+
+
+def response_lengths(w: Workload) -> np.ndarray:
+    """Lengths of a step's responses, [prompts * samples], longest first: quantiles of a log-normal cut at the cap.
+
+    Raises:
+      InputError: if no such distribution has the mean.
+    """
+    if not 1 <= w.response_tokens < w.cap:
+        raise InputError(
+            f"--mean-response = {w.response_tokens:g} is not between 1 and the cap of {w.cap} tokens"
+        )
+    normal = np.array([NormalDist().inv_cdf(1 - (i + 0.5) / w.sequences) for i in range(w.sequences)])
+    shape = np.exp(normal * math.sqrt(math.log1p(w.spread**2)))
+    low, high = -20.0, 60.0  # logarithm of the median
+    for _ in range(100):
+        middle = (low + high) / 2
+        under = np.clip(shape * math.exp(middle), 1, w.cap).mean() < w.response_tokens
+        low, high = (middle, high) if under else (low, middle)
+    return np.rint(np.clip(shape * math.exp(high), 1, w.cap)).astype(int)
+
+
+def parameters(c: Config) -> int:
+    specs = jax.tree.leaves(decoder.declare(c), is_leaf=lambda x: isinstance(x, decoder.Spec))
+    return sum(math.prod(decoder.stacked_shape(spec, c)) for spec in specs)
+
+
+def sequence_flops(c: Config, lengths: np.ndarray) -> float:
+    """Model FLOPs of one forward pass over whole sequences; a causal token attends to half of its sequence."""
+    dense, attended = forward_flops(c)
+    return float(dense * lengths.sum() + attended * (lengths**2.0).sum() / 2)
+
+
+def cache_bytes(c: Config) -> int:
+    """Of one token, keys and values of all layers in bf16."""
+    return 2 * 2 * c.layers * c.kv_heads * c.head_dim
+
+
+def decode_seconds(w: Workload, hardware: Hardware, lengths: np.ndarray) -> tuple[float, float]:
+    """Seconds for one sampler to decode these responses, and the part with under a quarter of them left.
+
+    Each step reads all weights (or does their FLOPs, whichever is longer) and every live sequence's cache. Sequences
+    enter as the cache has room for one of mean length; between two that end, the sums have closed forms.
+
+    Raises:
+      InputError: if the weights leave no room for a sequence.
+    """
+    dense, _ = forward_flops(w.model)  # also the bytes of these weights: 2 FLOPs and 2 bytes a parameter
+    bandwidth, flops = (rate * w.tensor for rate in (hardware.bandwidth * BANDWIDTH, hardware.flops * MFU))
+    room = MEMORY_SHARE * hardware.memory * w.tensor - 2 * parameters(w.model)
+    slots = int(room / (cache_bytes(w.model) * (w.prompt_tokens + w.response_tokens)))
+    if slots < 1:
+        raise InputError(
+            f"{w.tensor} device(s) of {hardware.memory / 1e9:.0f} GB cannot sample: the weights take "
+            f"{2 * parameters(w.model) / 1e9:.0f} GB and leave no room for a sequence; raise --tensor"
+        )
+    overhead = EAGER_OVERHEAD if w.eager else STEP_OVERHEAD
+    waiting = list(np.random.default_rng(0).permutation(lengths))
+    left = np.zeros(0)  # tokens to go of each live sequence
+    cached = np.zeros(0)  # its tokens in the cache
+    seconds = tail = 0.0
+    while waiting or left.size:
+        entering = waiting[: slots - left.size]
+        del waiting[: slots - left.size]
+        left = np.concatenate([left, entering])
+        cached = np.concatenate([cached, np.full(len(entering), w.prompt_tokens)])
+        live, steps = left.size, left.min()
+        read = steps * cached.sum() + live * steps * (steps + 1) / 2
+        took = steps * (overhead + max(dense / bandwidth, live * dense / flops))
+        took += cache_bytes(w.model) * read / bandwidth
+        seconds += took
+        tail += took if live + len(waiting) < len(lengths) / 4 else 0.0
+        going_on = left > steps
+        left, cached = left[going_on] - steps, cached[going_on] + steps
+    return seconds, tail
+
+
+def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, colocated: bool = False) -> Step:
+    """Seconds of a step. `samplers` counts devices; colocated, both counts are all devices."""
+    if min(trainers, samplers) < 1 or samplers % w.tensor:
+        raise InputError(
+            f"{trainers} trainers and {samplers} samplers: each needs a device, samplers whole groups of {w.tensor}"
+        )
+    lengths, engines = response_lengths(w), samplers // w.tensor
+    # dealt out in turn, so the first sampler has the longest
+    decode, tail = decode_seconds(w, hardware, lengths[::engines])
+    dense, _ = forward_flops(w.model)
+    rate = hardware.flops * MFU
+    prefill = (
+        math.ceil(w.prompts / engines) * w.prompt_tokens * dense / (rate * w.tensor)
+    )  # one for a whole group
+    forward = sequence_flops(w.model, lengths + w.prompt_tokens) * w.trained / (trainers * rate)
+    size = parameters(w.model)
+    link = hardware.nvlink if trainers <= NODE else hardware.network
+    traffic = 6 * size * (trainers - 1) / trainers  # gather in bf16, reduce-scatter in float32
+    return Step(
+        trainers, samplers, colocated, prefill, decode, tail,
+        score=w.scored * forward,
+        update=3 * forward,
+        communication=w.updates * traffic / (link * BANDWIDTH),
+        publish=2 * size / PUBLISH_RATE,
+    )  # fmt: skip
+
+
+def best_split(
+    w: Workload, hardware: Hardware, devices: int, fits: Callable[[int], bool] = lambda trainers: True
+) -> Step:
+    """The fastest division of devices into trainers and samplers that are one step ahead.
+
+    Args:
+      fits: whether so many trainers have the memory.
+
+    Raises:
+      InputError: if there is none.
+    """
+    possible = [t for t in range(1, devices) if (devices - t) % w.tensor == 0 and fits(t)]
+    if not possible:
+        raise InputError(f"no split of {devices} devices into trainers and samplers will do; take more")
+    return min((predict(w, hardware, t, devices - t) for t in possible), key=lambda step: step.total)
+
+
+def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
+    """Bytes on each trainer by arithmetic: float32 state, and what one update holds beside it."""
+    size, shards = parameters(c), trainers // recipe.mesh.data
+    stream, compute = recipe.packing.stream_tokens, jax.numpy.dtype(recipe.model.dtype).itemsize
+    outside = c.vocab_size * c.width * (1 if c.tied else 2)  # embedding and head
+    by_layer = recipe.mesh.gather == "layer"
+    whole = outside + (size - outside) / c.layers if by_layer else size  # parameters gathered at one time
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    layer = 4 * c.width + 2 * heads + 2 * kv + 3 * c.mlp_width  # of a token, without recomputation
+    kept = {"full": c.width, "attention": c.width + heads, "none": layer}[recipe.model.remat]
+    return {
+        "parameters": 4 * size / shards,
+        "optimizer": 8 * size / shards,
+        "activations": compute * stream * c.layers * kept,
+        "temporaries": 2 * compute * whole  # the gathered copy, one micro-batch's gradients
+        + 4 * max(whole, size / shards)  # the float32 sum of gradients
+        + 2 * compute * stream * layer  # what the backward pass recomputes of a layer, and its gradients
+        + 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size,  # logits, exponentials, gradients
+    }
+
+
+def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
+    """Bytes on each trainer as XLA assigns them, compiled for virtual devices; nothing is allocated.
+
+    The batch has the longest sequences that the recipe allows. The CPU compiler computes in float32 where a GPU
+    computes in bfloat16, so the temporaries are an upper bound.
+    """
+    if jax.config.jax_num_cpu_devices < trainers:  # type: ignore[attr-defined]
+        try:
+            jax.config.update("jax_num_cpu_devices", trainers)
+            jax.config.update("jax_platforms", "cpu")  # leave GPUs that are here alone
+        except RuntimeError:
+            raise InputError(f"{trainers} trainers, but jax has started with fewer virtual devices") from None
+    from jaxrl import train
+
+    # one attention length compiles fast, and the longest holds the most
+    packing = dataclasses.replace(recipe.packing, bucket_tokens=train.attention_buckets(recipe)[-1])
+    model = dataclasses.replace(recipe.model, attention="xla")
+    recipe = dataclasses.replace(recipe, model=model, packing=packing)
+    mesh = jax.make_mesh(
+        (recipe.mesh.data, trainers // recipe.mesh.data), BATCH_AXES, devices=jax.devices("cpu")[:trainers],
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    )  # fmt: skip
+    optimizer = train.make_optimizer(recipe)
+    update, score = train.make_update(recipe, c, optimizer, mesh)
+    state = train.abstract_state(c, optimizer, mesh)
+    prompt = Prompt("", np.zeros(recipe.data.max_prompt_tokens, np.int32), "")
+    response = np.zeros(recipe.rollout.max_tokens, np.int32)
+    group = [Rollout(prompt, response, response.astype(np.float32), "length", 0)] * recipe.rollout.samples
+    groups = [group] * recipe.optimizer.minibatch_prompts
+    full = next(iter(train.minibatches(recipe, c, groups, np.ones((len(groups), len(group))), mesh)))
+    per_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=per_device), full)
+    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # same buffers
+    training, scoring = (
+        function.lower(argument, batch).compile(fast).memory_analysis().temp_size_in_bytes
+        for function, argument in ((update, state), (score, state.params))
+    )
+    activations = min(estimated_bytes(recipe, c, trainers)["activations"], training)
+    held = {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}
+    return {name: _shard_bytes(tree) for name, tree in held.items()} | {
+        "activations": activations,
+        "temporaries": training - activations,
+        "temporaries of scoring": scoring,
+    }
+
+
+def _shard_bytes(tree: Any) -> float:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def model_config(path: str) -> Config:
+    """Of a Hugging Face folder, of a model known here, or of a Hub id; no weights are read.
+
+    Raises:
+      InputError: if it is none of these.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if Path(path).expanduser().is_dir():
+        return hf.read_config(Path(path).expanduser())
+    if path in KNOWN:
+        return KNOWN[path]
+    try:
+        file = hf_hub_download(path, "config.json")
+    except Exception as error:
+        raise InputError(
+            f"{path}: no such folder, and the Hub did not have its config.json ({type(error).__name__}); "
+            f"known without network: {', '.join(KNOWN)}"
+        ) from error
+    return hf.read_config(Path(file).parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """What a plan needs beside the recipe; the options of `jaxrl plan`."""
+
+    hardware: str = "H100"
+    trainers: int = 0
+    samplers: int = 0
+    devices: int = 0
+    mean_response: float = 5000
+    mean_prompt: float = 150
+    spread: float = 0.8
+    zero_advantage: float = 0.0
+    tensor: int = 1
+    eager: bool = False
+    compile: bool = True
+
+
+def plan(recipe: config.Recipe, a: Assumptions) -> dict[str, Any]:
+    """The plan as plain values: options, the fastest first, and bytes on each of the fastest one's trainers.
+
+    Raises:
+      InputError: for what cannot be.
+    """
+    for name in ("mean_response", "mean_prompt", "tensor"):
+        if not getattr(a, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} = {getattr(a, name)} is not positive")
+    if a.hardware not in HARDWARE:
+        raise InputError(f"--hardware = {a.hardware} is not known; {', '.join(HARDWARE)} are")
+    if not (0 <= a.zero_advantage < 1 and 0 <= a.spread < 10):
+        raise InputError("--zero-advantage must be from 0 to below 1, --spread from 0 to below 10")
+    conflict = (a.devices and a.trainers) or (a.samplers and not a.trainers)
+    if conflict or min(a.trainers, a.samplers, a.devices) < 0:
+        raise InputError("give --devices N to find the best split, or --trainers N and --samplers M")
+    c, hardware, data = model_config(recipe.model.path), HARDWARE[a.hardware], recipe.mesh.data
+    updates, all_but_first = recipe.updates_per_step, 1 - 1 / recipe.updates_per_step
+    w = Workload(
+        c, recipe.rollout.prompts, recipe.rollout.samples, a.mean_prompt, a.mean_response,
+        recipe.rollout.max_tokens, a.spread, updates, eager=a.eager, tensor=a.tensor, trained=1 - a.zero_advantage,
+        scored=all_but_first if recipe.loss.skip_first_old_logprobs else 1.0,
+    )  # fmt: skip
+
+    def fits(trainers: int) -> bool:
+        even = trainers % data == 0 and c.width % (trainers // data) == 0  # uneven shards are no shards
+        return even and sum(estimated_bytes(recipe, c, trainers).values()) <= MEMORY_SHARE * hardware.memory
+
+    count = a.trainers or a.devices or (recipe.mesh.fsdp or NODE) * data
+    if count % data:
+        raise InputError(f"{count} devices cannot be divided by mesh.data = {data}; change one of them")
+    steps = [predict(w, hardware, count, a.samplers or count, colocated=not a.samplers)]
+    if a.devices > 1:
+        steps.append(best_split(w, hardware, count, fits))
+    steps.sort(key=lambda step: step.total)
+    trainers, lengths = steps[0].trainers, response_lengths(w)
+    forward = sequence_flops(c, lengths + w.prompt_tokens) * w.trained
+    return {
+        "recipe": config.to_dict(recipe),
+        "assumptions": dataclasses.asdict(a),
+        "parameters": parameters(c),
+        "capped_fraction": float((lengths >= w.cap).mean()),
+        "steps": [dataclasses.asdict(step) | {"total": step.total} for step in steps],
+        "flops": {"old log-probs": w.scored * forward, "update": 3 * forward},
+        "bytes": (compiled_bytes if a.compile else estimated_bytes)(recipe, c, trainers),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints a plan."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, steps, a = Console(), result["steps"], result["assumptions"]
+    seconds = Table(f"{a['hardware']}: seconds a step", title_justify="left")
+    for s in steps:
+        split = f"{s['trainers']} trainers : {s['samplers']} samplers\none step ahead"
+        seconds.add_column(f"{s['trainers']} devices\nin turn" if s["colocated"] else split, justify="right")
+    names = ("prefill", "decode", "tail", "score", "update", "communication", "publish", "total")
+    titles = {"tail": "  of which the long tail", "score": "old log-probs", "update": "forward and backward"}
+    for name in names:
+        last = name in ("tail", "publish")
+        seconds.add_row(titles.get(name, name), *(f"{s[name]:.1f}" for s in steps), end_section=last)
+    console.print(seconds)
+    trainers, flops, held = steps[0]["trainers"], sum(result["flops"].values()), result["bytes"]
+    how = "compiled for virtual devices" if a["compile"] else "estimated"
+    sizes = Table(f"each of {trainers} trainers, {how}", "GB")
+    for name, size in held.items():
+        sizes.add_row(name, f"{size / 1e9:.2f}", end_section=name == "temporaries")
+    peak = sum(size for name, size in held.items() if name != "temporaries of scoring")
+    sizes.add_row("at most at one time", f"{peak / 1e9:.1f} of {HARDWARE[a['hardware']].memory / 1e9:.0f}")
+    console.print(sizes)
+    console.print(
+        f"{result['parameters'] / 1e9:.2f} B parameters; {flops:.3g} model FLOPs a step, {flops / trainers:.3g} on "
+        f"each trainer; mean response {a['mean_response']:g}, {result['capped_fraction']:.1%} at the cap"
+    )

@@ -1,0 +1,231 @@
+"""The planner against published step times, published FLOP counts, plain arithmetic and plain common sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl import cli, config
+from jaxrl.errors import InputError
+from jaxrl.models import decoder
+from jaxrl.plan import (
+    HARDWARE,
+    KNOWN,
+    Assumptions,
+    Workload,
+    best_split,
+    compiled_bytes,
+    decode_seconds,
+    estimated_bytes,
+    parameters,
+    plan,
+    predict,
+    response_lengths,
+    sequence_flops,
+)
+
+R1_DISTILL = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"]
+LLAMA_8B = decoder.Config("llama", 128_256, 4096, 32, 32, 8, 128, 14_336, 5e5, 1e-5, False, 131_072)
+QWEN3_32B = decoder.Config("qwen3", 151_936, 5120, 64, 64, 8, 128, 25_600, 1e6, 1e-6, False, 40_960)
+JUSTRL = Workload(R1_DISTILL, 256, 8, 150, 5000, cap=15_360, eager=True)
+
+
+def nemo(model: decoder.Config, response: int, prompt: int, tensor: int = 1) -> Workload:
+    """NeMo-RL's performance recipes: 64 prompts x 32, 4,096 tokens in all, a reference model's log-probs too."""
+    return Workload(model, 64, 32, prompt, response, 4096 - prompt, scored=2, tensor=tensor)
+
+
+# name, workload, hardware, trainers, samplers, colocated, published seconds; docs/planning.md has the sources
+PUBLISHED = [
+    ("JustRL, R1-Distill-Qwen-1.5B, 32 A800", JUSTRL, "A800", 32, 32, True, 296),
+    ("NeMo-RL 0.3, Llama-3.1-8B, 8 H100", nemo(LLAMA_8B, 795, 130), "H100", 8, 8, True, 112),
+    ("NeMo-RL 0.4, Llama-3.1-8B, 16 H100", nemo(LLAMA_8B, 1060, 132), "H100", 16, 16, True, 97.7),
+    ("NeMo-RL 0.4, Llama-3.1-8B, 8 + 8 H100", nemo(LLAMA_8B, 1129, 130), "H100", 8, 8, False, 74.6),
+    ("NeMo-RL 0.4, Qwen3-32B, 32 H100", nemo(QWEN3_32B, 3206, 110, tensor=4), "H100", 32, 32, True, 393),
+    ("NeMo-RL 0.4, Qwen3-32B, 32 + 32 H100", nemo(QWEN3_32B, 3207, 110, tensor=4), "H100", 32, 32, False, 215),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
+def test_published_step_times_within_half(row: tuple) -> None:
+    name, workload, hardware, trainers, samplers, colocated, published = row
+    predicted = predict(workload, HARDWARE[hardware], trainers, samplers, colocated).total
+    assert 1 / 1.5 < predicted / published < 1.5
+    documented = f"| {name} | {published} | {predicted:.0f} | {predicted / published:.2f} |"
+    assert documented in (Path(__file__).parents[1] / "docs" / "planning.md").read_text(), documented
+
+
+def test_published_phases_within_half() -> None:
+    """NVIDIA-NeMo/RL issue 959, first row: training 28 s, generation 58, log-probs 18, refit 5."""
+    _, workload, _, devices, _, _, _ = PUBLISHED[1]
+    step = predict(workload, HARDWARE["H100"], devices, devices, colocated=True)
+    phases = {
+        28: step.update + step.communication,
+        58: step.prefill + step.decode,
+        18: step.score,
+        5: step.publish,
+    }
+    assert all(1 / 1.5 < predicted / published < 1.5 for published, predicted in phases.items()), phases
+
+
+@pytest.mark.parametrize(
+    ("length", "gigaflops"), [(5000, 3.517), (7000, 3.689), (16_384, 4.496), (32_768, 5.906)]
+)
+def test_flops_of_a_token_of_r1_distill(length: int, gigaflops: float) -> None:
+    """2 x (28 x 46,792,704 + 233,373,696) + 172,032 x length / 2."""
+    assert sequence_flops(R1_DISTILL, np.array([length])) / length == pytest.approx(gigaflops * 1e9, rel=2e-4)
+
+
+def test_parameters() -> None:
+    assert parameters(R1_DISTILL) == 1_777_088_000
+    assert parameters(LLAMA_8B) == 8_030_261_248
+
+
+def test_decoding_equal_responses_at_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,048 responses of 5,000 tokens on one H100 read 778 TB of cache: 232 s at 3.35 TB/s."""
+    for name, value in {"BANDWIDTH": 1.0, "STEP_OVERHEAD": 0.0, "MFU": 1e9}.items():
+        monkeypatch.setattr(f"jaxrl.plan.{name}", value)
+    equal = dataclasses.replace(JUSTRL, eager=False, spread=0.0)
+    h100 = dataclasses.replace(HARDWARE["H100"], memory=1e15)  # room for all at once
+    seconds, tail = decode_seconds(equal, h100, response_lengths(equal))
+    prompts, weights = (
+        2048 * 5000 * 150 * 28_672 / 3.35e12,
+        5000 * 2 * (1_777_088_000 - 233_373_696) / 3.35e12,
+    )
+    assert seconds - prompts - weights == pytest.approx(2048 * 28_672 * 5000**2 / 2 / 3.35e12, rel=1e-3)
+    assert seconds - prompts - weights == pytest.approx(2048 * 0.38e12 / 3.35e12, rel=0.07)
+    assert tail == 0
+
+
+@given(st.floats(10, 15_000), st.floats(0, 2), st.integers(1, 64))
+@settings(deadline=None, max_examples=50)
+def test_lengths_have_the_mean_and_the_cap(mean: float, spread: float, prompts: int) -> None:
+    w = dataclasses.replace(JUSTRL, prompts=prompts, response_tokens=mean, spread=spread)
+    lengths = response_lengths(w)
+    assert len(lengths) == w.sequences and lengths.min() >= 1 and lengths.max() <= w.cap
+    assert (np.diff(lengths) <= 0).all()
+    assert lengths.mean() == pytest.approx(mean, abs=0.51)
+
+
+@given(st.sampled_from(sorted(HARDWARE)), st.integers(1, 40), st.integers(1, 40), st.floats(200, 10_000))
+@settings(deadline=None, max_examples=40)
+def test_more_work_takes_longer_and_more_devices_do_not(
+    name: str, trainers: int, samplers: int, mean: float
+) -> None:
+    hardware = HARDWARE[name]
+    w = dataclasses.replace(JUSTRL, prompts=32, response_tokens=mean)
+    step = predict(w, hardware, trainers, samplers)
+    longer = predict(dataclasses.replace(w, response_tokens=1.2 * mean), hardware, trainers, samplers)
+    assert longer.total > step.total
+    assert predict(w, hardware, trainers, samplers + 1).decode <= step.decode
+    assert predict(w, hardware, trainers + 1, samplers).update < step.update
+    faster = dataclasses.replace(hardware, bandwidth=2 * hardware.bandwidth)
+    assert predict(w, faster, trainers, samplers).decode < step.decode
+    assert (
+        predict(w, hardware, trainers, trainers, colocated=True).total
+        >= predict(w, hardware, trainers, trainers).total
+    )
+    assert 0 <= step.tail <= step.decode
+
+
+@pytest.mark.parametrize(("devices", "least"), [(2, 1), (16, 1), (24, 4)])
+def test_the_split_is_the_fastest(devices: int, least: int) -> None:
+    def seconds(trainers: int) -> float:
+        return predict(JUSTRL, HARDWARE["A100"], trainers, devices - trainers).total
+
+    found = best_split(JUSTRL, HARDWARE["A100"], devices, fits=lambda trainers: trainers >= least)
+    assert (found.trainers, found.samplers) == (found.trainers, devices - found.trainers)
+    assert found.total == min(seconds(t) for t in range(least, devices))
+
+
+def test_a_split_has_to_have_the_memory() -> None:
+    with pytest.raises(InputError, match="no split of 8 devices"):
+        best_split(JUSTRL, HARDWARE["A100"], 8, fits=lambda _: False)
+
+
+SMALL = decoder.Config("qwen2", 512, 64, 3, 4, 2, 16, 96, 1e4, 1e-6, False, 512)
+
+
+def small_recipe(**values: dict) -> config.Recipe:
+    return config.from_dict(
+        {
+            "data": {"max_prompt_tokens": 32},
+            "rollout": {"prompts": 8, "samples": 4, "max_tokens": 96},
+            "optimizer": {"minibatch_prompts": 4},
+            "packing": {"stream_tokens": 256, "bucket_tokens": 32, "logprob_chunk": 64},
+        }
+        | values
+    )
+
+
+@pytest.mark.parametrize("gather", ["step", "layer"])
+def test_compiled_bytes_are_those_of_arithmetic(gather: str) -> None:
+    recipe = small_recipe(model={"dtype": "float32"}, mesh={"gather": gather})
+    held, estimated = compiled_bytes(recipe, SMALL, 4), estimated_bytes(recipe, SMALL, 4)
+    assert held["parameters"] == 4 * parameters(SMALL) / 4
+    assert held["optimizer"] == pytest.approx(2 * held["parameters"], abs=64)  # and its counters
+    assert held["activations"] == 4 * 256 * 3 * 64
+    assert held["temporaries"] == pytest.approx(estimated["temporaries"], rel=0.3)
+    assert held["temporaries of scoring"] < held["temporaries"]
+
+
+def test_state_is_divided_among_fsdp_and_copied_over_data() -> None:
+    held = compiled_bytes(small_recipe(mesh={"data": 2}), SMALL, 8)
+    assert held["parameters"] == 4 * parameters(SMALL) / 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hardware": "T4"}, "A100, A800, H100, H200, B200"),
+        ({"mean_response": 20_000}, "not between 1 and the cap of 15360"),
+        ({"mean_response": float("nan")}, "--mean-response = nan is not positive"),
+        ({"samplers": 4}, "--trainers N and --samplers M"),
+        ({"devices": 8, "trainers": 4}, "give --devices N"),
+        ({"trainers": -1}, "give --devices N"),
+        ({"zero_advantage": 1.0}, "--zero-advantage must be"),
+        ({"tensor": 3}, "whole groups of 3"),
+    ],
+)
+def test_bad_input(changes: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        plan(config.Recipe(), Assumptions(compile=False, **changes))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_models_and_meshes_that_cannot_be() -> None:
+    unknown = dataclasses.replace(config.Recipe(), model=config.Model(path="nobody/nothing"))
+    with pytest.raises(InputError, match="nobody/nothing: no such folder"):
+        plan(unknown, Assumptions(compile=False))
+    uneven = dataclasses.replace(config.Recipe(), mesh=config.Mesh(data=3))
+    with pytest.raises(InputError, match=r"mesh\.data = 3"):
+        plan(uneven, Assumptions(compile=False, devices=8))
+    tiny = dataclasses.replace(HARDWARE["H100"], memory=3e9)
+    with pytest.raises(InputError, match="raise --tensor"):
+        predict(JUSTRL, tiny, 8, 8)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "plan.json"
+    recipe.write_text(config.to_toml(config.Recipe()))
+    options = ["--devices", "16", "--no-compile", "--json", str(out), "--rollout.prompts", "128"]
+    cli.main(["plan", str(recipe), *options])
+    shown, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert "one step ahead" in shown and "16 devices" in shown and "optimizer" in shown
+    assert result["recipe"]["rollout"]["prompts"] == 128
+    assert [s["total"] for s in result["steps"]] == sorted(s["total"] for s in result["steps"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(recipe), "--hardware", "T4"])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("jaxrl: --hardware = T4")
+
+
+@pytest.mark.slow
+def test_the_real_recipe_compiles_for_its_real_mesh() -> None:
+    held = compiled_bytes(config.Recipe(), R1_DISTILL, 8)
+    assert held["parameters"] + held["optimizer"] == pytest.approx(12 * 1_777_088_000 / 8, rel=1e-6)
