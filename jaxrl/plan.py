@@ -19,29 +19,10 @@ import numpy as np
 from jaxrl import config
 from jaxrl.distributed import BATCH_AXES
 from jaxrl.errors import InputError
+from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
 from jaxrl.models.decoder import Config, forward_flops
 from jaxrl.sampling.sampler import Prompt, Rollout
-
-
-@dataclasses.dataclass(frozen=True)
-class Hardware:
-    """One device, from its maker's data sheet."""
-
-    flops: float  # dense bf16 FLOP/s
-    bandwidth: float  # bytes/s of device memory
-    memory: float  # bytes
-    nvlink: float  # bytes/s in each direction to the other devices of a node of 8
-    network: float  # bytes/s in each direction to other nodes, as its maker's own 8-device systems have
-
-
-HARDWARE = {  # sources: docs/planning.md
-    "A100": Hardware(312e12, 2.039e12, 80e9, 300e9, 25e9),
-    "A800": Hardware(312e12, 2.039e12, 80e9, 200e9, 25e9),
-    "H100": Hardware(989e12, 3.35e12, 80e9, 450e9, 50e9),
-    "H200": Hardware(989e12, 4.8e12, 141e9, 450e9, 50e9),
-    "B200": Hardware(2250e12, 8.0e12, 180e9, 900e9, 50e9),
-}
 
 # The same for every system and device. Sources and fits: docs/planning.md.
 MFU = 0.40  # model FLOPs over peak, in training, scoring and prefill

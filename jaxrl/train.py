@@ -21,13 +21,11 @@ from jaxrl.distributed import make_mesh, to_devices
 from jaxrl.errors import InputError
 from jaxrl.grpo import group_advantages, packing
 from jaxrl.grpo import update as grpo
+from jaxrl.hardware import HARDWARE
 from jaxrl.models import attention, decoder, hf
 from jaxrl.rewards import VERIFIERS
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.sampling.sampler import Rollout, Sampler, SamplingParams
-
-# Dense bf16 peak, FLOP/s a device (NVIDIA's data sheets), for perf/mfu; other devices report none.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
 
 
 def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
@@ -326,7 +324,7 @@ def performance(
     lengths = np.array([len(r.prompt.tokens) + len(r.tokens) for g in groups for r in g], float)
     metrics = {"perf/tokens_per_second": float(lengths.sum() / seconds)}
     kind = jax.devices()[0].device_kind
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    peak = next((hardware.flops for name, hardware in HARDWARE.items() if name in kind), None)
     if peak:
         dense, attended = decoder.forward_flops(model_config)
         forward = dense * lengths.sum() + attended * (lengths**2).sum() / 2
