@@ -46,11 +46,11 @@ def bucket_lengths(bucket: int, longest: int) -> tuple[int, ...]:
 
 
 def stream_lengths(stream: int, longest: int, unit: int) -> tuple[int, ...]:
-    """What a stream may measure, so that little of the last one is padding: at most 5 multiples of `unit`.
+    """What a stream may measure, so that little of the last one is padding: at most 9 multiples of `unit`.
 
     They lie between half of `stream` and `stream`, and all hold `longest`.
     """
-    step = unit * -(-stream // (8 * unit))
+    step = unit * -(-stream // (16 * unit))
     return tuple(n for n in range(stream, 0, -step) if n >= longest and 2 * n >= stream)[::-1]
 
 
