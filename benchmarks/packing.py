@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.contest import RESULTS, answer_lengths
 from jaxrl import config, train
 from jaxrl.grpo import packing
 from jaxrl.models.decoder import forward_flops
 from jaxrl.plan import KNOWN
 from jaxrl.sampling.sampler import Prompt, Rollout
 
-RESULTS = Path(__file__).parent / "results" / "packing.json"
 MODEL = next(iter(KNOWN.values()))
 
 
@@ -49,14 +48,13 @@ def main() -> None:
             f"{row['padded_rows']:>13.3f}{row['milliseconds']:>7.0f}{row['shapes']:>8}"
         )
         rows.append(row)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(vars(options) | {"rows": rows}, indent=2) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "packing.json").write_text(json.dumps(vars(options) | {"rows": rows}, indent=2) + "\n")
 
 
 def measure(sequences: int, devices: int, seed: int) -> dict:
     rng = np.random.default_rng(seed)
-    sigma = np.sqrt(np.log1p(0.8**2))
-    answers = np.clip(rng.lognormal(np.log(5_000) - sigma**2 / 2, sigma, sequences), 1, 15_360).astype(int)
+    answers = answer_lengths(rng, sequences)
     prompts = rng.integers(60, 240, sequences)
     rollouts = [
         Rollout(

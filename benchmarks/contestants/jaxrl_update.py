@@ -1,4 +1,4 @@
-"""jaxrl's step, packed; see benchmarks/update_cpu.py."""
+"""jaxrl's update and scoring pass on packed streams; see benchmarks/contest.py."""
 
 import json
 import math
@@ -11,34 +11,43 @@ import numpy as np
 from jaxrl.distributed import make_mesh, to_devices
 from jaxrl.grpo import packing
 from jaxrl.grpo import update as grpo
-from jaxrl.models import hf
+from jaxrl.models import attention, decoder, hf
 from jaxrl.sampling.sampler import Prompt, Rollout
 
-STREAM, BUCKET, CHUNK = 2048, 64, 256
-
-folder = Path(sys.argv[1])
-batch = np.load(folder / "batch.npz")
-model, mesh = hf.load(folder / "model"), make_mesh()
-rollouts, first = [], int(batch["prompt"])
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+chunk, batch, mesh = settings["chunk"], np.load(folder / "batch.npz"), make_mesh()
+model = hf.load(folder / "model", mesh=mesh)
+rollouts, first, longest = [], int(batch["prompt"]), batch["tokens"].shape[1]
 for tokens, length, old in zip(batch["tokens"], batch["lengths"], batch["old_logprobs"], strict=True):
     prompt = Prompt("", tokens[:first], "")
     rollouts.append(Rollout(prompt, tokens[first:length], old[first:length], "stop", 0))
-buckets = packing.bucket_lengths(BUCKET, batch["tokens"].shape[1])
+buckets = packing.bucket_lengths(settings["bucket"], longest)
+dense, attended = decoder.forward_flops(model.config)
 packed = packing.pack(
-    rollouts, batch["advantages"], devices=1, buckets=buckets, normalization="token_mean", max_tokens=512,
-    streams=packing.stream_lengths(STREAM, buckets[-1], math.lcm(BUCKET, CHUNK)),
+    rollouts, batch["advantages"], devices=1, buckets=buckets, normalization="token_mean", max_tokens=longest,
+    streams=packing.stream_lengths(settings["stream"], buckets[-1], math.lcm(settings["bucket"], chunk)),
+    attention_cost=attended / dense,
 )  # fmt: skip
+executed = int(packed.micro_batches.sum()) * packed.tokens.shape[2]
 packed = to_devices(packed.replace(old_logprobs=packed.sampler_logprobs), mesh)
 optimizer = grpo.make_optimizer(
     learning_rate=1e-6, warmup_steps=0, updates_per_step=1, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.1,
     max_grad_norm=1.0,
 )  # fmt: skip
-update, _ = grpo.make_update(
-    model.config, optimizer, mesh, buckets=buckets, backend="xla", dtype="float32", remat="none", temperature=1.0,
-    chunk=CHUNK, clip_low=0.2, clip_high=0.28, dual_clip=1e9,
+update, score = grpo.make_update(
+    model.config, optimizer, mesh, buckets=buckets, dtype=settings["dtype"], remat=settings["remat"],
+    backend=attention.choose_backend(settings["backend"], settings["dtype"]), temperature=1.0, chunk=chunk,
+    clip_low=0.2, clip_high=0.28, dual_clip=1e9,
 )  # fmt: skip
 state = grpo.init_state(model.params, optimizer, mesh)
-for _ in sys.stdin:
-    state, metrics = update(state, packed)
-    jax.block_until_ready(state)
-    print(json.dumps({name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}), flush=True)
+del model  # the state owns the parameters now
+for request in sys.stdin:
+    found = {}
+    if request.strip() == "score":
+        jax.block_until_ready(score(state.params, packed))
+    else:
+        state, metrics = update(state, packed)
+        jax.block_until_ready(state)
+        found = {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    print(json.dumps(found | {"executed_tokens": executed, "peak_bytes": peak}), flush=True)

@@ -1,4 +1,4 @@
-"""Tunix 0.1.7's own GRPO loss and training step, padded; see benchmarks/update_cpu.py. Runs in Tunix's environment."""
+"""Tunix 0.1.7's own GRPO loss and training step, padded; see benchmarks/contest.py. Runs in Tunix's environment."""
 
 import json
 import sys
