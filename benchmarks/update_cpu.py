@@ -2,9 +2,9 @@
 
 The same weights, sequences, old log-probs and advantages, float32, AdamW, clip 0.2 / 0.28, token mean, gradients
 clipped to norm 1, entropy of every completion token computed by all. Each contestant lives in a process of its own
-and takes its steps in turn with the others. "full": 16 sequences of 512 tokens. "ragged": 16 spread like
-R1-Distill's answers, about 170 on average and 512 at most, padded by those who cannot pack. Before the race all have to agree on loss and
-gradient norm.
+and takes its steps in turn with the others. "full": 16 sequences of 512 tokens. "ragged": 16 spread like R1-Distill's
+answers, about 170 tokens on average and 512 at most, padded by those who cannot pack. Before the race all have to
+agree on loss, gradient norm and entropy.
 
 Tunix needs an environment of its own: `python -m benchmarks.update_cpu --setup` makes it. Without it, two race.
 """

@@ -1,0 +1,42 @@
+"""Makes the model on the device, and measures what the device can do at best; see benchmarks/update_gpu.py."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.models import Config, Model, initialise, save
+
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+REPEATS = 20
+
+
+def seconds(function, *arguments):
+    """Of one call, in a row of many."""
+    jax.block_until_ready(function(*arguments))
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        result = function(*arguments)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / REPEATS
+
+
+for _ in sys.stdin:
+    config, tokens = Config(**settings["model"]), settings["stream"]
+    save(Model(config, initialise(config, 0)), folder / "model", dtype=settings["dtype"])
+    x, w, square = (
+        jax.random.normal(jax.random.key(0), shape, settings["dtype"])
+        for shape in ((tokens, config.width), (config.mlp_width, config.width), (settings["square"],) * 2)
+    )
+    matmul, mlp = jax.jit(jnp.matmul), jax.jit(lambda x, w: jnp.einsum("ni,oi->no", x, w))
+    found = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "matmul_flops": 2 * settings["square"] ** 3 / seconds(matmul, square, square),
+        "mlp_flops": 2 * tokens * w.size / seconds(mlp, x, w),
+        "copy_bytes": 2 * square.nbytes / seconds(jax.jit(jnp.negative), square),
+    }
+    print(json.dumps(found), flush=True)
