@@ -48,7 +48,6 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="a small model on the CPU, to see that all of it runs"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "update_gpu.json")
     options = parser.parse_args()
     environment = {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
@@ -72,10 +71,11 @@ def main() -> None:
         ) as c:
             device = c.ask()[1]
         peak = next((hardware.flops for name, hardware in HARDWARE.items() if name in device["device"]), None)
-        setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        record = setting | {"lengths": lengths.tolist(), "peak_flops": peak} | device
+        record = vars(options) | {"lengths": lengths.tolist(), "peak_flops": peak} | device
         record |= {"model": vars(model), "environment": environment}
         show_device(record)
+        out = RESULTS / f"update_gpu_{device['device'].replace(' ', '_')}.json"
+        out.parent.mkdir(exist_ok=True)
         rows: list[dict[str, Any]] = []
         for configuration in configurations(options):
             python = options.torch if configuration["program"] == "torch_update" else sys.executable
@@ -90,8 +90,7 @@ def main() -> None:
                 found = {"failed": str(stopped)}
             rows.append(configuration | found)
             show(rows[-1])
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
+            out.write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
     show_ratio(rows)
 
 
@@ -114,15 +113,11 @@ def configurations(options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for remat, backend, stream in itertools.product(options.remat, options.backends, options.streams)
     ]
+    # rows padded to one length, or one at a time; logits by chunks, or whole
+    ways = ((min(options.streams), options.chunk), (1, options.chunk), (1, 0))
     theirs = [
-        {
-            "program": "torch_update",
-            "stream": min(options.streams),
-            "backend": "sdpa",
-            "remat": "full",
-            "chunk": chunk,
-        }
-        for chunk in (options.chunk, 0)
+        {"program": "torch_update", "stream": stream, "backend": "sdpa", "remat": "full", "chunk": chunk}
+        for stream, chunk in ways
     ]
     return [ours[0], *theirs, *ours[1:]]
 
