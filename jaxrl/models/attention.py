@@ -159,77 +159,87 @@ def _kernel(backend: Backend) -> Kernel:
 
 
 def _xla_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    length, heads, _ = q.shape
-    k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
+    length, kv_heads, _ = k.shape
+    q, k, v = (_by_group(x, kv_heads) for x in (q, k, v))
 
     def attend(_: None, q: jax.Array, at: jax.Array, seen: int) -> tuple[None, tuple]:
         scores = _scores(q, k[:, :seen], at)
-        lse = jax.nn.logsumexp(scores, axis=-1)
-        weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
-        return None, (_weighted(weights, v[:, :seen]), lse.transpose(2, 0, 1))
+        most = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - most)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = _dot("krm,kmd->krd", weights.astype(v.dtype), v[:, :seen]) / total
+        return None, (out.astype(q.dtype), most + jnp.log(total))
 
-    _, (out, lse) = _over_rows(attend, None, (_by_group(q, k),))
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(length, heads)
+    _, (out, lse) = _over_rows(attend, None, length, (q,))
+    return _by_head(out, length), _by_head(lse, length)[..., 0]
 
 
 def _xla_backward(q, k, v, out, lse, d_out):
     """From the log-sum-exp, a block of queries at a time (FlashAttention, arXiv 2205.14135, algorithm 4)."""
-    k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
+    length, kv_heads, _ = k.shape
     delta = _dot("nhd,nhd->nh", out, d_out)
+    q, k, v, d_out, lse, delta = (
+        _by_group(x, kv_heads) for x in (q, k, v, d_out, lse[..., None], delta[..., None])
+    )
     scale = q.shape[-1] ** -0.5
 
     def attend(carry: tuple, q, d_out, lse, delta, at: jax.Array, seen: int) -> tuple[tuple, jax.Array]:
         dk, dv = carry
-        weights = jnp.exp(_scores(q, k[:, :seen], at) - lse.transpose(1, 2, 0)[..., None])
-        d_weights = _dot("nkgd,kmd->kgnm", d_out, v[:, :seen])
-        d_scores = (scale * weights * (d_weights - delta.transpose(1, 2, 0)[..., None])).astype(q.dtype)
-        dv = dv.at[:, :seen].add(_dot("kgnm,nkgd->kmd", weights.astype(q.dtype), d_out))
-        dk = dk.at[:, :seen].add(_dot("kgnm,nkgd->kmd", d_scores, q))
-        return (dk, dv), _weighted(d_scores, k[:, :seen])
+        weights = jnp.exp(_scores(q, k[:, :seen], at) - lse)
+        d_weights = _dot("krd,kmd->krm", d_out, v[:, :seen])
+        d_scores = (scale * weights * (d_weights - delta)).astype(q.dtype)
+        dv = dv.at[..., :seen].add(_dot("krd,krm->kdm", d_out, weights.astype(q.dtype)))
+        dk = dk.at[..., :seen].add(_dot("krd,krm->kdm", q, d_scores))
+        return (dk, dv), _dot("krm,kmd->krd", d_scores, k[:, :seen]).astype(q.dtype)
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    rows = tuple(_by_group(x, k) for x in (q, d_out, lse, delta))
-    (dk, dv), dq = _over_rows(attend, (zeros, zeros), rows)
-    return tuple(
-        x.astype(q.dtype) for x in (dq.reshape(q.shape), jnp.swapaxes(dk, 0, 1), jnp.swapaxes(dv, 0, 1))
-    )
+    zeros = jnp.zeros((kv_heads, k.shape[2], length), jnp.float32)
+    (dk, dv), dq = _over_rows(attend, (zeros, zeros), length, (q, d_out, lse, delta))
+    dk, dv = jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2)
+    return tuple(_by_head(x, length).astype(q.dtype) for x in (dq, dk, dv))
 
 
-def _over_rows(attend: Callable, carry: Any, arrays: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-    """Scans blocks of ROWS queries, in at most 8 parts, each of which sees only the keys up to its own end."""
-    length = len(arrays[0])
+def _over_rows(attend: Callable, carry: Any, length: int, arrays: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    """Scans blocks of ROWS queries, in at most 8 parts, each of which sees only the keys up to its own end.
+
+    The arrays and what `attend` gives are [K, R, ...], see `_by_group`.
+    """
+    group = arrays[0].shape[1] // length
     rows = min(length, math.gcd(length, ROWS) if length > ROWS else length)
     blocks = length // rows
     parts = min(blocks, 8)
     results = []
     for part in range(parts):
         first, last = blocks * part // parts * rows, blocks * (part + 1) // parts * rows
-        at = jnp.arange(first, last).reshape(-1, rows)
-        xs = [x[first:last].reshape(-1, rows, *x.shape[1:]) for x in arrays]
+        at = jnp.repeat(jnp.arange(first, last), group).reshape(-1, rows * group)
+        own = [x[:, first * group : last * group] for x in arrays]
+        xs = [jnp.swapaxes(x.reshape(len(x), -1, rows * group, x.shape[2]), 0, 1) for x in own]
 
         def step(carry: Any, x: tuple, seen: int = last) -> tuple[Any, Any]:
             return attend(carry, *x, seen)
 
         carry, result = lax.scan(step, carry, (*xs, at))
-        results.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result))
-    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *results)
+        results.append(
+            jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, x.shape[3]), result)
+        )
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
 
 
 def _scores(q: jax.Array, k: jax.Array, at: jax.Array) -> jax.Array:
-    """q [n, K, G, D] at positions [n], k [K, m, D] -> masked, scaled scores [K, G, n, m] float32."""
+    """q [K, R, D] at positions [R], k [K, m, D] -> masked, scaled scores [K, R, m] float32."""
     seen = at[:, None] >= jnp.arange(k.shape[1])[None]
-    return jnp.where(seen[None, None], _dot("nkgd,kmd->kgnm", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+    return jnp.where(seen[None], _dot("krd,kmd->krm", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
 
 
-def _weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Weights [K, G, n, m], x [K, m, D] -> [n, K, G, D] float32."""
-    # transposed by hand: XLA's CPU backend has no bfloat16 product that also moves axes
-    return _dot("kgnm,kmd->kgnd", weights, x).transpose(2, 0, 1, 3)
+def _by_group(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[L, H, D] -> [K, R, D], R = L * H / K: with a key head, all queries that read it, as rows of one matrix."""
+    length, heads, size = x.shape
+    grouped = x.reshape(length, kv_heads, heads // kv_heads, size)
+    return jnp.swapaxes(grouped, 0, 1).reshape(kv_heads, -1, size)
 
 
-def _by_group(x: jax.Array, k: jax.Array) -> jax.Array:
-    """[L, H, ...] -> [L, K, G, ...]: the query heads of each key head together."""
-    return x.reshape(len(x), len(k), -1, *x.shape[2:])
+def _by_head(x: jax.Array, length: int) -> jax.Array:
+    """[K, R, D] -> [L, H, D]."""
+    return jnp.swapaxes(x.reshape(len(x), length, -1, x.shape[2]), 0, 1).reshape(length, -1, x.shape[2])
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
