@@ -1,0 +1,146 @@
+"""vLLM servers on this machine: started, waited for, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+
+from jaxrl.errors import InputError
+
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+}
+ON_CPU = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less
+    "OMP_NUM_THREADS": "1",  # more threads steal from each other
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+@dataclasses.dataclass
+class Server:
+    """A `vllm serve` and everything that it started: a process group of its own."""
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+
+    def kill(self) -> None:
+        """Stops all of it: killing the API server alone leaves its engine alive for ever."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def why(self) -> str:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return next(
+            (line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output"
+        )
+
+
+def command(
+    vllm: str,
+    model: str,
+    port: int,
+    *,
+    dtype: str,
+    max_tokens: int,
+    on_cpu: bool,
+    options: tuple[str, ...] = (),
+) -> list[str]:
+    """The `vllm serve` that VLLMSampler expects. `max_tokens`: of a prompt and its completion."""
+    always = {
+        "--host": "127.0.0.1", "--port": str(port), "--dtype": dtype, "--max-model-len": str(max_tokens),
+        "--generation-config": "vllm",  # sampling parameters are the request's
+        "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
+        "--weight-transfer-config": '{"backend": "jaxrl_file"}',
+    }  # fmt: skip
+    cpu = [
+        "--enforce-eager",
+        "--distributed-executor-backend",
+        "uni",
+        "--kv-cache-memory-bytes",
+        str(256 << 20),
+    ]
+    cpu += ["--no-enable-chunked-prefill"]  # a seeded request whose prompt is cut kills the engine on a CPU
+    flat = [part for pair in always.items() for part in pair]
+    return [
+        vllm,
+        "serve",
+        model,
+        *flat,
+        "--enable-scale-out",
+        "--tokens-only",
+        *(cpu if on_cpu else []),
+        *options,
+    ]
+
+
+@contextlib.contextmanager
+def running(
+    count: int, vllm: str, model: str, folder: Path, *, dtype: str, max_tokens: int, on_cpu: bool,
+    limit: float = 600, options: tuple[str, ...] = (), say: Callable[[str], None] = print,
+) -> Iterator[list[Server]]:  # fmt: skip
+    """`count` servers with their logs in `folder`, ready to be asked; stopped on the way out, whatever the way.
+
+    Raises:
+      InputError: if there is no such program, or a server ends or is not ready within `limit` seconds.
+    """
+    if not shutil.which(vllm):
+        raise InputError(f"{vllm}: no such program; run make vllm, or set sampler.vllm to where vllm is")
+    folder.mkdir(parents=True, exist_ok=True)
+    servers: list[Server] = []
+    try:
+        for i in range(count):
+            port, log = free_port(), folder / f"vllm_{i}.log"
+            arguments = command(
+                vllm, model, port, dtype=dtype, max_tokens=max_tokens, on_cpu=on_cpu, options=options
+            )
+            with log.open("w") as out:
+                process = subprocess.Popen(
+                    arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                    start_new_session=True, env=os.environ | ENVIRONMENT | (ON_CPU if on_cpu else {}),
+                )  # fmt: skip
+            servers.append(Server(f"http://127.0.0.1:{port}", process, log))
+        say(f"starting {count} vLLM servers; logs in {folder}")
+        for server in servers:
+            _wait(server, limit)
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def _wait(server: Server, limit: float) -> None:
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise InputError(f"{server.log}: the vLLM server stopped: {server.why()}")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return
+        time.sleep(0.3)
+    raise InputError(f"{server.log}: the vLLM server was not ready after {limit:.0f} s; see its log")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

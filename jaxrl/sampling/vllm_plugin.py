@@ -1,0 +1,73 @@
+"""Weights from a file, inside vLLM's processes: `--weight-transfer-config '{"backend": "jaxrl_file"}'`.
+
+vLLM finds `register` as an entry point of "vllm.general_plugins" in whatever environment it runs; there is torch there
+and no JAX. The engine follows vLLM's own update protocol (start, update, finish), so tensor parallelism, compiled
+graphs and prepacked weights are vLLM's business: it is given Hugging Face's names, a whole checkpoint at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+
+def register() -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+
+    @dataclasses.dataclass
+    class Nothing(WeightTransferInitInfo):
+        pass
+
+    @dataclasses.dataclass
+    class File(WeightTransferUpdateInfo):
+        path: str = ""  # a safetensors file that this process can read
+        blake3: str = ""  # its digest
+
+    class FileEngine(WeightTransferEngine):
+        init_info_cls, update_info_cls = Nothing, File
+
+        def init_transfer_engine(self, init_info) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+            initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: dict) -> None:
+            # the base class synchronises an accelerator, which a CPU has not
+            self.receive_weights(self.parse_update_info(update_info))
+
+        def receive_weights(self, file) -> None:
+            import torch
+            from safetensors import safe_open
+
+            check(Path(file.path), file.blake3)
+            with safe_open(file.path, framework="pt", device="cpu") as tensors:  # mapped, not read
+                self.model.load_weights((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+
+        def finish_weight_update(self) -> None:
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    WeightTransferEngineFactory.register_engine("jaxrl_file", FileEngine)
+
+
+def check(path: Path, digest: str) -> None:
+    """Raises: ValueError if the file is not what was written."""
+    from blake3 import blake3
+
+    found = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+    if found != digest:
+        raise ValueError(f"{path}: digest {found}, not {digest}; the file was damaged on its way")
