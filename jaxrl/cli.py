@@ -42,6 +42,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "train", add_help=False, help="train by a recipe; goes on where a run stopped"
     )
     train.add_argument("recipe")
+    train.add_argument("--samplers", metavar="URL,URL", help="sample by these vLLM servers: --sampler.urls")
     train.add_argument("--profile", metavar="STEPS", help="trace STEPS steps for XProf: --run.profile")
     train.set_defaults(run=_train)
 
@@ -50,6 +51,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "model", help="Hugging Face folder, Hub id, or run folder, whose newest checkpoint is exported first"
     )
     evaluate.add_argument("--recipe", help="recipe with [data], [reward] and [eval]; default: the run's own")
+    evaluate.add_argument("--samplers", metavar="URL,URL", help="sample by these vLLM servers")
     evaluate.add_argument("--name", default="eval", help="label in the report, such as before or after")
     evaluate.add_argument(
         "--out", help="JSON file to write; default: EVAL/NAME.json in the recipe's run folder"
@@ -106,17 +108,22 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
-    recipe = config.load(args.recipe, overrides + (["--run.profile", args.profile] if args.profile else []))
+    profile = ["--run.profile", args.profile] if args.profile else []
+    recipe = config.load(args.recipe, overrides + profile + _samplers(args))
     from jaxrl.train import train
 
     train(recipe)
+
+
+def _samplers(args: argparse.Namespace) -> list[str]:
+    return ["--rollout.engine", "vllm", "--sampler.urls", *args.samplers.split(",")] if args.samplers else []
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     run = Path(args.model) if (Path(args.model) / "recipe.toml").exists() else None
     if not (args.recipe or run):
         raise InputError(f"{args.model} is not a run folder; say what to evaluate on with --recipe FILE")
-    recipe = config.load(args.recipe or run / "recipe.toml", overrides)  # type: ignore[operator]
+    recipe = config.load(args.recipe or run / "recipe.toml", overrides + _samplers(args))  # type: ignore[operator]
     step = _write_hf(run, run / "hf", "bfloat16") if run else 0
     from jaxrl import telemetry, train
     from jaxrl.models import hf
@@ -130,11 +137,13 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         recipe.reward.verifier, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     )
     prompts = train.load_held_out(recipe, tokenizer)
-    sampler = train.make_sampler(recipe, model.config, mesh)
-    sampler.publish(model.params, 0)
     out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
     sampling = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(folder))
-    with telemetry.Progress(1, 0, title=f"eval {args.name}") as progress:
+    with (
+        train.open_sampler(recipe, folder, model.config, mesh, print) as sampler,
+        telemetry.Progress(1, 0, title=f"eval {args.name}") as progress,
+    ):
+        sampler.publish(model.params, 0)
         progress.phase("eval", total=len(prompts) * recipe.eval.samples)
         result = train.run_evaluation(
             recipe, sampler, prompts, sampling, verify, progress, out, args.name, step

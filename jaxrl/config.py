@@ -100,10 +100,28 @@ class Rollout(Section):
     """Nucleus sampling (verl rollout.top_p)."""
     top_k: Count = 0
     """Sample from the k likeliest tokens; 0 means all (verl rollout.top_k = -1)."""
-    engine: Literal["local"] = "local"
-    """Who samples: local is the in-process JAX sampler (ours; JustRL used vLLM)."""
+    engine: Literal["local", "vllm"] = "local"
+    """Who samples: the in-process JAX sampler, or vLLM servers, see [sampler] (ours; JustRL used vLLM)."""
     slots: Positive = 64
     """Sequences that the local sampler decodes at once (ours)."""
+
+
+@dataclass(frozen=True)
+class Sampler(Section):
+    urls: tuple[str, ...] = ()
+    """vLLM servers that are running, such as http://10.0.0.2:8000 (ours)."""
+    servers: Count = 0
+    """vLLM servers to start on this machine instead, and to stop with the run (ours)."""
+    vllm: str = ".venv-vllm/bin/vllm"
+    """The vllm program that starts them, in an environment of its own: make vllm (ours)."""
+    folder: str = "/dev/shm/jaxrl"
+    """Where published weights lie; every server reads them: memory of this host, or a shared file system (ours)."""
+    concurrency: Positive = 64
+    """Prompts under way at one server (ours)."""
+    request_seconds: Positive = 3600
+    """Longest that one request may take before it goes to another server (ours)."""
+    patience_seconds: Positive = 600
+    """How long to wait for a server that is gone before the run ends, to go on later (ours)."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +230,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     rollout: Rollout = field(default_factory=Rollout)
+    sampler: Sampler = field(default_factory=Sampler)
     reward: Reward = field(default_factory=Reward)
     advantage: Advantage = field(default_factory=Advantage)
     loss: Loss = field(default_factory=Loss)
@@ -357,6 +376,10 @@ def _impossible(r: Recipe) -> list[str]:
     require(
         r.rollout.temperature > 0,
         f"rollout.temperature = 0 samples one answer {r.rollout.samples} times over; raise it, to 1.0 say",
+    )
+    require(
+        r.rollout.engine == "local" or bool(r.sampler.urls) != bool(r.sampler.servers),
+        'rollout.engine = "vllm" needs either sampler.urls, of servers that run, or sampler.servers, to start so many',
     )
     require(
         r.eval.every == 0 or r.eval.path != "",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from jaxrl.grpo import update as grpo
 from jaxrl.hardware import HARDWARE
 from jaxrl.models import attention, decoder, hf
 from jaxrl.rewards import VERIFIERS
+from jaxrl.sampling import servers
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.sampling.sampler import Rollout, Sampler, SamplingParams
+from jaxrl.sampling.vllm import VLLMSampler
 
 
 def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
@@ -47,7 +51,6 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
 
     optimizer = make_optimizer(recipe)
     update, score_logprobs = make_update(recipe, model_config, optimizer, mesh)
-    sampler = make_sampler(recipe, model_config, mesh)
     sampling = SamplingParams(
         recipe.rollout.temperature, recipe.rollout.top_p, recipe.rollout.top_k, recipe.rollout.max_tokens,
         hf.stop_ids(folder),
@@ -78,15 +81,16 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
         progress.phase("eval", total=len(held_out) * recipe.eval.samples)
         run_evaluation(recipe, sampler, held_out, sampling, verify, progress, out, "step", step)
 
-    sampler.publish(state.params, start)
     timer = telemetry.Timer()
     with (
         closing(checkpoints),  # outermost: whatever happens, a write under way is finished
+        open_sampler(recipe, folder, model_config, mesh, say) as sampler,
         telemetry.Progress(recipe.run.steps, start, title=directory.name) as progress,
         telemetry.MetricsWriter(directory, start, recipe.run.tensorboard) as writer,
         closing(telemetry.Profile(directory / "profile", start, recipe.run.profile)) as profile,
         graceful_stop(say) as stop,
     ):
+        sampler.publish(state.params, start)
         evaluate(start)
         for step in range(start, recipe.run.steps):
             timer.reset()
@@ -184,8 +188,32 @@ def make_update(recipe: config.Recipe, model_config: decoder.Config, optimizer: 
     )
 
 
-def make_sampler(recipe: config.Recipe, model_config: decoder.Config, mesh: Any) -> Sampler:
-    return LocalSampler(model_config, dtype=recipe.model.dtype, slots=recipe.rollout.slots, mesh=mesh)
+@contextmanager
+def open_sampler(
+    recipe: config.Recipe, folder: Path, model_config: decoder.Config, mesh: Any, say: Callable[[str], None]
+) -> Iterator[Sampler]:
+    """The recipe's sampler; vLLM servers that are started for it end with the context."""
+    r, s, dtype = recipe.rollout, recipe.sampler, recipe.model.dtype
+    if r.engine == "local":
+        yield LocalSampler(model_config, dtype=dtype, slots=r.slots, mesh=mesh)
+        return
+    if jax.process_count() > 1:
+        raise InputError('rollout.engine = "vllm" works with one trainer process so far; start only one')
+    with ExitStack() as stack:
+        urls = s.urls
+        if s.servers:
+            started = servers.running(
+                s.servers, s.vllm, str(folder), Path(recipe.run.directory) / "servers", dtype=dtype,
+                max_tokens=recipe.data.max_prompt_tokens + r.max_tokens, on_cpu=jax.default_backend() == "cpu", say=say,
+            )  # fmt: skip
+            urls = tuple(server.url for server in stack.enter_context(started))
+        run = Path(recipe.run.directory).absolute()
+        weights = Path(s.folder) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
+        stack.callback(shutil.rmtree, weights, ignore_errors=True)
+        yield VLLMSampler(
+            urls, model_config, weights, dtype=dtype, concurrency=s.concurrency, limit=s.request_seconds,
+            patience=s.patience_seconds, say=say,
+        )  # fmt: skip
 
 
 def attention_buckets(recipe: config.Recipe) -> tuple[int, ...]:

@@ -70,13 +70,13 @@ def write(
 
 @contextlib.contextmanager
 def _recycled(folder: Path, path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that becomes `path` when that is done: the oldest but one there is, if it can be spared.
+    """A file to write that becomes `path` when that is done: one that is older than the newest, if there is one.
 
     Memory that a file system in memory holds already takes a quarter of the time of new memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    for spare in [*sorted(folder.glob("weights_*.safetensors"))[:-2], *folder.glob("*.partial")]:
+    for spare in [*sorted(folder.glob("weights_*.safetensors"))[:-1], *folder.glob("*.partial")]:
         spare.replace(partial)
     partial.touch()
     with partial.open("r+b") as file:

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -93,51 +94,66 @@ def command(
     ]
 
 
-@contextlib.contextmanager
-def running(
-    count: int, vllm: str, model: str, folder: Path, *, dtype: str, max_tokens: int, on_cpu: bool,
-    limit: float = 600, options: tuple[str, ...] = (), say: Callable[[str], None] = print,
-) -> Iterator[list[Server]]:  # fmt: skip
-    """`count` servers with their logs in `folder`, ready to be asked; stopped on the way out, whatever the way.
+def start(
+    vllm: str, model: str, log: Path, *, dtype: str, max_tokens: int, on_cpu: bool, port: int = 0,
+    options: tuple[str, ...] = (),
+) -> Server:  # fmt: skip
+    """Starts a server, which is ready only after `wait`. `max_tokens`: of a prompt and its completion.
 
     Raises:
-      InputError: if there is no such program, or a server ends or is not ready within `limit` seconds.
+      InputError: if there is no such program.
     """
     if not shutil.which(vllm):
         raise InputError(f"{vllm}: no such program; run make vllm, or set sampler.vllm to where vllm is")
-    folder.mkdir(parents=True, exist_ok=True)
-    servers: list[Server] = []
-    try:
-        for i in range(count):
-            port, log = free_port(), folder / f"vllm_{i}.log"
-            arguments = command(
-                vllm, model, port, dtype=dtype, max_tokens=max_tokens, on_cpu=on_cpu, options=options
-            )
-            with log.open("w") as out:
-                process = subprocess.Popen(
-                    arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    start_new_session=True, env=os.environ | ENVIRONMENT | (ON_CPU if on_cpu else {}),
-                )  # fmt: skip
-            servers.append(Server(f"http://127.0.0.1:{port}", process, log))
-        say(f"starting {count} vLLM servers; logs in {folder}")
-        for server in servers:
-            _wait(server, limit)
-        yield servers
-    finally:
-        for server in servers:
-            server.kill()
+    port = port or free_port()
+    arguments = command(vllm, model, port, dtype=dtype, max_tokens=max_tokens, on_cpu=on_cpu, options=options)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | ENVIRONMENT | (ON_CPU if on_cpu else {}),
+        )  # fmt: skip
+    return Server(f"http://127.0.0.1:{port}", process, log)
 
 
-def _wait(server: Server, limit: float) -> None:
+def wait(server: Server, limit: float) -> None:
+    """Returns when the server answers.
+
+    Raises:
+      InputError: if it ends, or is not ready within `limit` seconds.
+    """
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise InputError(f"{server.log}: the vLLM server stopped: {server.why()}")
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+            if httpx.get(f"{server.url}/health", timeout=5, trust_env=False).status_code == 200:
                 return
         time.sleep(0.3)
     raise InputError(f"{server.log}: the vLLM server was not ready after {limit:.0f} s; see its log")
+
+
+@contextlib.contextmanager
+def running(
+    count: int, vllm: str, model: str, logs: Path, *, limit: float = 600, say: Callable[[str], None] = print,
+    **options: Any,
+) -> Iterator[list[Server]]:  # fmt: skip
+    """`count` servers that are ready, and are stopped on the way out, whatever the way; `options`: see `start`.
+
+    Raises:
+      InputError: see `start` and `wait`.
+    """
+    started: list[Server] = []
+    try:
+        for i in range(count):
+            started.append(start(vllm, model, logs / f"vllm_{i}.log", **options))
+        say(f"starting {count} vLLM servers; logs in {logs}")
+        for server in started:
+            wait(server, limit)
+        yield started
+    finally:
+        for server in started:
+            server.kill()
 
 
 def free_port() -> int:
