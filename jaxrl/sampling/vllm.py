@@ -183,6 +183,7 @@ class VLLMSampler:
         return Rollout(prompt, tokens, logprobs, choice["finish_reason"], int(version))
 
     async def _everywhere(self) -> None:
+        self._locks = defaultdict(asyncio.Lock)  # a lock belongs to its event loop
         async with self._client() as client:
             results = await asyncio.gather(
                 *(self._load(client, url) for url in self._urls), return_exceptions=True
