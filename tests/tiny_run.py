@@ -32,7 +32,14 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
     fast.chat_template = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
-    shape = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": head_dim, "mlp_width": 48}
+    shape = {
+        "width": 4 * head_dim,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": head_dim,
+        "mlp_width": 48,
+    }
     sizes = shape | {"rope_theta": 1e4, "norm_epsilon": 1e-6, "tied": True, "max_positions": 64}
     decoder = Config(family="qwen2", vocab_size=len(SYMBOLS), **sizes)  # type: ignore[arg-type]
     mesh, rng = make_mesh(), np.random.default_rng(0)

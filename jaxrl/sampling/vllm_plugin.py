@@ -57,6 +57,10 @@ def register() -> None:
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
             finalize_layerwise_reload(self.model, self.model_config)
+            # a CPU multiplies by a packed copy of the weights; a tied LM head's is of the old embedding, as no weight
+            # came under its name
+            if self.device.type == "cpu" and self.model_config.hf_config.tie_word_embeddings:
+                self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
 
         def shutdown(self) -> None:
             pass

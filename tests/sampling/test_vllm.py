@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 
 from jaxrl.errors import InputError
-from jaxrl.models import Model, initialise, load
+from jaxrl.models import Model, initialise, load, save
 from jaxrl.sampling import servers
 from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
 from jaxrl.sampling.vllm import VLLMSampler
@@ -27,6 +27,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
     folder = tiny_run.make_base(
         tmp_path_factory.mktemp("base"), head_dim=32
     )  # vLLM on a CPU has no smaller one
+    return folder, load(folder)
+
+
+@pytest.fixture(scope="module")
+def untied(model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
+    folder = tmp_path_factory.mktemp("untied") / "base"
+    config = dataclasses.replace(model[1].config, tied=False)
+    save(Model(config, initialise(config, 0)), folder)
     return folder, load(folder)
 
 
@@ -61,7 +69,7 @@ def make_prompts(count: int, length: int = 9) -> list[Prompt]:
 
 def random_params(model: Model, seed: int):
     """Far from uniform, so that log-probs say whose they are."""
-    return initialise(model.config, seed, scale=0.3)
+    return initialise(model.config, seed, scale=0.1)
 
 
 def logprobs_of(model: Model, params, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
@@ -113,15 +121,19 @@ def test_greedy(sampler: VLLMSampler, model: tuple[Path, Model]) -> None:
 def test_published_weights_answer_and_no_prefix_of_the_old_is_used(
     sampler: VLLMSampler, model: tuple[Path, Model]
 ) -> None:
+    check_publishing(sampler, model[1])
+
+
+def check_publishing(sampler: VLLMSampler, model: Model) -> None:
     """The prompts are long and the same ones; a cached block of the old weights would show."""
     prompts = make_prompts(3, length=40)
     for version in (1, 2, 3):
-        params = random_params(model[1], version)
+        params = random_params(model, version)
         sampler.publish(params, version)
         groups = sampler.generate(prompts, 2, SAMPLING, (version,))
         assert all(rollout.version == version for group in groups for rollout in group)
-        assert_from(model[1], params, groups)
-        old = logprobs_of(model[1], random_params(model[1], version - 1), groups[0][0])
+        assert_from(model, params, groups)
+        old = logprobs_of(model, random_params(model, version - 1), groups[0][0])
         assert abs(old - groups[0][0].logprobs).max() > 0.1
 
 
@@ -156,9 +168,10 @@ def test_nobody_there(model: tuple[Path, Model], tmp_path: Path) -> None:
 def test_kill_9_of_one_server_loses_nothing(model: tuple[Path, Model], tmp_path: Path) -> None:
     """Its requests move to the other; when it is started again it has to take the newest weights first."""
     params = random_params(model[1], 9)
-    options = {"dtype": "float32", "max_tokens": 512, "on_cpu": True}
+    options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True}
     with servers.running(2, VLLM, str(model[0]), tmp_path / "logs", **options) as started:
-        sampler = make_sampler([server.url for server in started], model[1], tmp_path / "weights")
+        urls = [server.url for server in started]
+        sampler = make_sampler(urls, model[1], tmp_path / "weights", concurrency=4)
         sampler.publish(params, 4)
         prompts, seen = make_prompts(48), []
 
@@ -167,7 +180,7 @@ def test_kill_9_of_one_server_loses_nothing(model: tuple[Path, Model], tmp_path:
             if len(seen) == 8:
                 os.killpg(started[0].process.pid, signal.SIGKILL)
 
-        long = SamplingParams(max_tokens=200)
+        long = SamplingParams(max_tokens=50)
         groups = sampler.generate(prompts, 4, long, (7,), kill)
         assert started[0].process.poll() is not None
         assert [len(group) for group in groups] == [4] * 48 and len(seen) == 48 * 4
@@ -183,13 +196,13 @@ def test_kill_9_of_one_server_loses_nothing(model: tuple[Path, Model], tmp_path:
             again.kill()
 
 
-def test_no_server_left(model: tuple[Path, Model], tmp_path: Path) -> None:
+def test_untied_weights_and_then_no_server_left(untied: tuple[Path, Model], tmp_path: Path) -> None:
     options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True}
-    with servers.running(1, VLLM, str(model[0]), tmp_path / "logs", **options) as started:
-        sampler = make_sampler([started[0].url], model[1], tmp_path / "weights", patience=3)
-        sampler.publish(model[1].params, 0)
+    with servers.running(1, VLLM, str(untied[0]), tmp_path / "logs", **options) as started:
+        sampler = make_sampler([started[0].url], untied[1], tmp_path / "weights", patience=3)
+        check_publishing(sampler, untied[1])
         os.killpg(started[0].process.pid, signal.SIGKILL)
         with pytest.raises(InputError, match=r"was not back after 3 s\. Start it again"):
             sampler.generate(make_prompts(4), 2, SAMPLING, (1,))
         with pytest.raises(InputError, match="was not back"):
-            sampler.publish(model[1].params, 1)
+            sampler.publish(untied[1].params, 4)
