@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl.errors import InputError
 from jaxrl.sampling.sampler import Prompt, Rollout, Sampler, SamplingParams
 
 
@@ -27,6 +28,10 @@ def evaluate(
       problems, which are the independent units), pass@samples, mean length in tokens and truncated share.
     """
     groups = sampler.generate(prompts, samples, params, (seed,), on_rollout)
+    if not all(groups):
+        raise InputError(
+            f"{groups.count([])} of {len(groups)} problems were refused by the sampler; see above why"
+        )
     right = np.array([score(group) for group in groups]) > 0  # [P, G]
     per_problem = right.mean(axis=1)
     accuracy = float(per_problem.mean())

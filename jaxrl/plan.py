@@ -207,8 +207,10 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
     size, shards = parameters(c), trainers // recipe.mesh.data
     stream, compute = recipe.packing.stream_tokens, jax.numpy.dtype(recipe.model.dtype).itemsize
     outside = c.vocab_size * c.width * (1 if c.tied else 2)  # embedding and head
-    by_layer = recipe.mesh.gather == "layer"
-    whole = outside + (size - outside) / c.layers if by_layer else size  # parameters gathered at one time
+    if recipe.mesh.gather == "layer":  # one whole layer and its gradient, and the sum of gradients in shards
+        gathered = (compute + 4) * (size - outside) / c.layers + 4 * size / shards
+    else:  # all layers and one micro-batch's gradients, and the sum of gradients
+        gathered = 2 * compute * (size - outside) + 4 * size
     heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layer = 4 * c.width + 2 * heads + 2 * kv + 3 * c.mlp_width  # of a token, without recomputation
     kept = {"full": c.width, "attention": c.width + heads, "none": layer}[recipe.model.remat]
@@ -216,8 +218,8 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
         "activations": compute * stream * c.layers * kept,
-        "temporaries": 2 * compute * whole  # the gathered copy, one micro-batch's gradients
-        + 4 * max(whole, size / shards)  # the float32 sum of gradients
+        "temporaries": gathered
+        + 2 * 4 * outside  # whole in float32, and their gradients
         + 2 * compute * stream * layer  # what the backward pass recomputes of a layer, and its gradients
         + 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size,  # logits, exponentials, gradients
     }

@@ -34,6 +34,11 @@ from jaxrl.sampling.vllm import VLLMSampler
 
 def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
     """Trains until `run.steps`, from the newest checkpoint of the run folder where there is one."""
+    with graceful_stop(say) as stop:
+        _train(recipe, say, stop)
+
+
+def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> None:
     started = time.monotonic()
     directory = Path(recipe.run.directory)
     if recipe.run.compilation_cache:
@@ -88,10 +93,10 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
         telemetry.Progress(recipe.run.steps, start, title=directory.name) as progress,
         telemetry.MetricsWriter(directory, start, recipe.run.tensorboard) as writer,
         closing(telemetry.Profile(directory / "profile", start, recipe.run.profile)) as profile,
-        graceful_stop(say) as stop,
     ):
         sampler.publish(state.params, start)
         evaluate(start)
+        stop.begin()
         for step in range(start, recipe.run.steps):
             timer.reset()
             profile.begin(step)
@@ -106,7 +111,7 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
                 )
             with timer("score"):
                 progress.phase("score")
-                groups = [verify(group) for group in groups]
+                groups = [verify(group) for group in groups if group]  # a server may refuse a prompt
                 rewards = np.array([[rollout.score for rollout in group] for group in groups])
                 advantages = group_advantages(
                     rewards, recipe.advantage.epsilon, recipe.advantage.normalize_std
@@ -136,6 +141,7 @@ def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
             metrics |= {
                 "time/step": seconds,
                 "perf/compilations": float(compilations.new()),
+                "sampler/refused": float(len(batch) - len(groups)),
                 "sampler/staleness": float(step - np.mean([r.version for g in groups for r in g])),
             }
             metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])
@@ -361,19 +367,26 @@ def performance(
     return metrics
 
 
+class Stop:
+    """Whether the run is to end after this step."""
+
+    training = asked = False
+
+    def begin(self) -> None:
+        self.training = True
+        if self.asked:  # while loading, and a library swallowed the exception
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def graceful_stop(say: Callable[[str], None]) -> Iterator[Any]:
-    """The first Ctrl-C or SIGTERM lets the step finish and be saved; the second stops at once."""
-
-    class Stop:
-        asked = False
-
+def graceful_stop(say: Callable[[str], None]) -> Iterator[Stop]:
+    """Once training, the first Ctrl-C or SIGTERM lets the step finish and be saved; any other stops at once."""
     stop = Stop()
 
     def ask(number: int, _: Any) -> None:
-        if stop.asked:
+        at_once, stop.asked = stop.asked or not stop.training, True
+        if at_once:
             raise KeyboardInterrupt
-        stop.asked = True
         say("finishing this step and saving it; again to stop at once (the last checkpoint is kept)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -246,6 +246,11 @@ IMPOSSIBLE = {
         ("rollout.temperature", "5 times", "raise it"),
         {"rollout": {"temperature": 0.5}},
     ),
+    "no_servers": (
+        {"rollout": {"engine": "vllm"}},
+        ("rollout.engine", "sampler.urls", "sampler.servers", "either"),
+        {"sampler": {"servers": 2}},
+    ),
     "evaluation_of_nothing": (
         {"eval": {"every": 10}},
         ("eval.every", "eval.path", "name a file"),

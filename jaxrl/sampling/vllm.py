@@ -82,7 +82,7 @@ class VLLMSampler:
         """See `Sampler.generate`. Groups of prompts that servers refuse are empty; `dropped` says why.
 
         Raises:
-          InputError: before `publish`, or when no server has answered for `patience` seconds.
+          InputError: before `publish`, when no server has answered for `patience` seconds, or none took any prompt.
         """
         if self._published is None:
             raise InputError("the vLLM servers have no weights; publish some before generating")
@@ -132,6 +132,8 @@ class VLLMSampler:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+        if prompts and not any(groups):
+            raise InputError(f"the servers refused every prompt; the last: {list(self.dropped.values())[-1]}")
         return groups
 
     async def _ask(

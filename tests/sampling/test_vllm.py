@@ -150,6 +150,8 @@ def test_a_prompt_too_long_is_named_and_left_out(sampler: VLLMSampler) -> None:
     groups = sampler.generate(prompts, 2, SAMPLING, (6,))
     assert [len(group) for group in groups] == [2, 2, 0]
     assert list(sampler.dropped) == ["long"] and "HTTP 400" in sampler.dropped["long"]
+    with pytest.raises(InputError, match="refused every prompt; the last: HTTP 400"):
+        sampler.generate(prompts[2:], 2, SAMPLING, (6,))
 
 
 def test_before_anything_is_published(
