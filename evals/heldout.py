@@ -18,21 +18,20 @@ def evaluate(
     samples: int,
     params: SamplingParams,
     seed: int,
-    score: Callable[[list[Rollout]], np.ndarray],
-    on_rollout: Callable[[Rollout], None] | None = None,
+    verify: Callable[[Rollout], Rollout],
 ) -> dict[str, Any]:
-    """Samples and marks `samples` responses to each problem.
+    """Samples `samples` responses to each problem; `verify` marks one.
 
     Returns:
       accuracy (mean over problems of the share marked right), its 95% interval (normal approximation over
       problems, which are the independent units), pass@samples, mean length in tokens and truncated share.
     """
-    groups = sampler.generate(prompts, samples, params, (seed,), on_rollout)
+    groups = sampler.generate(prompts, samples, params, (seed,), verify)
     if not all(groups):
         raise InputError(
             f"{groups.count([])} of {len(groups)} problems were refused by the sampler; see above why"
         )
-    right = np.array([score(group) for group in groups]) > 0  # [P, G]
+    right = np.array([[rollout.score for rollout in group] for group in groups]) > 0  # [P, G]
     per_problem = right.mean(axis=1)
     accuracy = float(per_problem.mean())
     margin = 1.96 * float(per_problem.std(ddof=1)) / len(prompts) ** 0.5 if len(prompts) > 1 else 1.0

@@ -114,14 +114,26 @@ class Sampler(Section):
     """vLLM servers to start on this machine instead, and to stop with the run (ours)."""
     vllm: str = ".venv-vllm/bin/vllm"
     """The vllm program that starts them, in an environment of its own: make vllm (ours)."""
+    transport: Literal["files", "nccl"] = "files"
+    """How weights get to the servers: by a file in sampler.folder, or broadcast from GPU to GPU (ours)."""
     folder: str = "/dev/shm/jaxrl"
     """Where published weights lie; every server reads them: memory of this host, or a shared file system (ours)."""
     concurrency: Positive = 64
     """Prompts under way at one server (ours)."""
     request_seconds: Positive = 3600
     """Longest that one request may take before it goes to another server (ours)."""
+    publish_seconds: Positive = 300
+    """Longest that a server may take to load weights before the run goes on without it (ours)."""
     patience_seconds: Positive = 600
     """How long to wait for a server that is gone before the run ends, to go on later (ours)."""
+    max_staleness: Count = 0
+    """Batches that are sampled ahead, by weights up to so many steps old, while the trainer updates (JustRL: 0)."""
+    on_update: Literal["keep", "drain"] = "keep"
+    """Requests under way when weights change go on with the new ones, or end first (ours)."""
+    correction: Literal["none", "truncated", "masked"] = "none"
+    """Importance weights of tokens, trainer's probability over sampler's (JustRL: none)."""
+    correction_cap: Annotated[float, Field(ge=1)] = 2.0
+    """Largest importance weight; "masked" leaves tokens out that are above it, or below 1 / it (verl rollout_is)."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +392,11 @@ def _impossible(r: Recipe) -> list[str]:
     require(
         r.rollout.engine == "local" or bool(r.sampler.urls) != bool(r.sampler.servers),
         'rollout.engine = "vllm" needs either sampler.urls, of servers that run, or sampler.servers, to start so many',
+    )
+    require(
+        r.sampler.max_staleness == 0 or r.rollout.engine == "vllm",
+        f"sampler.max_staleness = {r.sampler.max_staleness} needs a sampler on devices of its own; set rollout.engine "
+        'to "vllm"',
     )
     require(
         r.eval.every == 0 or r.eval.path != "",

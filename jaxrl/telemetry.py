@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ class Progress:
         self._phase = self._bars.add_task("starting", total=None, note="")
         self._figures = Text("")
         self._display: Live | None = None
-        self._tokens, self._phase_began = 0, self._began
+        self._tokens: Counter[str] = Counter()  # of the phase, by server
+        self._phase_began = self._began
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -211,15 +213,18 @@ class Progress:
             self._bars.update(self._phase, visible=False)
             self._display.__exit__(*error)
 
-    def phase(self, name: str, total: int | None = None) -> None:
-        """A new phase of the step begins; `total` of its units are to come, where that is known."""
-        self._tokens, self._phase_began = 0, time.monotonic()
-        self._bars.reset(self._phase, total=total, description=name, note="")
+    def phase(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """A new phase of the step begins; `total` units make it, `done` of them already, where that is known."""
+        self._tokens.clear()
+        self._phase_began = time.monotonic()
+        self._bars.reset(self._phase, total=total, completed=done, description=name, note="")
 
-    def advance(self, n: int = 1, tokens: int = 0) -> None:
-        self._tokens += tokens
+    def advance(self, n: int = 1, tokens: int = 0, server: str = "") -> None:
+        """`n` units of the phase are done; `tokens` were sampled for them, by this one of several servers."""
+        self._tokens[server.partition("//")[2]] += tokens
         seconds = max(time.monotonic() - self._phase_began, 1e-9)
-        note = f"{self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+        rates = [f"{name} {count / seconds:,.0f}".strip() for name, count in sorted(self._tokens.items())]
+        note = f"{', '.join(rates)} tokens/s" if self._tokens.total() else ""
         self._bars.update(self._phase, advance=n, note=note)
 
     def step_done(self, step: int, metrics: dict[str, Any]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,18 @@ from jaxrl.distributed import make_mesh, to_devices
 from jaxrl.errors import InputError
 from jaxrl.grpo import group_advantages, packing
 from jaxrl.grpo import update as grpo
+from jaxrl.grpo.agreement import importance_weights, ratio_quantiles
 from jaxrl.hardware import HARDWARE
 from jaxrl.models import attention, decoder, hf
 from jaxrl.rewards import VERIFIERS
-from jaxrl.sampling import servers
+from jaxrl.sampling import publish, servers
+from jaxrl.sampling.ahead import Ahead, Sampled
 from jaxrl.sampling.local import LocalSampler
+from jaxrl.sampling.nccl import NCCL
 from jaxrl.sampling.sampler import Rollout, Sampler, SamplingParams
 from jaxrl.sampling.vllm import VLLMSampler
+
+AGREEMENT = ("sampler/logprob_diff", "sampler/ratio")
 
 
 def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
@@ -78,6 +85,20 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
         state = grpo.init_state(params, optimizer, mesh)
     (directory / "recipe.toml").write_text(config.to_toml(recipe))
 
+    sampled = Counter[int]()  # rollouts of each step
+
+    def sample(at: int) -> list[list[Rollout]]:
+        """The batch of step `at`, marked as it comes, which may be while an earlier step is under way."""
+        batch = data.batch(prompts.prompts, recipe.run.seed, at, recipe.rollout.prompts, recipe.data.order)
+
+        def each(rollout: Rollout) -> Rollout:
+            sampled[at] += 1
+            if at == step:
+                progress.advance(1, len(rollout.tokens), rollout.server)
+            return verify(rollout)
+
+        return sampler.generate(batch, recipe.rollout.samples, sampling, (recipe.run.seed, at), each)
+
     def evaluate(step: int) -> None:
         """Writes eval/step_N.json, unless it is there from before a restart."""
         out = directory / "eval" / f"step_{step:06d}.json"
@@ -93,6 +114,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
         telemetry.Progress(recipe.run.steps, start, title=directory.name) as progress,
         telemetry.MetricsWriter(directory, start, recipe.run.tensorboard) as writer,
         closing(telemetry.Profile(directory / "profile", start, recipe.run.profile)) as profile,
+        closing(Ahead(sample, start, recipe.run.steps, recipe.sampler.max_staleness)) as ahead,
     ):
         sampler.publish(state.params, start)
         evaluate(start)
@@ -102,28 +124,24 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
             profile.begin(step)
             began = time.monotonic()
             with timer("sample"):
-                batch = data.batch(
-                    prompts.prompts, recipe.run.seed, step, recipe.rollout.prompts, recipe.data.order
+                progress.phase(
+                    "sample", recipe.rollout.prompts * recipe.rollout.samples, sampled.pop(step, 0)
                 )
-                progress.phase("sample", total=len(batch) * recipe.rollout.samples)
-                groups = sampler.generate(
-                    batch, recipe.rollout.samples, sampling, (recipe.run.seed, step), _counting(progress)
-                )
+                batch = ahead.take(step)
+                groups = [group for group in batch.value if group]  # a server may refuse a prompt
             with timer("score"):
                 progress.phase("score")
-                groups = [verify(group) for group in groups if group]  # a server may refuse a prompt
                 rewards = np.array([[rollout.score for rollout in group] for group in groups])
                 advantages = group_advantages(
                     rewards, recipe.advantage.epsilon, recipe.advantage.normalize_std
                 )
             with timer("old_logprobs"):
                 progress.phase("old log-probs")
+                stale = any(rollout.version < step for group in groups for rollout in group)
                 batches = [
-                    to_devices(b, mesh) for b in minibatches(recipe, model_config, groups, advantages, mesh)
+                    with_old_logprobs(recipe, b, mesh, state.params, score_logprobs, stale)
+                    for b in minibatches(recipe, model_config, groups, advantages, mesh, stale)
                 ]
-                for i, b in enumerate(batches):
-                    if i or not recipe.loss.skip_first_old_logprobs:
-                        batches[i] = b.replace(old_logprobs=score_logprobs(state.params, b))
                 jax.block_until_ready(batches)
             with timer("update"):
                 progress.phase("update")
@@ -138,12 +156,10 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
             seconds = time.monotonic() - began
             done = step + 1
             metrics = rollout_metrics(groups, rewards) | update_metrics(updates) | timer.seconds()
-            metrics |= {
-                "time/step": seconds,
-                "perf/compilations": float(compilations.new()),
-                "sampler/refused": float(len(batch) - len(groups)),
-                "sampler/staleness": float(step - np.mean([r.version for g in groups for r in g])),
-            }
+            metrics |= sampler_metrics(batch, step)
+            if stale and recipe.sampler.correction == "none":  # the trainer's were not computed
+                metrics |= {name: np.nan for name in metrics if name.startswith(AGREEMENT)}
+            metrics |= {"time/step": seconds, "perf/compilations": float(compilations.new())}
             metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])
             if step == start:
                 metrics["time/first_step"] = time.monotonic() - started
@@ -206,20 +222,26 @@ def open_sampler(
     if jax.process_count() > 1:
         raise InputError('rollout.engine = "vllm" works with one trainer process so far; start only one')
     with ExitStack() as stack:
-        urls = s.urls
-        if s.servers:
-            started = servers.running(
-                s.servers, s.vllm, str(folder), Path(recipe.run.directory) / "servers", dtype=dtype,
-                max_tokens=recipe.data.max_prompt_tokens + r.max_tokens, on_cpu=jax.default_backend() == "cpu", say=say,
-            )  # fmt: skip
-            urls = tuple(server.url for server in stack.enter_context(started))
         run = Path(recipe.run.directory).absolute()
         weights = Path(s.folder) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
-        stack.callback(shutil.rmtree, weights, ignore_errors=True)
-        yield VLLMSampler(
-            urls, model_config, weights, dtype=dtype, concurrency=s.concurrency, limit=s.request_seconds,
-            patience=s.patience_seconds, say=say,
+        transport: publish.Transport = NCCL(model_config, dtype, s.publish_seconds)
+        if s.transport == "files":
+            transport = publish.Files(model_config, weights, dtype, s.publish_seconds)
+            stack.callback(shutil.rmtree, weights, ignore_errors=True)
+        own: dict[str, servers.Server] = {}
+        if s.servers:
+            started = servers.running(
+                s.servers, s.vllm, str(folder), run / "servers", dtype=dtype, backend=transport.backend,
+                max_tokens=recipe.data.max_prompt_tokens + r.max_tokens, on_cpu=jax.default_backend() == "cpu", say=say,
+            )  # fmt: skip
+            own = {server.url: server for server in stack.enter_context(started)}
+        sampler = VLLMSampler(
+            s.urls or list(own), transport, concurrency=s.concurrency, limit=s.request_seconds,
+            publish_limit=s.publish_seconds, patience=s.patience_seconds, on_update=s.on_update, say=say,
+            restart=lambda url, unwell: url in own and own[url].restart(unwell),
         )  # fmt: skip
+        stack.callback(sampler.close)
+        yield sampler
 
 
 def attention_buckets(recipe: config.Recipe) -> tuple[int, ...]:
@@ -238,12 +260,12 @@ def abstract_state(model_config: decoder.Config, optimizer: Any, mesh: Any) -> g
     return grpo.abstract_state(params, optimizer, mesh)
 
 
-def verifier(name: str, decode: Callable[[Any], str]) -> Callable[[Sequence[Rollout]], list[Rollout]]:
-    """Marks rollouts: the completion's text, special tokens removed, against the answer."""
+def verifier(name: str, decode: Callable[[Any], str]) -> Callable[[Rollout], Rollout]:
+    """Marks a rollout: the completion's text, special tokens removed, against the answer."""
     judge = VERIFIERS[name]
 
-    def verify(group: Sequence[Rollout]) -> list[Rollout]:
-        return [dataclasses.replace(r, score=judge(decode(r.tokens), r.prompt.answer)) for r in group]
+    def verify(rollout: Rollout) -> Rollout:
+        return dataclasses.replace(rollout, score=judge(decode(rollout.tokens), rollout.prompt.answer))
 
     return verify
 
@@ -254,8 +276,10 @@ def minibatches(
     groups: list[list[Rollout]],
     advantages: np.ndarray,
     mesh: Any,
+    stale: bool = False,
 ) -> Iterator[packing.PackedBatch]:
-    """Packs `minibatch_prompts` prompts at a time, in order."""
+    """Packs `minibatch_prompts` prompts at a time, in order. `stale`: some were sampled by older weights."""
+    skip = recipe.loss.skip_first_old_logprobs and not stale and recipe.sampler.correction == "none"
     dense, attended = decoder.forward_flops(model_config)
     size = recipe.optimizer.minibatch_prompts
     for first in range(0, len(groups), size):
@@ -269,9 +293,31 @@ def minibatches(
             normalization=recipe.loss.normalization,
             max_tokens=recipe.rollout.max_tokens,
             attention_cost=attended / dense,
-            on_policy=first == 0 and recipe.loss.skip_first_old_logprobs,
+            on_policy=first == 0 and skip,
             skip_zero_advantage=recipe.loss.skip_zero_advantage,
         )
+
+
+def with_old_logprobs(
+    recipe: config.Recipe, packed: packing.PackedBatch, mesh: Any, params: Any, score: Any, stale: bool
+) -> Any:
+    """A batch on the devices, with what the objective's ratios are relative to: the policy before this step's updates,
+    for which the first mini-batch needs no pass; or where older weights sampled, the sampler's. With a correction it
+    is always the former, and weights make up for the difference to the sampler (decoupled PPO, arXiv 2110.00641).
+    """
+    correction, batch = recipe.sampler.correction, to_devices(packed, mesh)
+    if stale and correction == "none":
+        return batch.replace(old_logprobs=batch.sampler_logprobs)
+    if packed.on_policy.all():
+        return batch
+    batch = batch.replace(old_logprobs=score(params, batch))
+    return batch if correction == "none" else _corrected(batch, correction, recipe.sampler.correction_cap)
+
+
+@functools.partial(jax.jit, static_argnames=("correction", "cap"))
+def _corrected(batch: Any, correction: Any, cap: float) -> Any:
+    weights = importance_weights(batch.old_logprobs, batch.sampler_logprobs, correction, cap)
+    return batch.replace(weights=jax.numpy.where(batch.weights != 0, batch.weights * weights, 0.0))
 
 
 def load_held_out(recipe: config.Recipe, tokenizer: Any) -> list[Any]:
@@ -288,14 +334,18 @@ def run_evaluation(
 ) -> dict[str, Any]:  # fmt: skip
     """Held-out accuracy of what the sampler holds, written to `out` as JSON."""
     e = recipe.eval
+
+    def each(rollout: Rollout) -> Rollout:
+        progress.advance(1, len(rollout.tokens), rollout.server)
+        return verify(rollout)
+
     result = heldout.evaluate(
         sampler,
         prompts,
         samples=e.samples,
         params=dataclasses.replace(sampling, temperature=e.temperature, top_p=e.top_p, top_k=0),
         seed=recipe.run.seed,
-        score=lambda group: np.array([rollout.score for rollout in verify(group)]),
-        on_rollout=_counting(progress),
+        verify=each,
     )
     result = {"name": name, "step": step} | result
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -319,10 +369,23 @@ def rollout_metrics(groups: list[list[Rollout]], rewards: np.ndarray) -> dict[st
     }
 
 
+def sampler_metrics(batch: Sampled[list[list[Rollout]]], step: int) -> dict[str, float]:
+    """Of the sampling of a step's batch, which may have been during an earlier step."""
+    rollouts, seconds = [r for group in batch.value for r in group], batch.ended - batch.began
+    return {
+        "time/sampling": seconds,
+        "perf/sampling_tokens_per_second": sum(len(r.tokens) for r in rollouts) / seconds,
+        "sampler/refused": float(batch.value.count([])),
+        "sampler/staleness": float(step - np.mean([r.version for r in rollouts])),
+    }
+
+
 def update_metrics(updates: list[dict[str, Any]]) -> dict[str, float]:
     """Of a step's updates: means weighted by trained tokens, maxima, and counts."""
     value = lambda name: np.array([float(u[name]) for u in updates])  # noqa: E731
     tokens = value("tokens")
+    ratios = np.sum([u["ratio_histogram"] for u in updates], axis=0)
+    low, median, high = ratio_quantiles(ratios, (0.01, 0.5, 0.99))
 
     def mean(name: str) -> float:
         return (
@@ -344,6 +407,9 @@ def update_metrics(updates: list[dict[str, Any]]) -> dict[str, float]:
         "update/sequences": float(value("sequences").sum()),
         "sampler/logprob_diff_mean": mean("logprob_diff_mean"),
         "sampler/logprob_diff_max": float(value("logprob_diff_max").max()),
+        "sampler/ratio_p01": low,
+        "sampler/ratio_p50": median,
+        "sampler/ratio_p99": high,
     }
 
 
@@ -395,7 +461,3 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _counting(progress: telemetry.Progress) -> Callable[[Rollout], None]:
-    return lambda rollout: progress.advance(1, tokens=len(rollout.tokens))

@@ -251,6 +251,11 @@ IMPOSSIBLE = {
         ("rollout.engine", "sampler.urls", "sampler.servers", "either"),
         {"sampler": {"servers": 2}},
     ),
+    "ahead_on_the_same_devices": (
+        {"sampler": {"max_staleness": 1}},
+        ("sampler.max_staleness", "rollout.engine"),
+        {"rollout": {"engine": "vllm"}, "sampler": {"servers": 2}},
+    ),
     "evaluation_of_nothing": (
         {"eval": {"every": 10}},
         ("eval.every", "eval.path", "name a file"),

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.distributed import BATCH_AXES, sharding_of, spec_of
+from jaxrl.grpo.agreement import ratio_histogram
 from jaxrl.grpo.logprobs import token_logprobs
 from jaxrl.grpo.objective import policy_objective
 from jaxrl.grpo.packing import PackedBatch
@@ -143,6 +144,7 @@ def make_update(
         sums = {name: metrics[name] * count for name in ("clip_fraction", "clip_fraction_lower", "approx_kl")}
         sums |= {"loss": loss, "tokens": count, "sequences": jnp.sum(micro.buckets >= 0).astype(jnp.float32)}
         sums |= {"entropy": jnp.sum(jnp.where(live, entropy, 0.0)), "logprob_diff_mean": difference.sum()}
+        sums |= {"ratio_histogram": ratio_histogram(old, micro.sampler_logprobs, live)}
         peaks = {"ratio_max": metrics["ratio_max"], "logprob_diff_max": difference.max()}
         return loss, {"sums": sums, "peaks": peaks}
 

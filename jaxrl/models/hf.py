@@ -263,17 +263,18 @@ def _view(body: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int
 
 def manifest(config: Config) -> list[tuple[str, tuple[int, ...]]]:
     """(Hugging Face name, shape) of every tensor of a checkpoint, in the order of `named_tensors`."""
-    return [(name, spec.shape) for spec in _specs(config) for name in _names(spec, config)]
+    return [(name, spec.shape) for spec in specs(config) for name in _names(spec, config)]
 
 
 def named_tensors(config: Config, params: Params) -> Iterator[tuple[str, jax.Array]]:
     """(Hugging Face name, array) of every tensor of a checkpoint; a layer is sliced out only when it is asked for."""
-    for spec, array in zip(_specs(config), jax.tree.leaves(params), strict=True):
+    for spec, array in zip(specs(config), jax.tree.leaves(params), strict=True):
         names = _names(spec, config)
         yield from ((name, array[i] if "{}" in spec.name else array) for i, name in enumerate(names))
 
 
-def _specs(config: Config) -> list[Spec]:
+def specs(config: Config) -> list[Spec]:
+    """Declarations in the order of `jax.tree.leaves(params)`."""
     return jax.tree.leaves(decoder.declare(config), is_leaf=lambda x: isinstance(x, Spec))
 
 
@@ -309,7 +310,11 @@ def _config_json(model: Model, dtype: str) -> dict[str, Any]:
             "dtype": dtype,
             "torch_dtype": dtype,
         }
-    c = model.config
+    return describe(model.config) | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def describe(c: Config) -> dict[str, Any]:
+    """A model as config.json has it."""
     return {
         "architectures": [_ARCHITECTURES[c.family]],
         "model_type": c.family,
@@ -326,8 +331,6 @@ def _config_json(model: Model, dtype: str) -> dict[str, Any]:
         "rope_theta": c.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
         "tie_word_embeddings": c.tied,
-        "dtype": dtype,
-        "torch_dtype": dtype,
     }
 
 

@@ -100,7 +100,7 @@ class LocalSampler:
         samples: int,
         params: SamplingParams,
         seed: tuple[int, ...],
-        on_rollout: Callable[[Rollout], None] | None = None,
+        each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
     ) -> list[list[Rollout]]:
         """See `Sampler.generate`.
 
@@ -133,9 +133,7 @@ class LocalSampler:
             table.slots, steps = decode(table.slots, self._params, np.int32(leave_at), np.int32(limit))
             for (p, g), ids, logprobs in self._harvest(table, steps):
                 reason: Any = "stop" if ids[-1] in params.stop_ids else "length"
-                rollouts[p, g] = Rollout(prompts[p], ids, logprobs, reason, self._version)
-                if on_rollout:
-                    on_rollout(rollouts[p, g])
+                rollouts[p, g] = each(Rollout(prompts[p], ids, logprobs, reason, self._version))
         return [[rollouts[p, g] for g in range(samples)] for p in range(len(prompts))]
 
     def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:

@@ -1,4 +1,4 @@
-"""The trainer's weights as a file that samplers load: safetensors with Hugging Face's names."""
+"""The trainer's weights on their way to samplers: by a file, in safetensors' format and with Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,34 @@ from blake3 import blake3
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl.errors import InputError
-from jaxrl.models import decoder
-from jaxrl.models.decoder import Config, Spec
+from jaxrl.models import decoder, hf
+from jaxrl.models.decoder import Config
+from jaxrl.sampling.client import Client, ServerError, each
 
 TYPES = {"bfloat16": "BF16", "float32": "F32"}
+PART = 1 << 22  # elements
+
+
+class Transport(Protocol):
+    """Carries weights to vLLM servers that have paused for them.
+
+    prepare -> connect -> (servers pause) -> deliver -> (servers go on) -> done. Between prepare and done, and for
+    Files at any time after, connect and deliver may be repeated for a server that has come back.
+    """
+
+    backend: str  # of vLLM's --weight-transfer-config
+
+    def prepare(self, params: decoder.Params, version: int) -> None:
+        """In the thread that owns the parameters, which stay as they are until `done`."""
+
+    async def greet(self, client: Client, url: str) -> None:
+        """Raises: ServerError if the server cannot take these weights."""
+
+    async def connect(self, client: Client, urls: Sequence[str], failed: dict[str, ServerError]) -> None: ...
+
+    async def deliver(self, client: Client, urls: Sequence[str], failed: dict[str, ServerError]) -> None: ...
+
+    def done(self) -> None: ...
 
 
 class Published(NamedTuple):
@@ -29,36 +54,65 @@ class Published(NamedTuple):
     version: int
 
 
+class Files:
+    """Every server reads the file in which the newest weights are."""
+
+    backend = "jaxrl_file"
+
+    def __init__(self, config: Config, folder: Path, dtype: str = "bfloat16", limit: float = 300.0):
+        """
+        Args:
+          folder: where the files go; every server must be able to read it (/dev/shm, a shared file system).
+          limit: seconds for a server to load one.
+        """
+        self._config, self._folder, self._dtype, self._limit = config, folder, dtype, limit
+        self._published: Published | None = None
+
+    def prepare(self, params: decoder.Params, version: int) -> None:
+        self._published = write(params, self._config, self._folder, version, self._dtype)
+
+    async def greet(self, client: Client, url: str) -> None:
+        model = {
+            key: value for key, value in hf.describe(self._config).items() if isinstance(value, str | int)
+        }
+        del model["max_position_embeddings"]  # of which a server may be told another
+        await client.order(url, "/init_weight_transfer_engine", {"init_info": {"model": model}}, self._limit)
+
+    async def connect(self, client: Client, urls: Sequence[str], failed: dict[str, ServerError]) -> None:
+        await each(urls, functools.partial(self.greet, client), failed)  # it may have been started anew
+
+    async def deliver(self, client: Client, urls: Sequence[str], failed: dict[str, ServerError]) -> None:
+        assert self._published
+        info = {"path": str(self._published.path.absolute()), "blake3": self._published.blake3}
+        update = lambda url: client.order(url, "/update_weights", {"update_info": info}, self._limit)  # noqa: E731
+        await each(urls, update, failed)
+
+    def done(self) -> None:
+        pass
+
+
 def write(
     params: decoder.Params, config: Config, folder: Path, version: int, dtype: str = "bfloat16"
 ) -> Published:
     """Writes FOLDER/weights_VERSION.safetensors; it and its predecessor are kept.
 
-    A stacked parameter is gathered, cast and fetched as one array, while the one before it is being written. The file
-    appears under its name when it is complete. Every process takes part; the first one writes.
+    A part is gathered and cast while the one before it is being written. The file appears under its name when it is
+    complete. Every process takes part; the first one writes.
 
     Raises:
-      InputError: if a parameter is not what the config declares or holds a value that is not finite, which servers
-        load without a word; or if the file cannot be written.
+      InputError: see `check` and `cast`; or if the file cannot be written.
     """
-    declared = jax.tree.leaves(decoder.declare(config), is_leaf=lambda x: isinstance(x, Spec))
-    leaves = jax.tree.leaves(params)
-    shapes = [decoder.stacked_shape(spec, config) for spec in declared]
-    if [leaf.shape for leaf in leaves] != shapes:
-        raise InputError("the parameters to publish are not those of the model; was its config changed?")
+    check(params, config)
     path, hasher = folder / f"weights_{version:08d}.safetensors", blake3(max_threads=blake3.AUTO)
     writes = jax.process_index() == 0
     try:
         with _recycled(folder, path) if writes else open(os.devnull, "wb") as file:  # noqa: PTH123
-            parts = zip(declared, _fetched(leaves, dtype), strict=True)
-            header = _header(declared, config, dtype)
+            header = _header(config, dtype)
             hasher.update(header)
             file.write(header)
-            for spec, (array, finite) in parts:
-                if not finite:
-                    raise InputError(f"{spec.name} holds values that are not finite; go back to a checkpoint")
-                part = array.reshape(-1).view(np.uint8).data
+            for array in cast(params, config, dtype, split=True):
                 if writes:
+                    part = np.asarray(array).reshape(-1).view(np.uint8).data
                     hasher.update(part)
                     file.write(part)
     except OSError as error:
@@ -66,6 +120,13 @@ def write(
             f"{path}: cannot write the weights ({error.strerror}); choose another folder"
         ) from None
     return Published(path, hasher.hexdigest(), version)
+
+
+def check(params: decoder.Params, config: Config) -> None:
+    """Raises: InputError if the parameters are not what the config declares."""
+    shapes = [decoder.stacked_shape(spec, config) for spec in hf.specs(config)]
+    if [leaf.shape for leaf in jax.tree.leaves(params)] != shapes:
+        raise InputError("the parameters to publish are not those of the model; was its config changed?")
 
 
 @contextlib.contextmanager
@@ -85,37 +146,59 @@ def _recycled(folder: Path, path: Path) -> Iterator[IO[bytes]]:
     partial.replace(path)
 
 
-def _fetched(leaves: list[jax.Array], dtype: str) -> Iterator[tuple[np.ndarray, bool]]:
-    """Whole arrays in `dtype` on the host, and whether they are finite; one in the making while another is used."""
-    ahead: Any = None
-    for leaf in leaves:
-        sharding = leaf.sharding
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        current = _cast(dtype, sharding)(leaf)
-        if ahead is not None:
-            yield np.asarray(ahead[0]), bool(ahead[1])
-        ahead = current
-    if ahead is not None:
-        yield np.asarray(ahead[0]), bool(ahead[1])
+def cast(params: decoder.Params, config: Config, dtype: str, split: bool = False) -> Iterator[jax.Array]:
+    """Each tensor of the manifest in `dtype`, whole on every device; one is ahead of what is asked for.
+
+    Args:
+      split: in flat parts of PART elements at most, where it is not divided among devices: such small ones find
+        memory that was used before, and page faults would take longer than all the rest.
+
+    Raises:
+      InputError: if a value is not finite (or its square is not), which servers load without a word.
+    """
+    ahead: deque[tuple[str, jax.Array, jax.Array]] = deque()
+    for spec, leaf in zip(hf.specs(config), jax.tree.leaves(params), strict=True):
+        parts = config.layers if "{}" in spec.name else 1
+        if split and leaf.is_fully_replicated:
+            parts = next(
+                n for n in range(parts, leaf.size + 1, parts) if leaf.size <= n * PART and not leaf.size % n
+            )
+        whole = leaf.sharding
+        if isinstance(whole, NamedSharding):
+            whole = NamedSharding(whole.mesh, PartitionSpec())
+        for i in range(parts):
+            ahead.append((spec.name, *_part(dtype, parts, whole)(leaf, i)))
+            if len(ahead) > 1:
+                yield _finite(*ahead.popleft())
+    yield from (_finite(*last) for last in ahead)
+
+
+def _finite(name: str, array: jax.Array, square: jax.Array) -> jax.Array:
+    if not np.isfinite(square):
+        raise InputError(f"{name} holds values that are not finite; go back to a checkpoint")
+    return array
 
 
 @functools.cache
-def _cast(dtype: str, sharding: Any) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    return jax.jit(lambda x: (x.astype(dtype), jnp.isfinite(x).all()), out_shardings=(sharding, None))
+def _part(dtype: str, parts: int, sharding: Any) -> Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]:
+    """Part i of a parameter, and the sum of its squares: quicker than asking of each value whether it is finite."""
+
+    def part(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if parts > 1:
+            x = x if x.shape[0] == parts else x.reshape(parts, -1)  # layers stay as they are divided
+            x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+        return x.astype(dtype), jnp.vdot(x, x)
+
+    return jax.jit(part, out_shardings=(sharding, None))
 
 
-def _header(declared: list[Spec], config: Config, dtype: str) -> bytes:
+def _header(config: Config, dtype: str) -> bytes:
     """safetensors': 8 bytes of length, then JSON; the layers of a stacked parameter lie one behind another."""
     entries, at = {}, 0
-    for spec in declared:
-        size = int(np.prod(spec.shape)) * jnp.dtype(dtype).itemsize
-        layers = range(config.layers) if "{}" in spec.name else [0]
-        for layer in layers:
-            entries[spec.name.format(layer)] = {
-                "dtype": TYPES[dtype], "shape": list(spec.shape), "data_offsets": [at, at + size],
-            }  # fmt: skip
-            at += size
+    for name, shape in hf.manifest(config):
+        size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+        entries[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -26,8 +26,9 @@ class Rollout:
     tokens: np.ndarray  # [T] int32: completion ids; the end-of-sequence token, where sampled, is included
     logprobs: np.ndarray  # [T] float32: log-probability (nats) of each id at the sampling temperature
     finish_reason: Literal["stop", "length"]
-    version: int  # of the weights that sampled it
+    version: int  # of the weights that sampled it; the oldest, where they changed on the way
     score: float = float("nan")  # the verifier's, once scored
+    server: str = ""  # that sampled it, where there are several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Sampler(Protocol):
         samples: int,
         params: SamplingParams,
         seed: tuple[int, ...],
-        on_rollout: Callable[[Rollout], None] | None = None,
+        each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
     ) -> list[list[Rollout]]:
         """Returns `samples` rollouts for each prompt: [P][G].
 
-        The randomness of sample g of prompt p depends on (*seed, p, g) alone. `on_rollout` is called as
-        each one finishes, in any order.
+        The randomness of sample g of prompt p depends on (*seed, p, g) alone. `each` is called with each one as it
+        finishes, in any order; what it returns takes its place.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -31,18 +32,45 @@ ON_CPU = {
 }
 
 
+# ends a process group when this process is gone, however it went: its end of the pipe closes
+REAPER = 'read _; kill -s KILL -- -"$0"'
+
+
 @dataclasses.dataclass
 class Server:
     """A `vllm serve` and everything that it started: a process group of its own."""
 
     url: str
-    process: subprocess.Popen
     log: Path
+    arguments: list[str]
+    environment: dict[str, str]
+
+    def start(self) -> None:
+        with self.log.open("a") as out:
+            self.process = subprocess.Popen(
+                self.arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment,
+                start_new_session=True,
+            )  # fmt: skip
+        self._reaper = subprocess.Popen(
+            ["sh", "-c", REAPER, str(self.process.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    def restart(self, unwell: float, limit: float = 300.0) -> bool:
+        """Starts it again if it has ended, or has not been well for `limit` seconds; says whether it did."""
+        if self.process.poll() is None and unwell < limit:
+            return False
+        self.kill()
+        self.start()
+        return True
 
     def kill(self) -> None:
         """Stops all of it: killing the API server alone leaves its engine alive for ever."""
+        self._reaper.kill()
+        self._reaper.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, signal.SIGCONT)  # one that was stopped could not end
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
         with contextlib.suppress(ProcessLookupError):
@@ -64,6 +92,7 @@ def command(
     dtype: str,
     max_tokens: int,
     on_cpu: bool,
+    backend: str = "jaxrl_file",
     options: tuple[str, ...] = (),
 ) -> list[str]:
     """The `vllm serve` that VLLMSampler expects. `max_tokens`: of a prompt and its completion."""
@@ -71,7 +100,7 @@ def command(
         "--host": "127.0.0.1", "--port": str(port), "--dtype": dtype, "--max-model-len": str(max_tokens),
         "--generation-config": "vllm",  # sampling parameters are the request's
         "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
-        "--weight-transfer-config": '{"backend": "jaxrl_file"}',
+        "--weight-transfer-config": json.dumps({"backend": backend}),
     }  # fmt: skip
     cpu = [
         "--enforce-eager",
@@ -94,11 +123,8 @@ def command(
     ]
 
 
-def start(
-    vllm: str, model: str, log: Path, *, dtype: str, max_tokens: int, on_cpu: bool, port: int = 0,
-    options: tuple[str, ...] = (),
-) -> Server:  # fmt: skip
-    """Starts a server, which is ready only after `wait`. `max_tokens`: of a prompt and its completion.
+def start(vllm: str, model: str, log: Path, *, on_cpu: bool, port: int = 0, **options: Any) -> Server:
+    """Starts a server, which is ready only after `wait`; `options`: see `command`.
 
     Raises:
       InputError: if there is no such program.
@@ -106,14 +132,14 @@ def start(
     if not shutil.which(vllm):
         raise InputError(f"{vllm}: no such program; run make vllm, or set sampler.vllm to where vllm is")
     port = port or free_port()
-    arguments = command(vllm, model, port, dtype=dtype, max_tokens=max_tokens, on_cpu=on_cpu, options=options)
+    environment = os.environ | ENVIRONMENT | (ON_CPU if on_cpu else {})
+    environment.pop("PYTHONPATH", None)  # the trainer's; vLLM has an environment of its own
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | ENVIRONMENT | (ON_CPU if on_cpu else {}),
-        )  # fmt: skip
-    return Server(f"http://127.0.0.1:{port}", process, log)
+    log.unlink(missing_ok=True)
+    arguments = command(vllm, model, port, on_cpu=on_cpu, **options)
+    server = Server(f"http://127.0.0.1:{port}", log, arguments, dict(environment))
+    server.start()
+    return server
 
 
 def wait(server: Server, limit: float) -> None:

@@ -20,8 +20,8 @@ def register() -> None:
     )
 
     @dataclasses.dataclass
-    class Nothing(WeightTransferInitInfo):
-        pass
+    class Model(WeightTransferInitInfo):
+        model: dict  # the trainer's, as config.json has it
 
     @dataclasses.dataclass
     class File(WeightTransferUpdateInfo):
@@ -29,10 +29,10 @@ def register() -> None:
         blake3: str = ""  # its digest
 
     class FileEngine(WeightTransferEngine):
-        init_info_cls, update_info_cls = Nothing, File
+        init_info_cls, update_info_cls = Model, File
 
         def init_transfer_engine(self, init_info) -> None:
-            pass
+            same(init_info.model, self.model_config.hf_config)
 
         def start_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -66,6 +66,18 @@ def register() -> None:
             pass
 
     WeightTransferEngineFactory.register_engine("jaxrl_file", FileEngine)
+
+
+def same(model: dict, served: object) -> None:
+    """Raises: ValueError if this is another model: vLLM keeps a layer that is missing in a file as it was."""
+    theirs = {key: getattr(served, key, None) for key in model}
+    different = [
+        f"{key} is {theirs[key]!r}, not {value!r}"
+        for key, value in model.items()
+        if theirs[key] not in (None, value)
+    ]
+    if different:
+        raise ValueError(f"this server has another model: {', '.join(different)}")
 
 
 def check(path: Path, digest: str) -> None:

@@ -258,7 +258,7 @@ def test_the_smallest_nucleus_is_kept_whole_vocabulary_or_not() -> None:
 
 def test_eos_is_kept_and_the_budget_respected(sampler: LocalSampler) -> None:
     seen = []
-    groups = sampler.generate(PROMPTS, 4, SAMPLING, (0,), seen.append)
+    groups = sampler.generate(PROMPTS, 4, SAMPLING, (0,), lambda rollout: seen.append(rollout) or rollout)
     rollouts = [rollout for group in groups for rollout in group]
     for rollout in rollouts:
         stopped = np.isin(rollout.tokens, SAMPLING.stop_ids)

@@ -1,8 +1,11 @@
 """Sampling by real vLLM servers on this machine: `make test-vllm`."""
 
 import dataclasses
+import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +14,16 @@ import numpy as np
 import pytest
 import tiny_run
 
+from jaxrl import config
 from jaxrl.errors import InputError
 from jaxrl.models import Model, initialise, load, save
 from jaxrl.sampling import servers
+from jaxrl.sampling.ahead import Ahead
+from jaxrl.sampling.nccl import NCCL, Group
+from jaxrl.sampling.publish import Files
 from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
 from jaxrl.sampling.vllm import VLLMSampler
+from jaxrl.train import train
 
 pytestmark = pytest.mark.vllm
 VLLM = os.environ.get("VLLM", ".venv-vllm/bin/vllm")
@@ -50,7 +58,8 @@ def running(
 
 
 def make_sampler(urls: list[str], model: Model, folder: Path, **options) -> VLLMSampler:
-    return VLLMSampler(urls, model.config, folder, dtype="float32", say=lambda _: None, **options)
+    options = {"say": lambda _: None} | options
+    return VLLMSampler(urls, Files(model.config, folder, "float32"), **options)
 
 
 @pytest.fixture
@@ -139,10 +148,15 @@ def check_publishing(sampler: VLLMSampler, model: Model) -> None:
 
 def test_rollouts_are_told_of_as_they_come(sampler: VLLMSampler) -> None:
     seen: list[str] = []
-    groups = sampler.generate(
-        make_prompts(8), 2, SAMPLING, (5,), lambda rollout: seen.append(rollout.prompt.id)
-    )
-    assert sorted(seen) == sorted(rollout.prompt.id for group in groups for rollout in group)
+
+    def mark(rollout: Rollout) -> Rollout:
+        seen.append(rollout.prompt.id)
+        return dataclasses.replace(rollout, score=float(len(rollout.tokens)))
+
+    groups = [r for group in sampler.generate(make_prompts(8), 2, SAMPLING, (5,), mark) for r in group]
+    assert sorted(seen) == sorted(rollout.prompt.id for rollout in groups)
+    assert all(rollout.score == len(rollout.tokens) for rollout in groups)
+    assert len({rollout.server for rollout in groups}) == 2  # both took part
 
 
 def test_a_prompt_too_long_is_named_and_left_out(sampler: VLLMSampler) -> None:
@@ -168,34 +182,38 @@ def test_nobody_there(model: tuple[Path, Model], tmp_path: Path) -> None:
 
 
 def test_kill_9_of_one_server_loses_nothing(model: tuple[Path, Model], tmp_path: Path) -> None:
-    """Its requests move to the other; when it is started again it has to take the newest weights first."""
+    """Its requests move to the other; it is started again and has to take the newest weights first."""
     params = random_params(model[1], 9)
     options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True}
     with servers.running(2, VLLM, str(model[0]), tmp_path / "logs", **options) as started:
-        urls = [server.url for server in started]
-        sampler = make_sampler(urls, model[1], tmp_path / "weights", concurrency=4)
+        own = {server.url: server for server in started}
+        sampler = make_sampler(
+            list(own), model[1], tmp_path / "weights", concurrency=4,
+            restart=lambda url, unwell: own[url].restart(unwell),
+        )  # fmt: skip
         sampler.publish(params, 4)
-        prompts, seen = make_prompts(48), []
+        prompts, seen, killed = make_prompts(48), [], started[0].process
 
-        def kill(rollout: Rollout) -> None:
+        def kill(rollout: Rollout) -> Rollout:
             seen.append(rollout)
             if len(seen) == 8:
-                os.killpg(started[0].process.pid, signal.SIGKILL)
+                os.killpg(killed.pid, signal.SIGKILL)
+            return rollout
 
-        long = SamplingParams(max_tokens=50)
-        groups = sampler.generate(prompts, 4, long, (7,), kill)
-        assert started[0].process.poll() is not None
+        groups = sampler.generate(prompts, 4, SamplingParams(max_tokens=50), (7,), kill)
+        assert killed.poll() is not None
         assert [len(group) for group in groups] == [4] * 48 and len(seen) == 48 * 4
         assert_from(model[1], params, groups[-3:])
 
-        port = int(started[0].url.rsplit(":", 1)[1])
-        again = servers.start(VLLM, str(model[0]), tmp_path / "logs" / "again.log", port=port, **options)
-        try:
-            servers.wait(again, 300)
-            groups = sampler.generate(prompts, 4, SAMPLING, (8,))
-            assert_from(model[1], params, groups)
-        finally:
-            again.kill()
+        servers.wait(started[0], 300)
+        assert started[0].process is not killed
+        for again in range(50):  # the other does not wait while it loads
+            groups = sampler.generate(prompts, 4, SAMPLING, (8, again))
+            assert_from(model[1], params, groups[::7])
+            served = {rollout.server for group in groups for rollout in group}
+            if served == set(own):
+                break
+        assert served == set(own)
 
 
 def test_untied_weights_and_then_no_server_left(untied: tuple[Path, Model], tmp_path: Path) -> None:
@@ -208,3 +226,150 @@ def test_untied_weights_and_then_no_server_left(untied: tuple[Path, Model], tmp_
             sampler.generate(make_prompts(4), 2, SAMPLING, (1,))
         with pytest.raises(InputError, match="was not back"):
             sampler.publish(untied[1].params, 4)
+
+
+def test_a_server_that_hangs_without_dying_loses_nothing(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    """Its requests time out and go to the other; when it goes on it serves again."""
+    said: list[str] = []
+    urls = [server.url for server in running]
+    sampler = make_sampler(urls, model[1], tmp_path, limit=3.0, say=said.append)
+    sampler.publish(model[1].params, 3)
+    os.killpg(running[0].process.pid, signal.SIGSTOP)
+    try:
+        groups = sampler.generate(make_prompts(12), 2, SAMPLING, (9,))
+    finally:
+        os.killpg(running[0].process.pid, signal.SIGCONT)
+    assert [len(group) for group in groups] == [2] * 12
+    assert {rollout.server for group in groups for rollout in group} == {urls[1]}
+    assert any(urls[0] in line and "no answer (ReadTimeout)" in line for line in said)
+    groups = sampler.generate(make_prompts(40), 2, SAMPLING, (10,))
+    assert_from(model[1], model[1].params, groups)
+    assert {rollout.server for group in groups for rollout in group} == set(urls)
+
+
+def test_another_model_is_refused(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    deeper = dataclasses.replace(model[1].config, layers=3, vocab_size=10)
+    with pytest.raises(InputError) as caught:
+        make_sampler([running[0].url], Model(deeper, None), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(running[0].url)
+    assert "has another model: vocab_size is 9, not 10, num_hidden_layers is 2, not 3" in message
+
+
+@pytest.mark.parametrize("on_update", ["keep", "drain"])
+def test_weights_change_while_requests_are_under_way(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path, on_update: str
+) -> None:
+    """Each token is of one policy: with "drain" all of a completion, with "keep" all after the change."""
+    urls = [server.url for server in running]
+    sampler = make_sampler(urls, model[1], tmp_path, on_update=on_update)
+    old, new = random_params(model[1], 1), random_params(model[1], 2)
+    sampler.publish(old, 6)
+    begun, published = threading.Event(), threading.Event()
+
+    def mark(rollout: Rollout) -> Rollout:
+        begun.set()
+        return rollout
+
+    def change() -> None:
+        begun.wait(60)
+        sampler.publish(new, 7)
+        published.set()
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    groups = sampler.generate(make_prompts(150), 4, SamplingParams(max_tokens=54), (3,), mark)
+    changing.join()
+    assert published.is_set() and {len(group) for group in groups} == {4}
+    cut = set()
+    for rollout in (rollout for group in groups[::7] for rollout in group):
+        of_old, of_new = (
+            np.abs(logprobs_of(model[1], p, rollout) - rollout.logprobs) < 1e-5 for p in (old, new)
+        )
+        first_new = next((t for t in range(54) if of_new[t:].all()), 54)
+        assert of_old[:first_new].all()
+        assert rollout.version == (6 if first_new else 7)
+        cut.add(0 < first_new < 54)
+    versions = {rollout.version for group in groups for rollout in group}
+    assert versions == {6, 7}  # it did change on the way
+    if on_update == "drain":
+        assert cut == {False}
+
+
+def test_one_batch_ahead(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates go on while the next batch is being sampled, by weights one step old."""
+    taken, updates = [], []
+    take, publish = Ahead.take, VLLMSampler.publish
+    monkeypatch.setattr(Ahead, "take", lambda self, step: taken.append(take(self, step)) or taken[-1])
+
+    def timed(self: VLLMSampler, params: object, version: int) -> None:
+        updates.append(time.monotonic())  # the end of the update before it
+        publish(self, params, version)
+
+    monkeypatch.setattr(VLLMSampler, "publish", timed)
+    overrides = {"engine": "vllm", "prompts": 32, "samples": 8, "max_tokens": 24}
+    options = {
+        "urls": [server.url for server in running],
+        "max_staleness": 1,
+        "folder": str(tmp_path / "shm"),
+    }
+    values = {f"rollout.{k}": v for k, v in overrides.items()} | {
+        f"sampler.{k}": v for k, v in options.items()
+    }
+    values |= {"optimizer.minibatch_prompts": 8, "packing.bucket_tokens": 16, "run.steps": 5}
+    train(config.load(tiny_run.write_recipe(tmp_path, model[0], **values)), say=lambda _: None)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    staleness = [row["sampler/staleness"] for row in rows]
+    assert staleness[0] == 0 and all(0 < s <= 1 for s in staleness[1:])
+    assert rows[0]["sampler/logprob_diff_max"] < 1e-5 and rows[1]["sampler/logprob_diff_max"] is None
+    # batch s + 1 was begun before the update of batch s had ended; updates[0] is of before the first step
+    assert [batch.began < ended for batch, ended in zip(taken[1:], updates[1:], strict=False)] == [True] * 4
+
+
+@pytest.fixture(scope="module")
+def by_nccl(model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True, "backend": "nccl"}
+    with servers.running(1, VLLM, str(model[0]), tmp_path_factory.mktemp("nccl"), **options) as started:
+        yield started[0]
+
+
+def nccl_sampler(url: str, model: Model) -> VLLMSampler:
+    return VLLMSampler([url], NCCL(model.config, "float32", limit=60), say=lambda _: None)
+
+
+def test_the_way_of_weights_has_to_be_the_servers(
+    running: list[servers.Server], by_nccl: servers.Server, model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="takes weights by jaxrl_file; start it with --weight-transfer"):
+        nccl_sampler(running[0].url, model[1])
+    with pytest.raises(InputError, match="takes weights by nccl; start it with --weight-transfer"):
+        make_sampler([by_nccl.url], model[1], tmp_path)
+
+
+def test_nccl_without_a_gpu(
+    by_nccl: servers.Server, model: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All up to the collective: a server that cannot take part is named at once, though this side would wait."""
+    sampler = nccl_sampler(by_nccl.url, model[1])
+    with pytest.raises(InputError, match=r"needs NVIDIA GPUs and jax\[cuda\]"):
+        sampler.publish(model[1].params, 0)
+    joined = []
+
+    def join(self: Group, unique: bytes, world: int) -> None:
+        joined.append((unique, world))
+        threading.Event().wait()  # as NCCL does until all have joined
+
+    monkeypatch.setattr(Group, "unique_id", lambda: bytes(range(128)))
+    monkeypatch.setattr(Group, "__init__", join)
+    began = time.monotonic()
+    with pytest.raises(
+        InputError, match=rf"{by_nccl.url}.*Cannot access accelerator device.*start the servers"
+    ):
+        sampler.publish(model[1].params, 0)
+    assert joined == [(bytes(range(128)), 2)] and time.monotonic() - began < 50
