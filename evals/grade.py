@@ -31,4 +31,4 @@ def grade_many(
     A comparison that its process has not answered after `timeout` seconds is False, and so is one that ends it.
     """
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads:  # each waits for a process of its own
-        return list(threads.map(lambda pair: _grade(*pair, timeout), pairs))
+        return list(threads.map(lambda pair: _grade(pair[0], pair[1], timeout), pairs))

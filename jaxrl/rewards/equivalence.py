@@ -94,13 +94,14 @@ def _brace_fractions(text: str) -> str:
     return out
 
 
-# In this order, as substrings: "centimeters" loses "cm" nowhere, then "centimeter" and its plural.
+# Removed one after the other, also within words.
 _UNITS = tuple(
     re.compile(unit + r"(es)?(s)? *(\^[0-9]+)?")
     for unit in (
-        "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard".split()
+        "degree", "cm", "centimeter", "meter", "mile", "second", "minute", "hour",
+        "day", "week", "month", "year", "foot", "feet", "inch", "yard",
     )
-)
+)  # fmt: skip
 _WORDS = (
     (r"\%", "%"), (r"\$", "$"), ("$", ""), ("%", ""), (" or ", " , "), (" and ", " , "),
     ("million", "*10^6"), ("billion", "*10^9"), ("trillion", "*10^12"),
@@ -243,7 +244,8 @@ class _Numeric:
     """Evaluates parsed text in floats, with some value for each symbol."""
 
     def __init__(self, point: float):
-        self.point, self.symbols, self.largest = point, {}, 1.0
+        self.point, self.largest = point, 1.0
+        self.symbols: dict[str, float] = {}
 
     def of(self, node: ast.expr) -> complex:
         try:
@@ -277,7 +279,9 @@ class _Numeric:
                 return 1j
             case ast.Call(ast.Name("Symbol"), [ast.Constant(str(name))], []):
                 return self.symbols.setdefault(name, self.point * (1 + len(self.symbols) / 3))
-            case ast.Call(ast.Name("Integer" | "Float" | "Number"), [ast.Constant(number)], []):
+            case ast.Call(
+                ast.Name("Integer" | "Float" | "Number"), [ast.Constant(str(number) | int(number))], []
+            ):
                 return float(number)
             case ast.Call(ast.Name("Integer"), [number], []):  # an integer in an integer: repeating decimals
                 return self.of(number)

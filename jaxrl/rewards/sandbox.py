@@ -49,7 +49,9 @@ def _depth(text: str) -> int:
 
 class Worker:
     def __init__(self) -> None:
-        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join(
+            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from jaxrl.rewards.sandbox import serve; serve()"],
             env=os.environ | {"PYTHONPATH": path},
@@ -86,4 +88,3 @@ def serve() -> None:
         limit = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         replies.write(b"01"[equivalence.same_value(*json.loads(line)) :][:1])
-
