@@ -19,7 +19,7 @@ from jaxrl.rewards.strict_boxed import BOX, group_from
 LONGEST = 1000  # characters; the longest reference answer of nine benchmarks has 210
 DEEPEST = 12  # brackets; pylatexenc takes twice as long for each one that nothing closes
 MOST_LETTERS = 2
-LARGEST_EXPONENT = 1000
+LARGEST_EXPONENT = 300
 
 BOX_COMMAND = r"\boxed"
 _TEXT = re.compile(r"^\\text\{(.+?)\}$")
