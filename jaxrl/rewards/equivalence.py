@@ -148,10 +148,10 @@ def canonical(answer: str) -> str:
 def _plain_text(latex: str) -> str:
     from pylatexenc.latex2text import LatexNodes2Text
 
-    latex = latex.replace(r"\tfrac", r"\frac").replace(r"\dfrac", r"\frac")
-    latex = latex.replace(r"\frac", r" \frac")  # keeps the whole part of a mixed number apart
+    text = latex.replace(r"\tfrac", r"\frac").replace(r"\dfrac", r"\frac")
+    text = text.replace(r"\frac", r" \frac")  # keeps the whole part of a mixed number apart
     try:
-        return LatexNodes2Text().latex_to_text(latex).translate(_SYMBOLS).strip()
+        return LatexNodes2Text().latex_to_text(text).translate(_SYMBOLS).strip()
     except Exception:  # what it cannot read stays as it is
         return latex
 
@@ -160,7 +160,7 @@ def elements(text: str) -> list[str]:
     """What stands between the commas of `(1,2)`, `[0,1)` and the like; anything else is one element."""
     text = _join_thousands(text)
     if len(text) > 2 and text[0] in "()[]" and text[-1] in "()[]" and not set("()[]") & set(text[1:-1]):
-        return text[1:-1].split(",")
+        return [element.strip() for element in text[1:-1].split(",")]
     return [text] if text else []
 
 
@@ -255,7 +255,8 @@ class _Numeric:
         if not cmath.isfinite(value):
             raise Refused
         self.largest = max(self.largest, abs(value))
-        return value
+        # A rounding error must not choose the branch of a root.
+        return value.real if abs(value.imag) <= 1e-12 * abs(value) else value
 
     def _value(self, node: ast.expr) -> complex:
         match node:
