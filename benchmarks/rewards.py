@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxrl.rewards import VERIFIERS
+from jaxrl.rewards import VERIFIERS, sandbox
 
 RESPONSES = 2048
 CHARACTERS = 60_000
@@ -43,8 +43,8 @@ def batch(rng: random.Random) -> tuple[list[str], list[str]]:
     responses, answers = [], []
     for i in range(RESPONSES):
         start, answer = rng.randrange(CHARACTERS), rng.randrange(10_000)
-        tail = f".\nAnswer: {answer}\nThat is $\\boxed{{{answer}}}$."
-        responses.append((text[start:] + text[:start])[: -len(tail)] + tail)
+        head, tail = "<think>", f".\n</think>\nAnswer: {answer}\nThat is $\\boxed{{{answer}}}$."
+        responses.append(head + (text[start:] + text[:start])[: -len(head + tail)] + tail)
         answers.append(str(answer + i % 2))
     return responses, answers
 
@@ -54,6 +54,7 @@ def measure(
 ) -> dict:
     seconds = []
     for _ in range(REPEATS):
+        sandbox.forget()
         start = time.perf_counter()
         scores = [verifier(*pair) for pair in zip(responses, answers, strict=True)]
         seconds.append(time.perf_counter() - start)

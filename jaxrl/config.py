@@ -138,8 +138,9 @@ class Sampler(Section):
 
 @dataclass(frozen=True)
 class Reward(Section):
-    verifier: Literal["strict_boxed", "minerva"] = "strict_boxed"
-    """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork)."""
+    verifier: Literal["strict_boxed", "minerva", "equivalent"] = "strict_boxed"
+    """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork), minerva
+    DAPO's `Answer:` line after normalising, equivalent is DeepScaleR's lenient one (needs <think> in the text)."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,14 @@ functions shadow their modules as attributes of this package, so reach the other
 
 from collections.abc import Callable
 
+from jaxrl.rewards.equivalent import equivalent
 from jaxrl.rewards.minerva import minerva
 from jaxrl.rewards.strict_boxed import strict_boxed
 
-VERIFIERS: dict[str, Callable[[str, str], float]] = {"strict_boxed": strict_boxed, "minerva": minerva}
+VERIFIERS: dict[str, Callable[[str, str], float]] = {
+    "strict_boxed": strict_boxed,
+    "minerva": minerva,
+    "equivalent": equivalent,
+}
 
-__all__ = ["VERIFIERS", "minerva", "strict_boxed"]
+__all__ = ["VERIFIERS", "equivalent", "minerva", "strict_boxed"]

@@ -23,11 +23,14 @@ def extract(response: str) -> str | None:
     """
     window = response[-WINDOW:]
     start = window.rfind(BOX)
-    if start < 0:
-        return None
-    inside, depth = window[start + len(BOX) :], 1
-    for i, char in enumerate(inside):
-        depth += (char == "{") - (char == "}")
+    return None if start < 0 else group_from(window, start + len(BOX))
+
+
+def group_from(text: str, start: int) -> str | None:
+    """What stands from `start`, just inside a brace, up to the brace that closes it; None if none does."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
-            return inside[:i]
+            return text[start:i]
     return None

@@ -1,0 +1,76 @@
+"""Time of grading the responses of nine benchmarks: `python -m benchmarks.grading`.
+
+12,184 responses, as many as JustRL's protocol samples for one model, with distinct answers: right as they stand,
+right once worked out, wrong, and, one in 200, made to keep a computer algebra system busy for ever.
+"""
+
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from evals.grade import grade_many
+from jaxrl.rewards import sandbox
+
+RESPONSES = 12_184
+CHARACTERS = 15_000
+WORKERS = (1, 2)
+RESULTS = Path(__file__).parent / "results" / "grading.json"
+ANSWERS = (  # the answer and what it is compared with
+    ("{a}", "{a}"),
+    ("{a}", "{b}"),
+    ("{a}.0", "{a}"),
+    (r"\dfrac{{{a}}}{{{b}}}", r"\frac{{{a}}}{{{b}}}"),
+    (r"\frac{{{a}}}{{{b}}}", "{a}/{b}+0"),
+    (r"{a}\sqrt{{{b}}}", r"\sqrt{{{b}}}\cdot{a}"),
+    (r"{a}\sqrt{{{b}}}", r"{b}\sqrt{{{a}}}"),
+    ("{a}x^2+{b}x", "x({a}x+{b})"),
+    ("{a}x^2+{b}x", "{b}x^2+{a}x"),
+    (r"\left({a}, {b}\pi\right)", r"({a},{b}\pi)"),
+    ("({a}, {b})", "({b}, {a})"),
+    (r"{a}\text{{ cm}}", "{a}"),
+    ("{a}.{b}", "{b}.{a}"),
+)
+HOPELESS = (
+    ("9**9**{a}", "{b}+x"),
+    ("(((1+1/10**15)**300)**300)**300+{a}", "{a}.{b}"),
+    (r"\sqrt[" * 12 + "{a}" + "]" * 12, "{b}"),
+    ("(x+{a})**{b}!", "x"),
+)
+
+
+def main() -> None:
+    results = [measure(workers) for workers in WORKERS]
+    print(f"{RESPONSES:,} responses of {CHARACTERS:,} characters, {results[0]['hopeless']} of them hopeless")
+    print(f"{'processes':<12}{'seconds':>10}{'ms each':>10}{'right':>8}")
+    for row in results:
+        each = row["seconds"] / RESPONSES * 1e3
+        print(f"{row['processes']:<12}{row['seconds']:>10.1f}{each:>10.2f}{row['right']:>8,}")
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "platform": sys.platform}
+    setting = {"responses": RESPONSES, "characters": CHARACTERS}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(machine | setting | {"results": results}, indent=2) + "\n")
+
+
+def measure(workers: int) -> dict:
+    sandbox.forget()
+    start = time.perf_counter()
+    marks = grade_many(pairs(random.Random(0)), workers=workers)
+    seconds = round(time.perf_counter() - start, 2)
+    return {"processes": workers, "seconds": seconds, "right": sum(marks), "hopeless": len(marks) // 200 + 1}
+
+
+def pairs(rng: random.Random) -> Iterator[tuple[str, str]]:
+    text = "so $x^2 = \\frac{1}{2}$, let me check. " * (CHARACTERS // 38)
+    for i in range(RESPONSES):
+        answer, truth = rng.choice(ANSWERS if i % 200 else HOPELESS)
+        a, b = rng.sample(range(2, 10_000), 2)
+        yield f"{text}\\boxed{{{answer.format(a=a, b=b)}}}", truth.format(a=a, b=b)
+
+
+if __name__ == "__main__":
+    main()
