@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxrl.errors import InputError
-from jaxrl.sampling.sampler import Prompt, Rollout, Sampler, SamplingParams
+from jaxrl.sampling.sampler import Rollout, SamplingParams
 
 
-def evaluate(
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    *,
-    samples: int,
-    params: SamplingParams,
-    seed: int,
-    verify: Callable[[Rollout], Rollout],
-) -> dict[str, Any]:
-    """Samples `samples` responses to each problem; `verify` marks one.
+def summary(groups: list[list[Rollout]], params: SamplingParams) -> dict[str, Any]:
+    """Of marked responses to each problem.
 
     Returns:
       accuracy (mean over problems of the share marked right), its 95% interval (normal approximation over
       problems, which are the independent units), pass@samples, mean length in tokens and truncated share.
+
+    Raises:
+      InputError: if there is a problem without responses.
     """
-    groups = sampler.generate(prompts, samples, params, (seed,), verify)
     if not all(groups):
         raise InputError(
             f"{groups.count([])} of {len(groups)} problems were refused by the sampler; see above why"
         )
+    samples = len(groups[0])
     right = np.array([[rollout.score for rollout in group] for group in groups]) > 0  # [P, G]
     per_problem = right.mean(axis=1)
     accuracy = float(per_problem.mean())
-    margin = 1.96 * float(per_problem.std(ddof=1)) / len(prompts) ** 0.5 if len(prompts) > 1 else 1.0
+    margin = 1.96 * float(per_problem.std(ddof=1)) / len(groups) ** 0.5 if len(groups) > 1 else 1.0
     flat = [rollout for group in groups for rollout in group]
     return {
         "accuracy": accuracy,
         "ci95": [max(accuracy - margin, 0.0), min(accuracy + margin, 1.0)],
         f"pass@{samples}": float(right.any(axis=1).mean()),
-        "problems": len(prompts),
+        "problems": len(groups),
         "samples": samples,
         "temperature": params.temperature,
         "top_p": params.top_p,

@@ -7,6 +7,7 @@ nothing else has to be remembered. Orbax writes into a temporary folder and rena
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ FREE = (
     "rollout.slots",
     "sampler.",
 )
+FIXED = ("sampler.correction", "sampler.max_staleness")
 
 
 class Checkpoints:
@@ -72,6 +74,27 @@ class Checkpoints:
         )
         self._guarded(lambda: self._manager.save(step, args=items, force=True))
 
+    def resume(
+        self, recipe: config.Recipe, like: TrainState, say: Callable[[str], None]
+    ) -> tuple[int, TrainState]:
+        """The newest checkpoint that can be read, and its state; newer ones that cannot are deleted.
+
+        Raises:
+          InputError: if another recipe wrote it, or none can be read.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                self.check(step, recipe)
+                return step, self.restore(step, like)
+            except InputError:
+                raise
+            except Exception as error:
+                say(
+                    f"{self.directory / str(step)} cannot be read ({_root(error)[:200]}); the one before it is used"
+                )
+                self._manager.delete(step)
+        raise InputError(f"{self.directory}: no checkpoint can be read; set run.directory to a new folder")
+
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads the state of `step` into the shapes and shardings of `like` (abstract arrays)."""
         items = ocp.args.Composite(
@@ -93,7 +116,7 @@ class Checkpoints:
           InputError: naming the keys that differ.
         """
         differing = config.differences(self.recipe(step), recipe)
-        fixed = [difference for difference in differing if not difference.startswith(FREE)]
+        fixed = [d for d in differing if d.startswith(FIXED) or not d.startswith(FREE)]
         if fixed:
             raise InputError(
                 f"{self.directory / str(step)} was written by another recipe ({'; '.join(fixed)}); "

@@ -186,9 +186,9 @@ def write_atomically(path: Path, text: str) -> None:
 class Progress:
     """Live on a terminal: steps, the phase under way, the last step's figures. Elsewhere: a line a step."""
 
-    def __init__(self, total: int, start: int, title: str):
-        self._console = Console()
-        self._live = self._console.is_terminal
+    def __init__(self, total: int, start: int, title: str, quiet: bool = False):
+        self._console, self._quiet = Console(quiet=quiet), quiet
+        self._live = self._console.is_terminal and not quiet
         self._total, self._first, self._began = total, start, time.monotonic()
         self._bars = Bars(
             SpinnerColumn(), TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(),
@@ -233,7 +233,7 @@ class Progress:
         times = [f"{p} {metrics[f'time/{p}']:.2f}s" for p in PHASES if f"time/{p}" in metrics]
         line = "  ".join(values) + ("  |  " + "  ".join(times) if times else "")
         self._figures = Text(line, style="dim")
-        if not self._live:
+        if not self._live and not self._quiet:
             done = step + 1 - self._first
             left = (time.monotonic() - self._began) / done * (self._total - step - 1)
             print(f"step {step + 1}/{self._total}  {line}  |  ETA {_duration(left)}", flush=True)

@@ -12,7 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from evals import heldout
-from jaxrl import checkpoint, config, data, telemetry
+from jaxrl import checkpoint, config, data, distributed, telemetry
 from jaxrl.distributed import make_mesh, to_devices
 from jaxrl.errors import InputError
 from jaxrl.grpo import group_advantages, packing
@@ -33,20 +33,24 @@ from jaxrl.sampling import publish, servers
 from jaxrl.sampling.ahead import Ahead, Sampled
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.sampling.nccl import NCCL
-from jaxrl.sampling.sampler import Rollout, Sampler, SamplingParams
+from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.sampling.shares import Follower, Shared
 from jaxrl.sampling.vllm import VLLMSampler
 
+BARRIER = 300.0  # seconds; all processes have the same to do before it
 AGREEMENT = ("sampler/logprob_diff", "sampler/ratio")
 
 
 def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
     """Trains until `run.steps`, from the newest checkpoint of the run folder where there is one."""
     with graceful_stop(say) as stop:
-        _train(recipe, say, stop)
+        distributed.start(say)
+        with distributed.lookout(say):
+            _train(recipe, say if distributed.chief() else _silent, stop)
 
 
 def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> None:
-    started = time.monotonic()
+    started, chief = time.monotonic(), distributed.chief()
     directory = Path(recipe.run.directory)
     if recipe.run.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(recipe.run.compilation_cache).expanduser()))
@@ -74,22 +78,24 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
     )
     start = checkpoints.latest() or 0
     if start:
-        checkpoints.check(start, recipe)
+        start, state = checkpoints.resume(recipe, abstract_state(model_config, optimizer, mesh), say)
         if start >= recipe.run.steps:
             say(f"{directory} has its {start} steps; raise run.steps to go on")
             return
-        state = checkpoints.restore(start, abstract_state(model_config, optimizer, mesh))
         say(f"going on from step {start}")
     else:
         params = hf.load(folder, mesh=mesh).params
         state = grpo.init_state(params, optimizer, mesh)
-    (directory / "recipe.toml").write_text(config.to_toml(recipe))
+    if chief:
+        telemetry.write_atomically(directory / "recipe.toml", config.to_toml(recipe))
+
+    def batch(step: int) -> list[Prompt]:
+        return data.batch(prompts.prompts, recipe.run.seed, step, recipe.rollout.prompts, recipe.data.order)
 
     sampled = Counter[int]()  # rollouts of each step
 
     def sample(at: int) -> list[list[Rollout]]:
-        """The batch of step `at`, marked as it comes, which may be while an earlier step is under way."""
-        batch = data.batch(prompts.prompts, recipe.run.seed, at, recipe.rollout.prompts, recipe.data.order)
+        """This process's share of step `at`, marked as it comes, which may be while an earlier step is under way."""
 
         def each(rollout: Rollout) -> Rollout:
             sampled[at] += 1
@@ -97,7 +103,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
                 progress.advance(1, len(rollout.tokens), rollout.server)
             return verify(rollout)
 
-        return sampler.generate(batch, recipe.rollout.samples, sampling, (recipe.run.seed, at), each)
+        return sampler.generate(batch(at), recipe.rollout.samples, sampling, (recipe.run.seed, at), each)
 
     def evaluate(step: int) -> None:
         """Writes eval/step_N.json, unless it is there from before a restart."""
@@ -111,8 +117,10 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
     with (
         closing(checkpoints),  # outermost: whatever happens, a write under way is finished
         open_sampler(recipe, folder, model_config, mesh, say) as sampler,
-        telemetry.Progress(recipe.run.steps, start, title=directory.name) as progress,
-        telemetry.MetricsWriter(directory, start, recipe.run.tensorboard) as writer,
+        telemetry.Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
+        telemetry.MetricsWriter(directory, start, recipe.run.tensorboard)
+        if chief
+        else nullcontext() as writer,
         closing(telemetry.Profile(directory / "profile", start, recipe.run.profile)) as profile,
         closing(Ahead(sample, start, recipe.run.steps, recipe.sampler.max_staleness)) as ahead,
     ):
@@ -127,8 +135,11 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
                 progress.phase(
                     "sample", recipe.rollout.prompts * recipe.rollout.samples, sampled.pop(step, 0)
                 )
-                batch = ahead.take(step)
-                groups = [group for group in batch.value if group]  # a server may refuse a prompt
+                own = ahead.take(step)
+            with timer("exchange"):
+                progress.phase("exchange")
+                everyone = sampler.gather(own.value, batch(step), f"step {step}")
+                groups = [group for group in everyone if group]  # a server may refuse a prompt
             with timer("score"):
                 progress.phase("score")
                 rewards = np.array([[rollout.score for rollout in group] for group in groups])
@@ -143,6 +154,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
                     for b in minibatches(recipe, model_config, groups, advantages, mesh, stale)
                 ]
                 jax.block_until_ready(batches)
+            distributed.barrier(f"before the update of step {step}", BARRIER)
             with timer("update"):
                 progress.phase("update")
                 updates = []
@@ -156,26 +168,28 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
             seconds = time.monotonic() - began
             done = step + 1
             metrics = rollout_metrics(groups, rewards) | update_metrics(updates) | timer.seconds()
-            metrics |= sampler_metrics(batch, step)
+            metrics |= sampler_metrics(own, everyone, step)
             if stale and recipe.sampler.correction == "none":  # the trainer's were not computed
                 metrics |= {name: np.nan for name in metrics if name.startswith(AGREEMENT)}
             metrics |= {"time/step": seconds, "perf/compilations": float(compilations.new())}
             metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])
             if step == start:
                 metrics["time/first_step"] = time.monotonic() - started
-            writer.write(step, metrics)
-            if recipe.run.rollouts_every and step % recipe.run.rollouts_every == 0:
-                telemetry.write_rollouts(directory, step, groups, tokenizer.decode)
+            ending = distributed.any_of(stop.asked)
+            if writer:
+                writer.write(step, metrics)
+                if recipe.run.rollouts_every and step % recipe.run.rollouts_every == 0:
+                    telemetry.write_rollouts(directory, step, groups, tokenizer.decode)
             progress.step_done(step, metrics)
-            if done % recipe.checkpoint.every == 0 or done == recipe.run.steps or stop.asked:
+            if done % recipe.checkpoint.every == 0 or done == recipe.run.steps or ending:
                 checkpoints.save(done, state, recipe)
             if done == recipe.run.steps or (recipe.eval.every and done % recipe.eval.every == 0):
                 evaluate(done)
-            if stop.asked:
+            if ending:
                 break
-    if stop.asked and done < recipe.run.steps:
+    if ending and done < recipe.run.steps:
         say(f"stopped after step {done}; the same command goes on from there")
-        raise KeyboardInterrupt
+        raise stop.reason
 
 
 def make_optimizer(recipe: config.Recipe) -> Any:
@@ -213,14 +227,17 @@ def make_update(recipe: config.Recipe, model_config: decoder.Config, optimizer: 
 @contextmanager
 def open_sampler(
     recipe: config.Recipe, folder: Path, model_config: decoder.Config, mesh: Any, say: Callable[[str], None]
-) -> Iterator[Sampler]:
-    """The recipe's sampler; vLLM servers that are started for it end with the context."""
+) -> Iterator[Shared]:
+    """The recipe's sampler; vLLM servers that are started for it end with the context.
+
+    With several processes, each samples its share of the prompts in process; only the first talks to vLLM servers.
+    """
     r, s, dtype = recipe.rollout, recipe.sampler, recipe.model.dtype
+    processes = jax.process_count()
     if r.engine == "local":
-        yield LocalSampler(model_config, dtype=dtype, slots=r.slots, mesh=mesh)
+        here = distributed.local_mesh() if processes > 1 else mesh
+        yield Shared(LocalSampler(model_config, dtype=dtype, slots=r.slots, mesh=here), processes)
         return
-    if jax.process_count() > 1:
-        raise InputError('rollout.engine = "vllm" works with one trainer process so far; start only one')
     with ExitStack() as stack:
         run = Path(recipe.run.directory).absolute()
         weights = Path(s.folder) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
@@ -228,6 +245,9 @@ def open_sampler(
         if s.transport == "files":
             transport = publish.Files(model_config, weights, dtype, s.publish_seconds)
             stack.callback(shutil.rmtree, weights, ignore_errors=True)
+        if not distributed.chief():
+            yield Shared(Follower(transport), 1)
+            return
         own: dict[str, servers.Server] = {}
         if s.servers:
             started = servers.running(
@@ -241,7 +261,7 @@ def open_sampler(
             restart=lambda url, unwell: url in own and own[url].restart(unwell),
         )  # fmt: skip
         stack.callback(sampler.close)
-        yield sampler
+        yield Shared(sampler, 1)
 
 
 def attention_buckets(recipe: config.Recipe) -> tuple[int, ...]:
@@ -329,7 +349,7 @@ def load_held_out(recipe: config.Recipe, tokenizer: Any) -> list[Any]:
 
 
 def run_evaluation(
-    recipe: config.Recipe, sampler: Sampler, prompts: list[Any], sampling: SamplingParams, verify: Any,
+    recipe: config.Recipe, sampler: Shared, prompts: list[Any], sampling: SamplingParams, verify: Any,
     progress: telemetry.Progress, out: Path, name: str, step: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Held-out accuracy of what the sampler holds, written to `out` as JSON."""
@@ -339,17 +359,13 @@ def run_evaluation(
         progress.advance(1, len(rollout.tokens), rollout.server)
         return verify(rollout)
 
-    result = heldout.evaluate(
-        sampler,
-        prompts,
-        samples=e.samples,
-        params=dataclasses.replace(sampling, temperature=e.temperature, top_p=e.top_p, top_k=0),
-        seed=recipe.run.seed,
-        verify=each,
-    )
+    params = dataclasses.replace(sampling, temperature=e.temperature, top_p=e.top_p, top_k=0)
+    own = sampler.generate(prompts, e.samples, params, (recipe.run.seed,), each)
+    result = heldout.summary(sampler.gather(own, prompts, f"evaluation {name} {step}"), params)
     result = {"name": name, "step": step} | result
-    out.parent.mkdir(parents=True, exist_ok=True)
-    telemetry.write_atomically(out, json.dumps(result, indent=2))
+    if distributed.chief():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        telemetry.write_atomically(out, json.dumps(result, indent=2))
     return result
 
 
@@ -369,13 +385,13 @@ def rollout_metrics(groups: list[list[Rollout]], rewards: np.ndarray) -> dict[st
     }
 
 
-def sampler_metrics(batch: Sampled[list[list[Rollout]]], step: int) -> dict[str, float]:
-    """Of the sampling of a step's batch, which may have been during an earlier step."""
-    rollouts, seconds = [r for group in batch.value for r in group], batch.ended - batch.began
+def sampler_metrics(own: Sampled[Any], everyone: list[list[Rollout]], step: int) -> dict[str, float]:
+    """Of the sampling of a step's batch, which may have been during an earlier step; seconds are this process's."""
+    rollouts, seconds = [r for group in everyone for r in group], own.ended - own.began
     return {
         "time/sampling": seconds,
         "perf/sampling_tokens_per_second": sum(len(r.tokens) for r in rollouts) / seconds,
-        "sampler/refused": float(batch.value.count([])),
+        "sampler/refused": float(everyone.count([])),
         "sampler/staleness": float(step - np.mean([r.version for r in rollouts])),
     }
 
@@ -434,25 +450,32 @@ def performance(
 
 
 class Stop:
-    """Whether the run is to end after this step."""
+    """Whether the run is to end after this step, and how."""
 
     training = asked = False
+    reason: BaseException = SystemExit(distributed.TRY_AGAIN)  # for schedulers that start it again
 
     def begin(self) -> None:
         self.training = True
         if self.asked:  # while loading, and a library swallowed the exception
-            raise KeyboardInterrupt
+            raise self.reason
 
 
 @contextmanager
 def graceful_stop(say: Callable[[str], None]) -> Iterator[Stop]:
-    """Once training, the first Ctrl-C or SIGTERM lets the step finish and be saved; any other stops at once."""
+    """Once training, the first Ctrl-C or SIGTERM lets the step finish and be saved; any other stops at once.
+
+    Raises:
+      KeyboardInterrupt after Ctrl-C, SystemExit with the status TRY_AGAIN after SIGTERM.
+    """
     stop = Stop()
 
     def ask(number: int, _: Any) -> None:
         at_once, stop.asked = stop.asked or not stop.training, True
+        if number == signal.SIGINT:
+            stop.reason = KeyboardInterrupt()
         if at_once:
-            raise KeyboardInterrupt
+            raise stop.reason
         say("finishing this step and saving it; again to stop at once (the last checkpoint is kept)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -461,3 +484,7 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _silent(_: str) -> None:
+    pass

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.distributed import BATCH_AXES, to_devices
+from jaxrl.distributed import BATCH_AXES, local_copy, to_devices
 from jaxrl.errors import InputError
 from jaxrl.models import decoder
 from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
@@ -91,7 +91,7 @@ class LocalSampler:
     def publish(self, params: Any, version: int) -> None:
         """Keeps a copy of the weights in the compute dtype, whole on every device."""
         self._params = None  # freed before the copy is made, not after
-        self._params = self._programs.cast(params)
+        self._params = self._programs.cast(local_copy(params, self._dtype))
         self._version = version
 
     def generate(
@@ -101,6 +101,7 @@ class LocalSampler:
         params: SamplingParams,
         seed: tuple[int, ...],
         each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+        first: int = 0,
     ) -> list[list[Rollout]]:
         """See `Sampler.generate`.
 
@@ -126,7 +127,10 @@ class LocalSampler:
                     ready = p, self._programs.prefill(self._params, *padded(prompts[p].tokens))
                 samples_in = np.array([who.get(slot, -1) for slot in range(table.size)], np.int32)
                 table.slots = admit(
-                    table.slots, ready[1], jax.random.fold_in(noise, p), to_devices(samples_in, self._mesh)
+                    table.slots,
+                    ready[1],
+                    jax.random.fold_in(noise, first + p),
+                    to_devices(samples_in, self._mesh),
                 )
             leave_at = max(1, table.size // 8) if waiting else table.size
             limit = min(BLOCK, table.capacity - table.longest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +36,9 @@ class Transport(Protocol):
 
     def prepare(self, params: decoder.Params, version: int) -> None:
         """In the thread that owns the parameters, which stay as they are until `done`."""
+
+    def follow(self, params: decoder.Params) -> None:
+        """What the other processes of the run do meanwhile: their part in making the parameters whole."""
 
     async def greet(self, client: Client, url: str) -> None:
         """Raises: ServerError if the server cannot take these weights."""
@@ -71,6 +73,10 @@ class Files:
     def prepare(self, params: decoder.Params, version: int) -> None:
         self._published = write(params, self._config, self._folder, version, self._dtype)
 
+    def follow(self, params: decoder.Params) -> None:
+        for _ in cast(params, self._config, self._dtype, split=True):
+            pass
+
     async def greet(self, client: Client, url: str) -> None:
         model = {
             key: value for key, value in hf.describe(self._config).items() if isinstance(value, str | int)
@@ -97,24 +103,22 @@ def write(
     """Writes FOLDER/weights_VERSION.safetensors; it and its predecessor are kept.
 
     A part is gathered and cast while the one before it is being written. The file appears under its name when it is
-    complete. Every process takes part; the first one writes.
+    complete.
 
     Raises:
       InputError: see `check` and `cast`; or if the file cannot be written.
     """
     check(params, config)
     path, hasher = folder / f"weights_{version:08d}.safetensors", blake3(max_threads=blake3.AUTO)
-    writes = jax.process_index() == 0
     try:
-        with _recycled(folder, path) if writes else open(os.devnull, "wb") as file:  # noqa: PTH123
+        with _recycled(folder, path) as file:
             header = _header(config, dtype)
             hasher.update(header)
             file.write(header)
             for array in cast(params, config, dtype, split=True):
-                if writes:
-                    part = np.asarray(array).reshape(-1).view(np.uint8).data
-                    hasher.update(part)
-                    file.write(part)
+                part = np.asarray(array).reshape(-1).view(np.uint8).data
+                hasher.update(part)
+                file.write(part)
     except OSError as error:
         raise InputError(
             f"{path}: cannot write the weights ({error.strerror}); choose another folder"

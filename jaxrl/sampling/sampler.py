@@ -53,9 +53,10 @@ class Sampler(Protocol):
         params: SamplingParams,
         seed: tuple[int, ...],
         each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+        first: int = 0,
     ) -> list[list[Rollout]]:
         """Returns `samples` rollouts for each prompt: [P][G].
 
-        The randomness of sample g of prompt p depends on (*seed, p, g) alone. `each` is called with each one as it
-        finishes, in any order; what it returns takes its place.
+        The randomness of sample g of prompt p depends on (*seed, first + p, g) alone. `each` is called with each one
+        as it finishes, in any order; what it returns takes its place.
         """

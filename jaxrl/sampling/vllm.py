@@ -114,6 +114,7 @@ class VLLMSampler:
         params: SamplingParams,
         seed: tuple[int, ...],
         each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+        first: int = 0,
     ) -> list[list[Rollout]]:
         """See `Sampler.generate`. Groups of prompts that servers refuse are empty; `dropped` says why.
 
@@ -122,7 +123,7 @@ class VLLMSampler:
         """
         if self._version is None:
             raise InputError("the vLLM servers have no weights; publish some before generating")
-        return self._run(self._generate(prompts, samples, params, seed, each))
+        return self._run(self._generate(prompts, samples, params, seed, each, first))
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -132,7 +133,7 @@ class VLLMSampler:
             future.cancel()  # on Ctrl-C
             raise
 
-    async def _generate(self, prompts, samples, params, seed, each) -> list[list[Rollout]]:
+    async def _generate(self, prompts, samples, params, seed, each, first) -> list[list[Rollout]]:
         groups: list[list[Rollout]] = [[] for _ in prompts]
         waiting, open_ = deque(range(len(prompts))), set(range(len(prompts)))
         changed = asyncio.Condition()
@@ -147,7 +148,7 @@ class VLLMSampler:
                     p = waiting.popleft()
                 try:
                     groups[p] = [
-                        each(r) for r in await self._ask(url, prompts[p], samples, params, (*seed, p))
+                        each(r) for r in await self._ask(url, prompts[p], samples, params, (*seed, first + p))
                     ]
                 except ServerError as error:
                     async with changed:
