@@ -43,10 +43,9 @@ AGREEMENT = ("sampler/logprob_diff", "sampler/ratio")
 
 def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
     """Trains until `run.steps`, from the newest checkpoint of the run folder where there is one."""
-    with graceful_stop(say) as stop:
-        distributed.start(say)
-        with distributed.lookout(say):
-            _train(recipe, say if distributed.chief() else _silent, stop)
+    distributed.start(say)  # jax takes SIGTERM for itself, so it comes first
+    with graceful_stop(say) as stop, distributed.lookout(say):
+        _train(recipe, say if distributed.chief() else _silent, stop)
 
 
 def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> None:

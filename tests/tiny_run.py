@@ -96,9 +96,12 @@ def write_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
     return path
 
 
-def jaxrl(*args: Any, largest_file: int = 0) -> subprocess.Popen:
-    """Starts the command line in a process of its own, on one device; `largest_file` in KiB fails bigger writes."""
-    environment = {**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+def jaxrl(*args: Any, largest_file: int = 0, **more: str) -> subprocess.Popen:
+    """Starts the command line in a process of its own, on one device; `largest_file` in KiB fails bigger writes.
+
+    `more` is added to its environment.
+    """
+    environment = {**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"} | more
     command = [sys.executable, "-m", "jaxrl.cli", *map(str, args)]
     if largest_file:
         command = ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "jaxrl", *command]
