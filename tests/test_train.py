@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -161,3 +162,17 @@ def assert_same_run(run: Path, reference: Path, tmp_path: Path) -> None:
     ours, theirs = weights(run, tmp_path / "a"), weights(reference, tmp_path / "b")
     assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
     assert optimizer_bytes(run) == optimizer_bytes(reference)
+
+
+def test_a_torn_last_checkpoint_is_said_and_the_one_before_it_used(
+    uninterrupted: Path, base: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base)
+    finish("train", recipe, "--run.steps", 4)
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    for file in (newest / "params").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            os.truncate(file, file.stat().st_size // 2)
+    said = finish("train", recipe)
+    assert f"{newest} cannot be read" in said and "going on from step 2" in said
+    assert optimizer_bytes(tmp_path / "run") == optimizer_bytes(uninterrupted)

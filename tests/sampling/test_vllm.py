@@ -332,6 +332,28 @@ def test_one_batch_ahead(
     assert [batch.began < ended for batch, ended in zip(taken[1:], updates[1:], strict=False)] == [True] * 4
 
 
+def test_two_trainer_processes(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    """The first one talks to the servers; the weights that it publishes are divided among both."""
+    values = {"rollout.max_tokens": 16, "packing.bucket_tokens": 16, "sampler.folder": str(tmp_path / "shm")}
+    recipe = tiny_run.write_recipe(tmp_path, model[0], **values, **{"run.steps": 4})
+    urls = ",".join(server.url for server in running)
+    shared = {
+        "JAXRL_COORDINATOR": f"127.0.0.1:{servers.free_port()}",
+        "JAXRL_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "2",
+    }
+    processes = [
+        tiny_run.jaxrl("train", recipe, "--samplers", urls, JAXRL_PROCESS=str(i), **shared) for i in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(row["sampler/logprob_diff_max"] < 1e-5 for row in rows)
+    assert all(row["sampler/staleness"] == 0 for row in rows)
+
+
 @pytest.fixture(scope="module")
 def by_nccl(model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
     options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True, "backend": "nccl"}
