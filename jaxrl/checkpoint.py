@@ -24,6 +24,7 @@ FREE = (
     "run.directory",
     "run.tensorboard",
     "run.rollouts_every",
+    "run.rollouts_keep",
     "run.compilation_cache",
     "run.profile",
     "checkpoint.",

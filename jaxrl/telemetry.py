@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import resource
+import socket
+import statistics
+import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,25 +44,76 @@ PHASES = ("sample", "score", "old_logprobs", "update", "publish", "step")
 
 
 class Timer:
-    """Seconds spent in named phases of a step; a profile shows the phases under the same names."""
+    """Seconds spent in named phases of a step; a profile shows the phases under the same names.
+
+    Attributes:
+      now: the phase under way and when it began (time.monotonic()).
+      last: seconds of the last few times in each phase.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self.now: tuple[str, float] | None = None
+        self.last: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
+        self.now = phase, began
         try:
             with jax.profiler.TraceAnnotation(phase):
                 yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
+            took = time.monotonic() - began
+            self.now = None
+            self.last[phase].append(took)
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + took
 
     def reset(self) -> None:
         self._seconds.clear()
 
     def seconds(self) -> dict[str, float]:
         return {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+
+
+@contextlib.contextmanager
+def watchdog(timer: Timer, say: Callable[[str], None], least: float = 120.0) -> Iterator[None]:
+    """Says which phase takes long, and where, instead of silence: at five times the usual, and then at every doubling.
+
+    Args: least: seconds that are never called long.
+    """
+    done, said = threading.Event(), {"": 0.0}
+
+    def look() -> None:
+        while not done.wait(least / 20):
+            if not (now := timer.now):
+                continue
+            (phase, began), took = now, time.monotonic() - now[1]
+            usual = statistics.median(timer.last[phase] or [0.0])
+            if took > max(least, 5 * usual, 2 * said.get(f"{phase} {began}", 0.0)):
+                said.clear()
+                said[f"{phase} {began}"] = took
+                say(
+                    f"{phase} has taken {took:.0f} s on {socket.gethostname()}; usually it takes {usual:.0f} s"
+                )
+
+    thread = threading.Thread(target=look, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def resources() -> dict[str, float]:
+    """Of this process: bytes in memory, open files, and the most bytes that its first device has held, if it says."""
+    held = {
+        "perf/host_bytes": float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
+        "perf/open_files": float(len(list(Path("/proc/self/fd").iterdir()))),
+    }
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return held | ({} if peak is None else {"perf/device_bytes_peak": float(peak)})
 
 
 class Compilations:
@@ -148,9 +203,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rollouts(
-    directory: Path, step: int, groups: list[list[Rollout]], decode: Callable[[np.ndarray], str]
+    directory: Path,
+    step: int,
+    groups: list[list[Rollout]],
+    decode: Callable[[np.ndarray], str],
+    keep: int = 0,
 ) -> None:
-    """rollouts/step_NNNNNN.jsonl: a row a rollout, with its token ids and log-probs (nats)."""
+    """rollouts/step_NNNNNN.jsonl: a row a rollout, with its token ids and log-probs (nats); the newest `keep` stay."""
     rows = (
         {
             "step": step,
@@ -174,6 +233,8 @@ def write_rollouts(
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / f"step_{step:06d}.jsonl", text)
+    for old in sorted(folder.glob("step_*.jsonl"))[:-keep] if keep else []:
+        old.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:

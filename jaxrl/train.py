@@ -121,6 +121,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
         if chief
         else nullcontext() as writer,
         closing(telemetry.Profile(directory / "profile", start, recipe.run.profile)) as profile,
+        telemetry.watchdog(timer, print),
         closing(Ahead(sample, start, recipe.run.steps, recipe.sampler.max_staleness)) as ahead,
     ):
         sampler.publish(state.params, start)
@@ -171,6 +172,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
             if stale and recipe.sampler.correction == "none":  # the trainer's were not computed
                 metrics |= {name: np.nan for name in metrics if name.startswith(AGREEMENT)}
             metrics |= {"time/step": seconds, "perf/compilations": float(compilations.new())}
+            metrics |= telemetry.resources()
             metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])
             if step == start:
                 metrics["time/first_step"] = time.monotonic() - started
@@ -178,7 +180,9 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
             if writer:
                 writer.write(step, metrics)
                 if recipe.run.rollouts_every and step % recipe.run.rollouts_every == 0:
-                    telemetry.write_rollouts(directory, step, groups, tokenizer.decode)
+                    telemetry.write_rollouts(
+                        directory, step, groups, tokenizer.decode, recipe.run.rollouts_keep
+                    )
             progress.step_done(step, metrics)
             if done % recipe.checkpoint.every == 0 or done == recipe.run.steps or ending:
                 checkpoints.save(done, state, recipe)

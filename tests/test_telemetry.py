@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from jaxrl.errors import InputError
 from jaxrl.sampling.sampler import Prompt, Rollout
-from jaxrl.telemetry import MetricsWriter, Progress, Timer, read_metrics, write_rollouts
+from jaxrl.telemetry import MetricsWriter, Progress, Timer, read_metrics, resources, watchdog, write_rollouts
 
 
 def test_metrics_survive_a_restart_without_the_steps_to_be_repeated(tmp_path: Path) -> None:
@@ -138,3 +139,37 @@ def test_on_a_terminal_it_is_live_and_leaves_it_sane_after_a_failure() -> None:
         shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
     )  # the cursor is hidden once and comes back
     assert "a failure" in shown
+
+
+def test_the_watchdog_names_the_slow_phase_and_says_it_again_at_every_doubling() -> None:
+    timer, said = Timer(), []
+    with watchdog(timer, said.append, least=0.2):
+        for _ in range(3):
+            with timer("update"):
+                time.sleep(0.02)
+        assert not said
+        with timer("publish"):
+            time.sleep(1.5)
+        time.sleep(0.5)  # no phase at all is no slow one
+    assert all(line.startswith("publish has taken") and socket.gethostname() in line for line in said)
+    assert 2 <= len(said) <= 3  # at 0.2, 0.4 and 0.8 s, if this machine is not too slow
+
+
+def test_resources_follow_what_is_held() -> None:
+    before = resources()
+    held, files = np.ones(200_000_000, np.uint8), [os.open("/dev/null", os.O_RDONLY) for _ in range(7)]
+    after = resources()
+    assert 150e6 < after["perf/host_bytes"] - before["perf/host_bytes"] < 400e6
+    assert after["perf/open_files"] - before["perf/open_files"] == 7
+    del held
+    for file in files:
+        os.close(file)
+
+
+def test_old_rollouts_go(tmp_path: Path) -> None:
+    prompt = Prompt("a", np.zeros(1, np.int32), "1")
+    rollout = Rollout(prompt, np.zeros(2, np.int32), np.zeros(2, np.float32), "stop", 0)
+    for step in range(5):
+        write_rollouts(tmp_path, step, [[rollout]], str, keep=2)
+    kept = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert kept == ["step_000003.jsonl", "step_000004.jsonl"]
