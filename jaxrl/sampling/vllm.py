@@ -61,9 +61,7 @@ class VLLMSampler:
         self._concurrency, self._limit, self._patience = concurrency, limit, patience
         self._publish_limit, self._restart, self._say = publish_limit, restart, say
         self._version: int | None = None  # newest, published or being published
-        self._current: dict[str, int | None] = dict.fromkeys(
-            urls
-        )  # what each server has, where that is known
+        self._current: dict[str, int | None] = dict.fromkeys(urls)  # what each has, where that is known
         self._back: dict[str, float] = {}  # when each server was last found to be well
         self.dropped: dict[str, str] = {}
         # one thread does all the talking, so that nothing here needs a lock between threads
