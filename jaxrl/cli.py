@@ -46,16 +46,29 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     train.add_argument("--profile", metavar="STEPS", help="trace STEPS steps for XProf: --run.profile")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="accuracy on a recipe's held-out problems")
+    evaluate = commands.add_parser("eval", help="scores on benchmarks, or on a recipe's held-out problems")
     evaluate.add_argument(
         "model", help="Hugging Face folder, Hub id, or run folder, whose newest checkpoint is exported first"
     )
-    evaluate.add_argument("--recipe", help="recipe with [data], [reward] and [eval]; default: the run's own")
     evaluate.add_argument("--samplers", metavar="URL,URL", help="sample by these vLLM servers")
-    evaluate.add_argument("--name", default="eval", help="label in the report, such as before or after")
     evaluate.add_argument(
-        "--out", help="JSON file to write; default: EVAL/NAME.json in the recipe's run folder"
+        "--servers", type=int, metavar="N", help="start N vLLM servers here and sample by them"
     )
+    evaluate.add_argument("--out", help="file (--recipe) or folder (--benchmarks) to write; has a default")
+    held_out = evaluate.add_argument_group("held-out problems")
+    held_out.add_argument("--recipe", help="recipe with [data], [reward] and [eval]; default: the run's own")
+    held_out.add_argument("--name", default="eval", help="label in the report, such as before or after")
+    suite = evaluate.add_argument_group("benchmarks (docs/evaluation.md)")
+    suite.add_argument(
+        "--benchmarks", metavar="LIST", help="aime24,math500,..., all, or .toml files of your own"
+    )
+    suite.add_argument("--data", type=Path, metavar="DIR", help="local copies; default: from the Hub")
+    suite.add_argument("--samples", type=int, default=0, help="responses to each problem; default: 32 or 4")
+    suite.add_argument("--protocol", choices=("default", "justrl_released"), default="default")
+    suite.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint of CompassVerifier-3B")
+    suite.add_argument("--judge-model", default="", help="its name there; default: the first one listed")
+    suite.add_argument("--judge-prompt", type=Path, metavar="FILE", help="another prompt for the judge")
+    suite.add_argument("--judge-tail", type=int, help="characters of a response's end that the judge sees")
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="write a run's weights as a Hugging Face folder")
@@ -116,13 +129,24 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _samplers(args: argparse.Namespace) -> list[str]:
-    return ["--rollout.engine", "vllm", "--sampler.urls", *args.samplers.split(",")] if args.samplers else []
+    if args.samplers:
+        return ["--rollout.engine", "vllm", "--sampler.urls", *args.samplers.split(",")]
+    count = getattr(args, "servers", None)
+    return ["--rollout.engine", "vllm", "--sampler.servers", str(count)] if count else []
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.benchmarks:
+        _benchmarks(args, overrides)
+        return
+    for name in ("data", "samples", "judge", "judge_model", "judge_prompt", "judge_tail"):
+        if getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is for benchmarks; add --benchmarks LIST")
     run = Path(args.model) if (Path(args.model) / "recipe.toml").exists() else None
     if not (args.recipe or run):
-        raise InputError(f"{args.model} is not a run folder; say what to evaluate on with --recipe FILE")
+        raise InputError(
+            f"{args.model} is not a run folder; say what to evaluate on with --benchmarks LIST or --recipe FILE"
+        )
     recipe = config.load(args.recipe or run / "recipe.toml", overrides + _samplers(args))  # type: ignore[operator]
     step = _write_hf(run, run / "hf", "bfloat16") if run else 0
     from jaxrl import telemetry, train
@@ -153,6 +177,46 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         f"{args.name}: accuracy {result['accuracy']:.3f} (95% {low:.3f} to {high:.3f}) on {result['problems']} "
         f"problems x {result['samples']}, mean length {result['length_mean']:.1f} tokens -> {out}"
     )
+
+
+def _benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.recipe:
+        raise InputError(
+            "--recipe is for held-out problems and --benchmarks for benchmarks; give one of them"
+        )
+    from evals import benchmarks, judge, suite
+
+    chosen = benchmarks.select(args.benchmarks)
+    base = config.from_dict(suite.PROTOCOL)
+    recipe = config.from_command_line(base, overrides + _samplers(args), "jaxrl eval MODEL --benchmarks LIST")
+    recipe = config.from_dict(config.to_dict(recipe), "command line")
+    if recipe.eval.samples != base.eval.samples:
+        raise InputError("--eval.samples is for held-out problems; benchmarks take --samples")
+    prompt = judge.read_prompt(args.judge_prompt) if args.judge_prompt else judge.PROMPT
+    folder, out = _model_of(args.model, args.out)
+    asked = args.judge and judge.Judge(
+        args.judge, out / "judge.jsonl", model=args.judge_model, prompt=prompt,
+        tail=args.judge_tail or judge.TAIL, released=args.protocol == "justrl_released",
+    )  # fmt: skip
+    results = suite.evaluate(
+        args.model, folder, chosen, recipe, out,
+        local=args.data, samples=args.samples, protocol=args.protocol, judge=asked,
+    )  # fmt: skip
+    print((out / "results.md").read_text())
+    print(f"{len(results['benchmarks'])} benchmarks -> {out}")
+
+
+def _model_of(model: str, out: str | None) -> tuple[Path, Path]:
+    """The Hugging Face folder that is meant, exported first where it is a run's, and the folder for results."""
+    from jaxrl.models import hf
+
+    path = Path(model)
+    if path.parent.name != "checkpoints" and not (path / "checkpoints").is_dir():
+        return hf.resolve(model), Path(out or Path("runs/benchmarks") / path.name)
+    run, step = _run_of(path)
+    folder = run / "hf" if step is None else run / "benchmarks" / f"step_{step:06d}" / "hf"
+    step = _write_hf(path, folder, "bfloat16")
+    return folder, Path(out or run / "benchmarks" / f"step_{step:06d}")
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:

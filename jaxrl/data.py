@@ -78,11 +78,7 @@ def load_prompts(section: config.Data, tokenizer: Any, path: str | None = None, 
       InputError: naming the file, and the row or column, for anything that cannot be used as it is.
     """
     source = path or section.path
-    if section.chat_template and not tokenizer.chat_template:
-        raise InputError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one to tokenizer_config.json, "
-            "or set data.chat_template = false for plain text"
-        )
+    check_template(tokenizer, section)
     kept: list[tuple[str, str, str]] = []
     seen: set[str] = set()
     rows = 0
@@ -98,7 +94,9 @@ def load_prompts(section: config.Data, tokenizer: Any, path: str | None = None, 
         raise InputError(f"{source}: no rows in it; give a file with problems")
     prompts: list[Prompt] = []
     overlong = 0
-    for (name, _, answer), tokens in zip(kept, _encode(tokenizer, section, kept), strict=False):
+    for (name, _, answer), tokens in zip(
+        kept, encode(tokenizer, section, [text for _, text, _ in kept]), strict=False
+    ):
         if limit and len(prompts) == limit:
             break
         if len(tokens) > section.max_prompt_tokens:
@@ -268,11 +266,19 @@ def _answer(value: Any, section: config.Data, where: str) -> str:
     return text
 
 
-def _encode(
-    tokenizer: Any, section: config.Data, rows: Sequence[tuple[str, str, str]]
-) -> Iterator[np.ndarray]:
-    for first in range(0, len(rows), BATCH):
-        texts = [section.prefix + text + section.suffix for _, text, _ in rows[first : first + BATCH]]
+def check_template(tokenizer: Any, section: config.Data) -> None:
+    """Raises: InputError if a chat template is wanted and there is none."""
+    if section.chat_template and not tokenizer.chat_template:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one to tokenizer_config.json, "
+            "or set data.chat_template = false for plain text"
+        )
+
+
+def encode(tokenizer: Any, section: config.Data, problems: Sequence[str]) -> Iterator[np.ndarray]:
+    """Token ids [T] int32 of each problem, with what [data] puts around it."""
+    for first in range(0, len(problems), BATCH):
+        texts = [section.prefix + text + section.suffix for text in problems[first : first + BATCH]]
         if section.chat_template:  # the template writes its own special tokens
             chats = [[{"role": "user", "content": text}] for text in texts]
             texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)

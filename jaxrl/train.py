@@ -235,11 +235,19 @@ def open_sampler(
 
     With several processes, each samples its share of the prompts in process; only the first talks to vLLM servers.
     """
+    with own_sampler(recipe, folder, model_config, mesh, say) as sampler:
+        yield Shared(sampler, jax.process_count() if recipe.rollout.engine == "local" else 1)
+
+
+@contextmanager
+def own_sampler(
+    recipe: config.Recipe, folder: Path, model_config: decoder.Config, mesh: Any, say: Callable[[str], None]
+) -> Iterator[Any]:
+    """This process's part of `open_sampler`."""
     r, s, dtype = recipe.rollout, recipe.sampler, recipe.model.dtype
-    processes = jax.process_count()
     if r.engine == "local":
-        here = distributed.local_mesh() if processes > 1 else mesh
-        yield Shared(LocalSampler(model_config, dtype=dtype, slots=r.slots, mesh=here), processes)
+        here = distributed.local_mesh() if jax.process_count() > 1 else mesh
+        yield LocalSampler(model_config, dtype=dtype, slots=r.slots, mesh=here)
         return
     with ExitStack() as stack:
         run = Path(recipe.run.directory).absolute()
@@ -249,7 +257,7 @@ def open_sampler(
             transport = publish.Files(model_config, weights, dtype, s.publish_seconds)
             stack.callback(shutil.rmtree, weights, ignore_errors=True)
         if not distributed.chief():
-            yield Shared(Follower(transport), 1)
+            yield Follower(transport)
             return
         own: dict[str, servers.Server] = {}
         if s.servers:
@@ -264,7 +272,7 @@ def open_sampler(
             restart=lambda url, unwell: url in own and own[url].restart(unwell),
         )  # fmt: skip
         stack.callback(sampler.close)
-        yield Shared(sampler, 1)
+        yield sampler
 
 
 def attention_buckets(recipe: config.Recipe) -> tuple[int, ...]:

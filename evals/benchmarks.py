@@ -1,0 +1,153 @@
+"""The benchmarks: where their problems are, how many there have to be, and how many responses each one gets."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from jaxrl import data
+from jaxrl.config import Count, Positive, Section
+from jaxrl.errors import InputError
+from jaxrl.rewards.equivalence import reference
+
+BUILT_IN = Path(__file__).with_name("benchmarks.toml")
+# columns of the problem and of the answer, in the files that JustRL released and on the Hub
+LAYOUTS = (
+    ("prompt", "reward_model.ground_truth"),
+    ("problem", "answer"),
+    ("question", "answer"),
+    ("question", "final_answer"),
+)
+
+
+@dataclass(frozen=True)
+class Benchmark(Section):
+    """See benchmarks.toml."""
+
+    path: str
+    title: str = ""
+    folder: str = ""
+    problems: Count = 0
+    samples: Positive = 32
+    problem_column: str = ""
+    answer_column: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+
+
+def select(names: str) -> dict[str, Benchmark]:
+    """The benchmarks of a list such as "aime24,mine.toml": names, "all", and files that describe others.
+
+    Raises:
+      InputError: for a name that is not known, or a file that does not describe benchmarks.
+    """
+    known = _read(BUILT_IN)
+    chosen: dict[str, Benchmark] = {}
+    for name in names.split(","):
+        if name != "all" and not name.endswith(".toml") and name not in known:
+            raise InputError(
+                f"--benchmarks: there is no '{name}'; take some of {', '.join(known)}, or all, or describe your own "
+                "in a .toml file"
+            )
+        chosen |= (
+            known
+            if name == "all"
+            else {name: known[name]}
+            if name in known
+            else _read(Path(name).expanduser())
+        )
+    return chosen
+
+
+def load(name: str, benchmark: Benchmark, folder: Path | None = None) -> list[Problem]:
+    """Its problems, in the order of the file; answers are taken out of a box that they may come in.
+
+    Args:
+      name: the benchmark's.
+      benchmark: which one.
+      folder: with local copies; what is not a file itself is taken from there instead of the Hub.
+
+    Raises:
+      InputError: if problems or columns are missing, or there are more or fewer than there should be.
+    """
+    source = _source(name, benchmark, folder)
+    given = (benchmark.problem_column, benchmark.answer_column)
+    layouts = (given,) if all(given) else LAYOUTS
+    rows = list(data.read_rows(source, (), sorted({column for layout in layouts for column in layout})))
+    fitting = [layout for layout in layouts if rows and set(layout) <= set(rows[0][1])]
+    if not fitting:
+        raise InputError(
+            f"{source}: has no rows with {', '.join(' and '.join(layout) for layout in layouts)}; name the columns by "
+            f"problem_column and answer_column of [{name}] in a .toml file"
+        )
+    problem, answer = fitting[0]
+    problems = [
+        Problem(_text(row.get(problem), problem, where), _answer(row.get(answer), answer, where))
+        for where, row in rows
+    ]
+    if benchmark.problems and len(problems) != benchmark.problems:
+        raise InputError(
+            f"{source}: has {len(problems)} problems where {name} has {benchmark.problems}; get it again, or describe "
+            "it in a .toml file as another benchmark"
+        )
+    return problems
+
+
+def _read(path: Path) -> dict[str, Benchmark]:
+    try:
+        found = TypeAdapter(dict[str, Benchmark]).validate_json(
+            json.dumps(tomllib.loads(path.read_text()), default=str)
+        )
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a .toml file of benchmarks"
+        ) from None
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
+        raise InputError("\n".join(lines)) from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    for name, benchmark in found.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise InputError(f"{path}: [{name}] names a file; use letters, digits, _ and -")
+        if bool(benchmark.problem_column) != bool(benchmark.answer_column):
+            raise InputError(f"{path}: [{name}] has one of problem_column and answer_column; give both")
+    return found
+
+
+def _source(name: str, benchmark: Benchmark, folder: Path | None) -> str:
+    if folder is None or benchmark.path.endswith((".parquet", ".jsonl")):
+        return benchmark.path
+    local = benchmark.folder or name
+    files = [folder / f"{stem}.{kind}" for stem in (f"{local}/test", local) for kind in ("parquet", "jsonl")]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise InputError(f"{name}: --data has none of {', '.join(map(str, files))}")
+    return str(found)
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = value[0].get("content")  # a chat
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ", ".join(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise InputError(f"{where}: '{column}' is {value!r:.60}, where text is needed; fill it in")
+    return str(value)
+
+
+def _answer(value: Any, column: str, where: str) -> str:
+    answer = reference(_text(value, column, where).strip())
+    if not answer:
+        raise InputError(f"{where}: the box in '{column}' is empty or does not end; write the answer alone")
+    return answer

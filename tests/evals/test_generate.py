@@ -1,0 +1,103 @@
+"""Streaming and resuming, with a sampler that answers its own seed and can be stopped anywhere."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evals.generate import generate, read, runs
+from jaxrl.errors import InputError
+from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+
+PROMPTS = [Prompt(str(p), np.array([p], np.int32), f"answer {p}") for p in range(7)]
+SAMPLES = 5
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Sampler:
+    """Ends requests in any order; stops after `limit` of them."""
+
+    def __init__(self, limit: int = 10**9, shuffle: int = 0, refuse: str = ""):
+        self.limit, self.order, self.refuse, self.made = limit, random.Random(shuffle), refuse, 0
+
+    def publish(self, params: object, version: int) -> None:
+        raise AssertionError
+
+    def generate(self, prompts, samples, params, seed, each, first=0):
+        assert samples == 1 and params.max_tokens == 9
+        for p in self.order.sample(range(len(prompts)), len(prompts)):
+            if self.made == self.limit:
+                raise Interrupted
+            if prompts[p].id != self.refuse:
+                self.made += 1
+                ids = np.array([*seed, first + p, *prompts[p].tokens], np.int32)
+                each(Rollout(prompts[p], ids, np.zeros(4, np.float32), "length", 0))
+        return []
+
+
+def answers(sampler: Sampler, path: Path, samples: int = SAMPLES, parallel: int = 1) -> list[list[str]]:
+    decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
+    params = SamplingParams(max_tokens=9)
+    groups = generate(PROMPTS, samples, params, (3, 4), sampler, path, decode, parallel=parallel)
+    assert [[r.answer for r in g] for g in groups] == [[f"answer {p}"] * samples for p in range(len(PROMPTS))]
+    assert all(r.tokens == 4 and r.finish_reason == "length" for g in groups for r in g)
+    return [[r.response for r in group] for group in groups]
+
+
+@pytest.mark.parametrize("parallel", [1, 8])
+def test_interrupted_again_and_again_it_ends_the_same_and_makes_nothing_twice(
+    tmp_path: Path, parallel: int
+) -> None:
+    whole = answers(Sampler(), tmp_path / "whole.jsonl")
+    assert len({text for group in whole for text in group}) == len(PROMPTS) * SAMPLES  # all seeds differ
+    path, made = tmp_path / "parts.jsonl", 0
+    for attempt in range(100):
+        sampler = Sampler(limit=4, shuffle=attempt)
+        try:
+            parts = answers(sampler, path, parallel=parallel)
+            break
+        except Interrupted:
+            made += sampler.made
+            with path.open("a") as file:
+                file.write('{"problem": 3, "sam')  # and the process was killed while writing
+    assert parts == whole
+    assert made + sampler.made == len(path.read_text().splitlines()) == len(PROMPTS) * SAMPLES
+
+
+def test_what_is_there_is_read_only(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    whole = answers(Sampler(), path)
+    before = path.read_bytes()
+    assert answers(Sampler(limit=0), path) == whole
+    assert path.read_bytes() == before
+
+
+def test_more_samples_are_added_to_the_ones_there(tmp_path: Path) -> None:
+    few, many = answers(Sampler(), tmp_path / "x.jsonl", 2), answers(Sampler(), tmp_path / "y.jsonl", 6)
+    sampler = Sampler()
+    assert answers(sampler, tmp_path / "x.jsonl", 6) == many
+    assert sampler.made == 4 * len(PROMPTS) and [group[:2] for group in many] == few
+    assert answers(Sampler(limit=0), tmp_path / "x.jsonl", 3) == [group[:3] for group in many]
+
+
+def test_a_refused_prompt_is_not_scored_over(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"1 of 35 responses are missing"):
+        answers(Sampler(refuse="2.1"), tmp_path / "x.jsonl")
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    answers(Sampler(), path)
+    path.write_text(json.dumps({"step": 1}) + "\n" + path.read_text())
+    with pytest.raises(InputError, match=r"x\.jsonl:1: not a response"):
+        read(path, 7, SAMPLES)
+
+
+def test_runs() -> None:
+    assert runs([]) == []
+    assert runs([0, 1, 2, 5, 7, 8]) == [range(3), range(5, 6), range(7, 9)]

@@ -1,0 +1,190 @@
+"""The model stage against an endpoint of our own, which answers what the candidate asks it to."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from evals import judge
+from evals.judge import Candidate, Judge, label
+from jaxrl.errors import InputError
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Replies with what stands after REPLY, or what `replies` has for it; takes prompts of `longest` characters."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.asked: list[dict] = []
+        self.longest, self.fail = 10**9, 0
+        self.replies: dict[str, str] = {}
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Endpoint
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/models"
+        self.reply(200, {"data": [{"id": "verifier"}]})
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/chat/completions"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        self.server.asked.append(body)
+        if self.server.fail:
+            self.server.fail -= 1
+            self.reply(503, {"error": "busy"})
+        elif len(prompt) > self.server.longest:
+            self.reply(400, {"error": {"message": "This model's maximum context length is 10 tokens"}})
+        else:
+            said = ["C", *re.findall(r"REPLY (.*)", prompt)][-1]
+            self.reply(200, {"choices": [{"message": {"content": self.server.replies.get(said, said)}}]})
+
+    def reply(self, status: int, body: dict) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    with Endpoint() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def asking(reply: str, question: str = "What?", truncated: bool = False) -> Candidate:
+    return Candidate(question, "42", f"<think>REPLY A, or so I think.</think>\nREPLY {reply}", truncated)
+
+
+def prompts(endpoint: Endpoint) -> list[str]:
+    return [body["messages"][0]["content"] for body in endpoint.asked]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("A", "A"), (" B\n", "B"), ("C", "C"), ("", ""), ("hm", ""),
+        (r"\boxed{A}", "A"), (r"\boxed{B} ... Final Judgment: \boxed{A} - CORRECT", "A"),
+        ("Analysis: A or B?\nFinal Judgment: (B)", "B"), ("Final Judgment: C", "C"), ("The label is B.", "B"),
+        ("CORRECT", "A"), ("INCORRECT", "B"), ("INVALID", "C"),  # the authors' own parser: C, C, A
+        ("(A) CORRECT", "A"), ("Final Judgment: (B) - INCORRECT", "B"), ("BAD", ""),
+    ],
+)  # fmt: skip
+def test_labels(reply: str, expected: str) -> None:
+    assert label(reply) == expected
+
+
+def test_what_is_asked(endpoint: Endpoint, tmp_path: Path) -> None:
+    ask = Judge(endpoint.url, tmp_path / "judge.jsonl", tail=30)
+    said = ask.labels(
+        [
+            asking("A"),
+            asking("B"),
+            asking("(C)"),
+            Candidate("What?", "42", "y" * 99 + " REPLY A", False),
+            asking("hm"),
+        ]
+    )
+    assert said == ["A", "B", "C", "A", ""]
+    assert any("y" * 22 in text for text in prompts(endpoint)) and not any(
+        "y" * 23 in text for text in prompts(endpoint)
+    )
+    assert all("What?" in text and "42" in text and "think" not in text for text in prompts(endpoint))
+    assert {(b["model"], b["temperature"], b["max_tokens"]) for b in endpoint.asked} == {
+        ("verifier", 0.0, 2048)
+    }
+    # nothing to read for a judge
+    before = len(endpoint.asked)
+    assert ask.labels(
+        [asking("A", truncated=True), Candidate("What?", "42", "<think>A</think>\n", False)]
+    ) == ["C", "C"]
+    assert len(endpoint.asked) == before
+
+
+def test_each_thing_is_asked_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    cache = tmp_path / "judge.jsonl"
+    few = [asking("A"), asking("B")]
+    assert Judge(endpoint.url, cache).labels(few * 8) == ["A", "B"] * 8
+    with cache.open("a") as file:
+        file.write('{"key": "torn')
+    assert Judge(endpoint.url + "/v1/", cache).labels(few) == ["A", "B"]
+    assert len(endpoint.asked) == 2
+    Judge(endpoint.url, cache).labels([asking("A", question="Another?")])
+    Judge(endpoint.url, cache, model="other").labels([asking("A")])
+    assert len(endpoint.asked) == 4
+
+
+def test_what_is_too_long_is_cut_from_its_beginning(endpoint: Endpoint, tmp_path: Path) -> None:
+    long = Candidate("What?", "42", "x" * 3000 + "\nREPLY A", False)
+    endpoint.longest = len(judge.PROMPT) + 1000
+    assert Judge(endpoint.url, tmp_path / "judge.jsonl").labels([long]) == ["A"]
+    assert [len(text) > endpoint.longest for text in prompts(endpoint)] == [True, True, False]
+    assert Judge(endpoint.url, tmp_path / "judge.jsonl").labels([long]) == ["A"] and len(endpoint.asked) == 3
+    endpoint.longest = 10
+    assert Judge(endpoint.url, tmp_path / "other.jsonl").labels([long]) == [
+        ""
+    ]  # no room for the question alone
+
+
+def test_as_released(endpoint: Endpoint, tmp_path: Path) -> None:
+    """No question, the whole response, truncated ones too, and nothing but "A" counts."""
+    ask = Judge(endpoint.url, tmp_path / "judge.jsonl", released=True)
+    said = ask.labels([asking("A "), asking(r"\boxed{A}"), asking("CORRECT"), asking("A", truncated=True)])
+    assert said == ["A", "", "", "A"]
+    assert all("What?" not in text and "or so I think" in text for text in prompts(endpoint))
+    endpoint.longest = 10
+    assert Judge(endpoint.url, tmp_path / "other.jsonl", released=True).labels([asking("A")]) == [""]
+
+
+def test_down_and_back(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge.time, "sleep", lambda _: None)
+    cache = tmp_path / "judge.jsonl"
+    endpoint.fail = 2
+    few = Judge(endpoint.url, cache, workers=1)
+    assert few.labels([asking("A")]) == ["A"] and not few.down  # the third attempt
+    endpoint.fail = 10**9
+    ask = Judge(endpoint.url, cache, workers=1)
+    assert ask.labels([asking("A"), asking("B"), asking("C")]) == ["A", None, None]
+    assert "HTTP 503" in ask.down and len(endpoint.asked) == 6  # three attempts in all, not for each
+    endpoint.fail = 0
+    assert Judge(endpoint.url, cache).labels([asking("A"), asking("B"), asking("C")]) == ["A", "B", "C"]
+
+
+def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge.time, "sleep", lambda _: None)
+    with Endpoint() as closed:
+        url = closed.url
+    ask = Judge(url, tmp_path / "judge.jsonl")
+    assert ask.labels([asking("A")]) == [None] and "no answer" in ask.down
+
+
+def test_prompts_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    good = "Q {question} A {gold_answer} R {llm_response} \\boxed{{}}"
+    path.write_text(good)
+    assert judge.read_prompt(path) == good
+    for text, said in (
+        (good.replace("{{}}", "{}"), "written twice"),
+        (good.replace("Q {question}", ""), "{question}"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=re.escape(said)):
+            judge.read_prompt(path)

@@ -1,0 +1,250 @@
+"""`jaxrl eval --benchmarks` as a user has it: a tiny random model, the in-process sampler, a judge over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+from test_judge import Endpoint
+
+from evals import grade
+from jaxrl import cli
+
+SAMPLES = 40
+OPTIONS = ("--data.suffix", "", "--model.dtype", "float32", "--rollout.max-tokens", 8, "--rollout.slots", 8)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    digits = [{"problem": d, "answer": d} for d in "012"]
+    pairs = [
+        {"prompt": [{"role": "user", "content": d}], "reward_model": {"ground_truth": f"\\boxed{{{d}}}"}}
+        for d in ("01", "12")
+    ]
+    toml = folder / "mine.toml"
+    text = ""
+    for name, rows in (("digits", digits), ("pairs", pairs)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text += f'[{name}]\npath = "{path}"\nproblems = {len(rows)}\nsamples = {SAMPLES}\n'
+    toml.write_text(text)
+    return toml
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, mine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    cli.main(list(map(str, ["eval", base, "--benchmarks", mine, "--out", out, *OPTIONS])))
+    return out
+
+
+def rows(path: Path) -> list[dict]:
+    return [
+        json.loads(line) for line in path.read_text().split("\n")[:-1]
+    ]  # without one that is being written
+
+
+def by_sample(path: Path) -> dict:
+    found = {(row["problem"], row["sample"]): row for row in rows(path)}
+    assert len(found) == len(rows(path))  # nothing twice
+    return found
+
+
+def test_what_is_written(base: Path, whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    settings = results["settings"]
+    assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (0.7, 0.9, 8)
+    found = results["benchmarks"]["digits"]
+    made = by_sample(whole / "digits.jsonl")
+    assert sorted(made) == [(p, g) for p in range(3) for g in range(SAMPLES)]
+    right = [grade(row["response"], row["answer"]) for row in made.values()]
+    assert (
+        found["rule"]["pass@1"] == pytest.approx(sum(right) / len(right))
+        and 0.2 < found["rule"]["pass@1"] < 1
+    )
+    assert found["rule"]["ci95"][0] <= found["rule"]["pass@1"] <= found["rule"]["ci95"][1]
+    assert list(found["rule"]["pass@k"]) == ["1", "2", "4", "8", "16", "32", "40"]
+    assert found["length_mean"] == pytest.approx(sum(row["tokens"] for row in made.values()) / len(made))
+    assert found["rule+model"] is None and found["judge"] is None
+    scores = by_sample(whole / "digits.scores.jsonl")
+    assert all(scores[key]["rule"] is grade(row["response"], row["answer"]) for key, row in made.items())
+    assert results["average"]["rule"]["pass@1"] == pytest.approx(
+        sum(b["rule"]["pass@1"] for b in results["benchmarks"].values()) / 2
+    )
+    table = (whole / "results.md").read_text()
+    assert f"{100 * found['rule']['pass@1']:.2f} (" in table and "rule + model | - | - | - |" in table
+    assert (whole / "results.png").stat().st_size > 1000
+
+
+def test_killed_and_gone_on(base: Path, mine: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["eval", base, "--benchmarks", mine, "--out", out, *OPTIONS, "--rollout.slots", 4]
+    process = tiny_run.jaxrl(*command)
+    path = out / "digits.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < 10:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = path.read_text().rpartition("\n")[0]
+    if len(rows_before := before.splitlines()) == 3 * SAMPLES:
+        pytest.skip("this machine was too quick")
+    assert len(rows_before) >= 10
+    cli.main(list(map(str, command)))
+    assert path.read_text().startswith(before)  # kept as it was, the others after it
+    for name in ("digits", "pairs"):
+        assert by_sample(out / f"{name}.jsonl") == by_sample(whole / f"{name}.jsonl")
+    stamp = path.stat().st_mtime_ns
+    cli.main(list(map(str, command)))
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_other_settings_are_not_mixed_in(
+    base: Path, mine: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for change, said in (
+        (["--run.seed", 2], "seed = 1, not 2"),
+        (["--eval.temperature", 1.0], "temperature = 0.7, not 1.0"),
+        (["--data.suffix", "1"], "digits are to other prompts"),
+        (["--protocol", "justrl_released"], "protocol = default, not justrl_released"),
+    ):
+        assert said in refused(capsys, "eval", base, "--benchmarks", mine, "--out", whole, *OPTIONS, *change)
+
+
+def test_the_judge_reads_what_the_rules_refuse(
+    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evals.judge.time.sleep", lambda _: None)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("{question}|{gold_answer}|{llm_response}|\nREPLY {gold_answer}")
+    with Endpoint() as endpoint:
+        threading.Thread(target=endpoint.serve_forever, args=(0.02,), daemon=True).start()
+        endpoint.replies = {"0": "B", "1": "A", "2": "C"}  # of the problem's answer
+        out = tmp_path / "out"
+        command = ["eval", base, "--benchmarks", mine, "--out", out, *OPTIONS, "--samples", 8]
+        command += ["--judge", endpoint.url, "--judge-prompt", prompt]
+        endpoint.fail = 10**9
+        cli.main(list(map(str, command)))
+        assert "the same command asks for the rest" in capsys.readouterr().out
+        results = json.loads((out / "results.json").read_text())["benchmarks"]["digits"]
+        rule, pending = results["rule"], results["judge"]["pending"]
+        assert results["rule+model"] is None and pending > 0
+        endpoint.fail = 0
+        cli.main(list(map(str, command)))
+        results = json.loads((out / "results.json").read_text())
+        found = results["benchmarks"]["digits"]
+        assert (
+            found["rule"] == rule
+            and "pending" not in found["judge"]
+            and sum(found["judge"].values()) == pending
+        )
+        scores = by_sample(out / "digits.scores.jsonl")
+        made = by_sample(out / "digits.jsonl")
+        for (p, g), row in scores.items():
+            cut = made[p, g]["finish_reason"] == "length"
+            assert row["judge"] == ("" if row["rule"] else "C" if cut or p == 2 else "BA"[p])
+        both = [row["rule"] or row["judge"] == "A" for row in scores.values()]
+        assert found["rule+model"]["pass@1"] == pytest.approx(sum(both) / len(both))
+        assert found["rule+model"]["pass@1"] > rule["pass@1"]
+        asked = len(endpoint.asked)
+        cli.main(list(map(str, command)))
+        assert len(endpoint.asked) == asked
+        endpoint.shutdown()
+
+
+def test_as_released(base: Path, mine: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["eval", base, "--benchmarks", mine, "--out", out, *OPTIONS, "--samples", 4]
+    cli.main(list(map(str, [*command, "--protocol", "justrl_released"])))
+    results = json.loads((out / "results.json").read_text())
+    seed, released = results["settings"]["seed"], results["benchmarks"]["digits"]["released"]
+    assert seed != 1 and released["avg_output_length"] == 0
+    assert released["mean_score"] == results["benchmarks"]["digits"]["rule"]["pass@1"]
+    cli.main(list(map(str, [*command, "--protocol", "justrl_released"])))  # goes on with its seed
+    assert json.loads((out / "settings.json").read_text())["seed"] == seed
+
+
+def test_greedy_is_one_sample(base: Path, mine: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = [*OPTIONS, "--eval.temperature", 0.0, "--eval.problems", 2]
+    cli.main(list(map(str, ["eval", base, "--benchmarks", mine, "--out", out, *options])))
+    assert sorted(by_sample(out / "digits.jsonl")) == [(0, 0), (1, 0)]
+
+
+def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in args])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and error.startswith("jaxrl: "), error
+    return error
+
+
+def test_commands_that_cannot_be(
+    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    here = ("eval", base, "--benchmarks", mine, "--out", tmp_path / "out")
+    assert "set --rollout.max-tokens to 60 or less" in refused(
+        capsys, *here, *OPTIONS, "--rollout.max-tokens", 61
+    )
+    assert "give one of them" in refused(capsys, *here, "--recipe", "x.toml")
+    assert "add --benchmarks" in refused(capsys, "eval", base, "--judge", "http://localhost")
+    assert "--samples" in refused(capsys, *here, "--eval.samples", 3)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    assert "chat_template" not in settings or settings.pop("chat_template")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in base.iterdir():
+        if file.is_file() and "chat_template" not in file.name:
+            (bare / file.name).write_bytes(file.read_bytes())
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "no chat template" in refused(capsys, "eval", bare, "--benchmarks", mine, "--out", tmp_path / "x")
+
+
+def test_a_run_and_a_checkpoint(base: Path, mine: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2, "checkpoint.every": 1})
+    cli.main(["train", str(recipe)])
+    run = tmp_path / "run"
+    for source in (run, run / "checkpoints" / "1"):
+        cli.main(list(map(str, ["eval", source, "--benchmarks", mine, "--samples", 1, *OPTIONS])))
+    weights = [
+        json.loads((run / "benchmarks" / f"step_00000{n}" / "settings.json").read_text())["weights"]
+        for n in (1, 2)
+    ]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.vllm
+def test_by_servers(mine: Path, tmp_path: Path) -> None:
+    """Killed and gone on, several calls at one time; greedy answers are those of the in-process sampler."""
+    base = tiny_run.make_base(tmp_path / "base", head_dim=32)  # vLLM on a CPU has no smaller one
+    here = ["eval", base, "--benchmarks", mine, *OPTIONS]
+    there = [*here, "--servers", 1, "--sampler.vllm", os.environ.get("VLLM", ".venv-vllm/bin/vllm")]
+    out = tmp_path / "sampled"
+    process = tiny_run.jaxrl(*there, "--out", out, "--sampler.concurrency", 4)
+    while not (out / "digits.jsonl").exists() or len(rows(out / "digits.jsonl")) < 10:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    made = len((out / "digits.jsonl").read_text().splitlines())
+    assert made < 3 * SAMPLES
+    cli.main(list(map(str, [*there, "--out", out])))
+    assert len(by_sample(out / "digits.jsonl")) == 3 * SAMPLES
+    for command, name in ((here, "local"), (there, "servers")):
+        cli.main(list(map(str, [*command, "--out", tmp_path / name, "--eval.temperature", 0.0])))
+    for name in ("digits", "pairs"):
+        assert by_sample(tmp_path / "local" / f"{name}.jsonl") == by_sample(
+            tmp_path / "servers" / f"{name}.jsonl"
+        )
