@@ -279,7 +279,8 @@ class VLLMSampler:
                 try:
                     info = await self._client.get(url, "/weight_info")
                     if self._current[url] is None or info.get("weight_version") != str(self._version):
-                        failed = await self._load([url])
+                        # to its end, even if the batch ends without this server: it must not stay paused
+                        failed = await asyncio.shield(self._load([url]))
                         if failed:
                             raise failed[url]
                     self._back[url] = clock()
