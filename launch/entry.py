@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -346,13 +346,41 @@ def hear() -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
+@contextlib.contextmanager
+def talking_to_nobody() -> Iterator[None]:
+    """What is printed here and by trainers goes through a thread, which does not mind when nobody listens any more."""
+    end, start = os.pipe()
+    out, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+
+    def pump() -> None:
+        while text := os.read(end, 65536):
+            with contextlib.suppress(OSError):
+                os.write(out, text)
+
+    def print_to(file: int) -> None:
+        sys.stdout.flush()
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+
+    print_to(start)
+    thread = threading.Thread(target=pump, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        print_to(nowhere)  # which ends the thread
+        thread.join(5)
+
+
 def find_here(args: argparse.Namespace, hosts: dict[str, Part]) -> str:
     """This host's name among the hosts.
 
     Raises:
       InputError: if it has none, or one that others cannot reach.
     """
-    here = next((host for host in hosts if args.here in (host, host.split(".")[0])), None)
+    same = lambda host: args.here in (host, host.split(".")[0]) or args.here.split(".")[0] == host  # noqa: E731
+    here = next(filter(same, hosts), None)
     if here is None:
         raise InputError(f"{args.here} is none of {', '.join(hosts)}; say which of them this is with --here")
     if len(hosts) > 1:
@@ -371,23 +399,27 @@ def find_here(args: argparse.Namespace, hosts: dict[str, Part]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     args, stop = parse(argv), Stop()
-    try:
-        if args.remote:
-            hear()
-        hosts = plan(args)
-        if args.dry_run:
-            show(hosts, args, argv)
-            return 0
-        if args.ssh and not args.remote:
-            os.environ[KEY] = api_key()
-            return place(hosts, args, argv, stop)
-        args.here = find_here(args, hosts)
+    with talking_to_nobody() if args.remote else contextlib.nullcontext():
+        try:
+            if args.remote:
+                hear()
+            return begin(plan(args), args, argv, stop)
+        except InputError as error:
+            say("\n".join(f"launch: {args.here}: {line}" for line in str(error).splitlines()))
+            return 2
+
+
+def begin(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
+    if args.dry_run:
+        show(hosts, args, argv)
+        return 0
+    if args.ssh and not args.remote:
         os.environ[KEY] = api_key()
-        urls = [server.url for part in hosts.values() for server in part.samplers]
-        return run(hosts[args.here], urls, args, stop)
-    except InputError as error:
-        say("\n".join(f"launch: {args.here}: {line}" for line in str(error).splitlines()))
-        return 2
+        return place(hosts, args, argv, stop)
+    args.here = find_here(args, hosts)
+    os.environ[KEY] = api_key()
+    urls = [server.url for part in hosts.values() for server in part.samplers]
+    return run(hosts[args.here], urls, args, stop)
 
 
 def show(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str]) -> None:

@@ -52,6 +52,7 @@ if sys.argv[1] != "-m":
     sys.exit()
 me, child = os.environ["JAXRL_PROCESS"], subprocess.Popen(["sleep", "600"])
 def save(number, _):
+    print("saving", flush=True)
     time.sleep(0.5)
     with open(f"{folder}/saved{{me}}", "w"): pass
     sys.exit(75 if number == signal.SIGTERM else 130)
@@ -359,8 +360,11 @@ def test_asked_to_stop_the_trainers_save_first(folder: Path, ssh: bool, number: 
 def test_kill_9_of_the_launcher_leaves_nothing(folder: Path, ssh: bool) -> None:
     run = Run(folder, ssh)
     pids = flat(run.running())
+    assert run.process.stdout
+    run.process.stdout.close()  # nobody listens to what trainers say when they end
     run.process.kill()
     assert_gone(pids)
+    assert [(folder / f"saved{i}").exists() for i in range(2)] == [ssh, ssh]
 
 
 @pytest.mark.parametrize("ssh", [False, True], ids=["local", "ssh"])
