@@ -27,7 +27,7 @@ help:
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
 	@echo "make test-gpu     attention backends on this machine's GPU"
 	@echo "make test-vllm    sampling by real vLLM servers"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and shellcheck"
 
 install: $(VENV)/.installed
 
@@ -103,6 +103,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

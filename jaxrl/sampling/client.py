@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx
 
 CONNECT = 10.0  # seconds
+
+
+KEY = "JAXRL_API_KEY"
+WRONG_KEY = f"it wants another API key; {KEY} here has to be what VLLM_API_KEY is there"
+
+
+@functools.cache
+def api_key() -> str:
+    """What servers of this run ask for: $JAXRL_API_KEY, or else one of this process and the servers that it starts.
+
+    Only environments hold it; a command line is there for everybody to see.
+    """
+    return os.environ.get(KEY) or secrets.token_urlsafe(32)
 
 
 class ServerError(Exception):
@@ -20,7 +36,8 @@ class Client:
 
     def __init__(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx.AsyncClient(limits=limits, trust_env=False)
+        headers = {"Authorization": f"Bearer {api_key()}"}
+        self._http = httpx.AsyncClient(limits=limits, trust_env=False, headers=headers)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -31,6 +48,8 @@ class Client:
             answer = await self._http.get(url + route, timeout=limit)
         except httpx.HTTPError as error:
             raise ServerError(f"no answer ({type(error).__name__})") from None
+        if answer.status_code == 401:
+            raise ServerError(WRONG_KEY)
         if answer.status_code != 200:
             raise ServerError(f"{route} answered {answer.status_code}")
         return answer.json() if answer.content else {}
@@ -47,6 +66,8 @@ class Client:
             )
         except httpx.HTTPError as error:
             raise ServerError(f"no answer ({type(error).__name__})") from None
+        if answer.status_code == 401:
+            raise ServerError(WRONG_KEY)
         if 400 <= answer.status_code < 500:
             return f"HTTP {answer.status_code}: {answer.text[:300]}"
         if answer.status_code != 200:

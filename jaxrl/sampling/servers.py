@@ -11,13 +11,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from jaxrl.errors import InputError
+from jaxrl.sampling.client import api_key
 
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
@@ -37,24 +38,47 @@ REAPER = 'read _; kill -s KILL -- -"$0"'
 
 
 @dataclasses.dataclass
-class Server:
-    """A `vllm serve` and everything that it started: a process group of its own."""
+class Group:
+    """A program and everything that it started: a process group of its own, which never outlives this process.
 
-    url: str
-    log: Path
+    Attributes:
+      environment: what it gets beside this process's own.
+    """
+
     arguments: list[str]
     environment: dict[str, str]
+    log: Path | None = dataclasses.field(default=None, kw_only=True)
+    stdin: int = dataclasses.field(default=subprocess.DEVNULL, kw_only=True)
 
     def start(self) -> None:
-        with self.log.open("a") as out:
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(self.log.open("a")) if self.log else None
             self.process = subprocess.Popen(
-                self.arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment,
-                start_new_session=True,
+                self.arguments, stdout=out, stderr=subprocess.STDOUT if out else None, stdin=self.stdin,
+                env=self._all_environment(), start_new_session=True,
             )  # fmt: skip
         self._reaper = subprocess.Popen(
             ["sh", "-c", REAPER, str(self.process.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+
+    def tell(self, number: int) -> None:
+        """Sends a signal to the program alone, not to what it started."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        kill([self])
+
+    def _all_environment(self) -> dict[str, str]:
+        return os.environ | self.environment
+
+
+class Server(Group):
+    """A `vllm serve`."""
+
+    def __init__(self, url: str, log: Path, arguments: list[str], environment: dict[str, str]):
+        super().__init__(arguments, environment, log=log)
+        self.url = url
 
     def restart(self, unwell: float, limit: float = 300.0) -> bool:
         """Starts it again if it has ended, or has not been well for `limit` seconds; says whether it did."""
@@ -64,24 +88,38 @@ class Server:
         self.start()
         return True
 
-    def kill(self) -> None:
-        """Stops all of it: killing the API server alone leaves its engine alive for ever."""
-        self._reaper.kill()
-        self._reaper.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-            os.killpg(self.process.pid, signal.SIGCONT)  # one that was stopped could not end
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    def well(self) -> bool:
+        return well(self.url)
 
     def why(self) -> str:
+        assert self.log
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return next(
             (line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output"
         )
+
+    def _all_environment(self) -> dict[str, str]:
+        environment = super()._all_environment() | {"VLLM_API_KEY": api_key()}
+        environment.pop("PYTHONPATH", None)  # the trainer's; vLLM has an environment of its own
+        return environment
+
+
+def kill(groups: Sequence[Group], seconds: float = 10.0) -> None:
+    """Stops all of each: killing vLLM's API server alone leaves its engine alive for ever."""
+    groups = [group for group in groups if hasattr(group, "process")]
+    for group in groups:
+        group._reaper.kill()
+        group._reaper.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group.process.pid, signal.SIGTERM)
+            os.killpg(group.process.pid, signal.SIGCONT)  # one that was stopped could not end
+    deadline = time.monotonic() + seconds
+    for group in groups:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            group.process.wait(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group.process.pid, signal.SIGKILL)
+        group.process.wait()
 
 
 def command(
@@ -92,15 +130,17 @@ def command(
     dtype: str,
     max_tokens: int,
     on_cpu: bool,
+    host: str = "127.0.0.1",
     backend: str = "jaxrl_file",
-    options: tuple[str, ...] = (),
+    options: Sequence[str] = (),
 ) -> list[str]:
     """The `vllm serve` that VLLMSampler expects. `max_tokens`: of a prompt and its completion."""
     always = {
-        "--host": "127.0.0.1", "--port": str(port), "--dtype": dtype, "--max-model-len": str(max_tokens),
+        "--host": host, "--port": str(port), "--dtype": dtype, "--max-model-len": str(max_tokens),
         "--generation-config": "vllm",  # sampling parameters are the request's
         "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
         "--weight-transfer-config": json.dumps({"backend": backend}),
+        "--middleware": "jaxrl.sampling.vllm_plugin.Guard",  # vLLM's own asks for the key on some routes only
     }  # fmt: skip
     cpu = [
         "--enforce-eager",
@@ -123,23 +163,42 @@ def command(
     ]
 
 
-def start(vllm: str, model: str, log: Path, *, on_cpu: bool, port: int = 0, **options: Any) -> Server:
-    """Starts a server, which is ready only after `wait`; `options`: see `command`.
+def prepare(
+    vllm: str, model: str, log: Path, *, on_cpu: bool, host: str = "127.0.0.1", port: int = 0,
+    environment: Mapping[str, str] | None = None, **options: Any,
+) -> Server:  # fmt: skip
+    """A server that is yet to be started; `options`: see `command`."""
+    port = port or free_port(host)
+    arguments = command(vllm, model, port, on_cpu=on_cpu, host=host, **options)
+    environment = ENVIRONMENT | (ON_CPU if on_cpu else {}) | dict(environment or {})
+    return Server(f"http://{host}:{port}", log, arguments, environment)
+
+
+def start(vllm: str, model: str, log: Path, **options: Any) -> Server:
+    """Starts a server, which is ready only after `wait`; `options`: see `prepare`.
 
     Raises:
       InputError: if there is no such program.
     """
-    if not shutil.which(vllm):
-        raise InputError(f"{vllm}: no such program; run make vllm, or set sampler.vllm to where vllm is")
-    port = port or free_port()
-    environment = os.environ | ENVIRONMENT | (ON_CPU if on_cpu else {})
-    environment.pop("PYTHONPATH", None)  # the trainer's; vLLM has an environment of its own
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)
-    arguments = command(vllm, model, port, on_cpu=on_cpu, **options)
-    server = Server(f"http://127.0.0.1:{port}", log, arguments, dict(environment))
-    server.start()
+    server = prepare(vllm, model, log, **options)
+    begin(server)
     return server
+
+
+def begin(server: Server) -> None:
+    """Starts what was prepared, with an empty log.
+
+    Raises:
+      InputError: if there is no such program.
+    """
+    assert server.log
+    if not shutil.which(server.arguments[0]):
+        raise InputError(
+            f"{server.arguments[0]}: no such program; run make vllm, or set sampler.vllm to where vllm is"
+        )
+    server.log.parent.mkdir(parents=True, exist_ok=True)
+    server.log.unlink(missing_ok=True)
+    server.start()
 
 
 def wait(server: Server, limit: float) -> None:
@@ -152,9 +211,8 @@ def wait(server: Server, limit: float) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise InputError(f"{server.log}: the vLLM server stopped: {server.why()}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{server.url}/health", timeout=5, trust_env=False).status_code == 200:
-                return
+        if server.well():
+            return
         time.sleep(0.3)
     raise InputError(f"{server.log}: the vLLM server was not ready after {limit:.0f} s; see its log")
 
@@ -178,11 +236,18 @@ def running(
             wait(server, limit)
         yield started
     finally:
-        for server in started:
-            server.kill()
+        kill(started)
 
 
-def free_port() -> int:
+def well(url: str) -> bool:
+    """Whether a server is there and can serve; the one thing that it says without a key."""
+    try:
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+        s.bind((host, 0))
         return int(s.getsockname()[1])

@@ -8,6 +8,8 @@ graphs and prepacked weights are vLLM's business: it is given Hugging Face's nam
 from __future__ import annotations
 
 import dataclasses
+import hmac
+import os
 from pathlib import Path
 
 
@@ -87,3 +89,27 @@ def check(path: Path, digest: str) -> None:
     found = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
     if found != digest:
         raise ValueError(f"{path}: digest {found}, not {digest}; the file was damaged on its way")
+
+
+class Guard:
+    """Asks for VLLM_API_KEY on every route but /health; vLLM's own middleware knows only those that generate.
+
+    ASGI, by `--middleware jaxrl.sampling.vllm_plugin.Guard`. Without a key nobody is let in.
+    """
+
+    def __init__(self, app):
+        self._app = app
+        self._key = os.environ.get("VLLM_API_KEY", "").encode()
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "lifespan" or scope["path"] == "/health" or self._knows(scope["headers"]):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 401, "headers": []})
+            await send({"type": "http.response.body", "body": b"this server wants its run's API key"})
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    def _knows(self, headers) -> bool:
+        given = dict(headers).get(b"authorization", b"")
+        return bool(self._key) and hmac.compare_digest(given, b"Bearer " + self._key)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import jax
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from jaxrl.errors import InputError
 from jaxrl.models import Model, initialise, load, save
 from jaxrl.sampling import servers
 from jaxrl.sampling.ahead import Ahead
+from jaxrl.sampling.client import api_key
 from jaxrl.sampling.nccl import NCCL, Group
 from jaxrl.sampling.publish import Files
 from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
@@ -395,3 +397,40 @@ def test_nccl_without_a_gpu(
     ):
         sampler.publish(model[1].params, 0)
     assert joined == [(bytes(range(128)), 2)] and time.monotonic() - began < 50
+
+
+def test_every_route_but_health_wants_the_key(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, right = running[0], {"Authorization": f"Bearer {api_key()}"}
+    get = lambda route, headers: httpx.get(server.url + route, headers=headers, timeout=60)  # noqa: E731
+    schema = get("/openapi.json", right).json()
+    routes = [(method.upper(), path) for path, methods in schema["paths"].items() for method in methods]
+    changing = {"/pause", "/resume", "/update_weights", "/collective_rpc", "/reset_prefix_cache"}
+    assert {"/inference/v1/generate", "/v1/models", *changing} <= {path for _, path in routes}
+    routes += [("GET", "/metrics"), ("GET", "/openapi.json"), ("OPTIONS", "/pause"), ("POST", "//pause"),
+               ("POST", "/health/../pause"), ("POST", "/no/such/route")]  # fmt: skip
+    bearer = lambda key: {"Authorization": f"Bearer {key}"}  # noqa: E731
+    for headers in ({}, bearer("wrong"), bearer(f"{api_key()}x"), {"Authorization": api_key()}):
+        with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+            answers = {route: client.request(*route).status_code for route in routes if route[1] != "/health"}
+        assert set(answers.values()) == {401}, answers
+    assert get("/is_paused", right).json() == {"is_paused": False}
+    assert get("/health", {}).status_code == 200
+    shown = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in os.listdir("/proc") if pid.isdigit()]  # noqa: PTH208
+    assert not any(api_key().encode() in line for line in shown)
+
+    monkeypatch.setattr("jaxrl.sampling.client.api_key", lambda: "another")
+    with pytest.raises(InputError, match=rf"{server.url}: it wants another API key; JAXRL_API_KEY here"):
+        make_sampler([server.url], model[1], tmp_path)
+
+
+def test_a_server_listens_where_it_was_told_to(model: tuple[Path, Model], tmp_path: Path) -> None:
+    """127.0.0.2 is this machine too; a server on all interfaces would answer at 127.0.0.1."""
+    options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True, "host": "127.0.0.2"}
+    with servers.running(1, VLLM, str(model[0]), tmp_path / "logs", **options) as started:
+        assert started[0].url.startswith("http://127.0.0.2:")
+        sampler = make_sampler([started[0].url], model[1], tmp_path / "weights")
+        sampler.publish(model[1].params, 0)
+        assert_from(model[1], model[1].params, sampler.generate(make_prompts(2), 2, SAMPLING, (1,)))
+        assert not servers.well(started[0].url.replace("127.0.0.2", "127.0.0.1"))

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# A run on hosts reached by ssh: launch/ssh.sh HOSTFILE OPTIONS RECIPE [--section.key value ...]
+#
+# HOSTFILE has a line for each, as the others can reach it; the first trainer coordinates:
+#
+#   10.0.0.1 trainer
+#   10.0.0.2 sampler
+#
+#   launch/ssh.sh hosts --trainer-gpus 8 --sampler-gpus 8 recipe.toml --sampler.folder /shared/weights
+#
+# All hosts have this folder under one path, which is the working directory. LAUNCH_SSH= replaces ssh.
+set -euo pipefail
+hosts=${1:?usage: launch/ssh.sh HOSTFILE OPTIONS RECIPE}
+shift
+those() { awk -v role="$1" '$1 !~ /^#/ && $2 == role { print $1 }' "$hosts" | paste -sd,; }
+wrong=$(awk 'NF && $1 !~ /^#/ && (NF != 2 || $2 !~ /^(trainer|sampler)$/)' "$hosts")
+if [ -n "$wrong" ]; then
+  echo "$hosts: not a host and 'trainer' or 'sampler': $wrong" >&2
+  exit 2
+fi
+exec "${PYTHON:-.venv/bin/python}" "$(dirname "$0")/entry.py" \
+  --ssh "${LAUNCH_SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=15}" \
+  --trainer-hosts "$(those trainer)" --sampler-hosts "$(those sampler)" "$@"

@@ -1,0 +1,414 @@
+"""The launch scripts: what they would run where, and that nothing outlives them. vLLM and trainers are stand-ins."""
+
+import contextlib
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+from sampling.test_servers import alive, assert_gone, pids_in
+
+from jaxrl import distributed
+from jaxrl.sampling.servers import free_port
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+[run]
+directory = "{0}/run"
+[model]
+path = "base"
+[sampler]
+vllm = "{0}/vllm"
+folder = "{0}/weights"
+"""
+VLLM = """#!{python}
+import http.server, os, subprocess, sys
+child = subprocess.Popen(["sleep", "600"])
+host, port = (sys.argv[sys.argv.index(name) + 1] for name in ("--host", "--port"))
+assert len(os.environ["VLLM_API_KEY"]) > 30 and "PYTHONPATH" not in os.environ
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+if os.path.exists("{folder}/broken"): raise SystemExit("ValueError: it is broken")
+server = http.server.HTTPServer((host, int(port)), Handler)
+with open("{folder}/pids", "a") as file: file.write(f"{{os.getpid()}} {{child.pid}}\\n")
+server.serve_forever()
+"""
+# in place of Python for what entry.py starts: the trainer, or itself on another host
+PROGRAM = """#!{python}
+import os, runpy, signal, subprocess, sys, time
+if sys.argv[1] != "-m":
+    sys.path.insert(0, "{folder}")
+    sys.argv[:2] = ["driver"]
+    runpy.run_path("{folder}/driver")
+    sys.exit()
+me, child = os.environ["JAXRL_PROCESS"], subprocess.Popen(["sleep", "600"])
+def save(number, _):
+    print("saving", flush=True)
+    time.sleep(0.5)
+    with open(f"{folder}/saved{{me}}", "w"): pass
+    sys.exit(75 if number == signal.SIGTERM else 130)
+signal.signal(signal.SIGTERM, save), signal.signal(signal.SIGINT, save)
+assert len(os.environ["JAXRL_API_KEY"]) > 30 and sys.argv[4].endswith("recipe.toml")
+with open("{folder}/trainer" + me, "w") as file: file.write(f"{{os.getpid()}} {{child.pid}}\\n")
+while not os.path.exists("{folder}/exit" + me): time.sleep(0.05)
+sys.exit(int(open("{folder}/exit" + me).read()))
+"""
+DRIVER = """
+import sys
+sys.path.insert(0, "{root}/launch")
+import entry
+entry.sys.executable, entry.NOTICE, entry.LOOK = "{folder}/python", 1, 0.2
+sys.exit(entry.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    names = {"python": sys.executable, "folder": tmp_path, "root": ROOT}
+    ssh = '#!/bin/sh\nshift\nexec setsid -w sh -c "$1"\n'  # as there, nothing but stdin ties the other end to this one
+    for name, text in {"vllm": VLLM, "python": PROGRAM, "driver": DRIVER, "ssh": ssh}.items():
+        (tmp_path / name).write_text(text if name == "ssh" else text.format(**names))
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(tmp_path))
+    yield tmp_path
+    for process in Run.started:
+        process.kill()
+
+
+def dry_run(*command: object, **environment: str) -> list[str]:
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout.splitlines()
+
+
+ALWAYS = "VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_HOST_IP=127.0.0.1"
+ON_CPU = "VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind"
+FLAGS = (
+    "--dtype bfloat16 --max-model-len 16384 --generation-config vllm --logprobs-mode processed_logprobs "
+    '--weight-transfer-config \'{"backend": "jaxrl_file"}\' --middleware jaxrl.sampling.vllm_plugin.Guard '
+    "--enable-scale-out --tokens-only"
+)
+CPU_FLAGS = (
+    "--enforce-eager --distributed-executor-backend uni --kv-cache-memory-bytes 268435456 "
+    "--no-enable-chunked-prefill"
+)
+
+
+def server(folder: Path, host: str, port: int, more: str = "", end: str = "") -> str:
+    return f"{host}: {ALWAYS}{more} {folder}/vllm serve base --host {host} --port {port} {FLAGS}{end}"
+
+
+def trainer(folder: Path, host: str, coordinator: str, process: str, devices: str, urls: list[str]) -> str:
+    of, which = process.split()
+    return (
+        f"{host}: JAXRL_COORDINATOR={coordinator} JAXRL_PROCESSES={of} JAXRL_PROCESS={which} {devices} "
+        f"{sys.executable} -m jaxrl.cli train {folder}/recipe.toml --run.steps 3 --samplers {','.join(urls)}"
+    )
+
+
+def test_one_host(folder: Path) -> None:
+    recipe = (folder / "recipe.toml", "--run.steps", "3")
+    urls = ["http://127.0.0.1:8101", "http://127.0.0.1:8102"]
+    options = "--trainer-gpus 4 --sampler-gpus 4 --tensor-parallel 2 --dry-run"
+    assert dry_run("launch/local.sh", *options.split(), *recipe) == [
+        server(folder, "127.0.0.1", 8101, " CUDA_VISIBLE_DEVICES=4,5", " --tensor-parallel-size 2"),
+        server(folder, "127.0.0.1", 8102, " CUDA_VISIBLE_DEVICES=6,7", " --tensor-parallel-size 2"),
+        trainer(folder, "127.0.0.1", "127.0.0.1:8100", "1 0", "CUDA_VISIBLE_DEVICES=0,1,2,3", urls),
+    ]
+    options = "--trainer-processes 2 --devices 3 --samplers 2 --dry-run"
+    cpu = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=3"
+    assert dry_run("launch/local.sh", *options.split(), *recipe) == [
+        server(folder, "127.0.0.1", 8101, f" {ON_CPU}", f" {CPU_FLAGS}"),
+        server(folder, "127.0.0.1", 8102, f" {ON_CPU}", f" {CPU_FLAGS}"),
+        trainer(folder, "127.0.0.1", "127.0.0.1:8100", "2 0", cpu, urls),
+        trainer(folder, "127.0.0.1", "127.0.0.1:8100", "2 1", cpu, urls),
+    ]
+    options = "--trainer-gpus 2 --trainer-processes 2 --sampler-gpus 1 --dry-run"
+    lines = dry_run("launch/local.sh", *options.split(), *recipe, CUDA_VISIBLE_DEVICES="GPU-a,GPU-b,GPU-c")
+    given = ["CUDA_VISIBLE_DEVICES=GPU-c ", "CUDA_VISIBLE_DEVICES=GPU-a ", "CUDA_VISIBLE_DEVICES=GPU-b "]
+    assert [name in line for name, line in zip(given, lines, strict=True)] == [True] * 3
+
+
+def test_four_hosts_by_ssh(folder: Path) -> None:
+    hosts = [f"10.0.0.{i}" for i in range(1, 5)]
+    (folder / "hosts").write_text(
+        "# two of each\n10.0.0.1 trainer\n10.0.0.3 sampler\n10.0.0.2 trainer\n\n10.0.0.4 sampler\n"
+    )
+    recipe = [f"{folder}/recipe.toml", "--run.steps", "3"]
+    options = ["--trainer-gpus", "2", "--sampler-gpus", "2", "--port", "9000", "--dry-run", *recipe]
+    lines = dry_run("launch/ssh.sh", folder / "hosts", *options, LAUNCH_SSH="ssh -p 2222")
+    shared = [
+        "--ssh",
+        "ssh -p 2222",
+        "--trainer-hosts",
+        "10.0.0.1,10.0.0.2",
+        "--sampler-hosts",
+        "10.0.0.3,10.0.0.4",
+    ]
+
+    def placed(host: str) -> str:
+        script = [sys.executable, f"{ROOT}/launch/entry.py", "--remote", "--here", host, *shared, *options]
+        return f"{host}: {shlex.join(['ssh', '-p', '2222', host, f'cd {ROOT} && exec {shlex.join(script)}'])}"
+
+    urls = [f"http://10.0.0.{host}:{port}" for host in (3, 4) for port in (9001, 9002)]
+    assert lines == [
+        placed(hosts[0]),
+        trainer(folder, hosts[0], "10.0.0.1:9000", "2 0", "CUDA_VISIBLE_DEVICES=0,1", urls),
+        placed(hosts[1]),
+        trainer(folder, hosts[1], "10.0.0.1:9000", "2 1", "CUDA_VISIBLE_DEVICES=0,1", urls),
+        placed(hosts[2]),
+        server(folder, hosts[2], 9001, " CUDA_VISIBLE_DEVICES=0"),
+        server(folder, hosts[2], 9002, " CUDA_VISIBLE_DEVICES=1"),
+        placed(hosts[3]),
+        server(folder, hosts[3], 9001, " CUDA_VISIBLE_DEVICES=0"),
+        server(folder, hosts[3], 9002, " CUDA_VISIBLE_DEVICES=1"),
+    ]
+    (folder / "hosts").write_text("10.0.0.1 trainer\n10.0.0.2 sampeler\n")
+    wrong = subprocess.run(
+        ["launch/ssh.sh", folder / "hosts", "r.toml"], cwd=ROOT, capture_output=True, check=False
+    )
+    assert wrong.returncode == 2 and b"10.0.0.2 sampeler" in wrong.stderr
+
+
+def stub(folder: Path, **programs: str) -> str:
+    """A PATH with these shell scripts first."""
+    (folder / "bin").mkdir()
+    for name, text in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return f"{folder}/bin:{os.environ['PATH']}"
+
+
+SLURM = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_JOB_NODELIST_HET_GROUP_0": "a[1-8]",
+    "SLURM_JOB_NODELIST_HET_GROUP_1": "b[1-8]",
+}
+SCONTROL = 'case $1 in show) printf "${3%%[*}%s\\n" {1..8};; *) echo "$@" >> $(dirname $0)/../said;; esac'
+
+
+def test_sixteen_hosts_by_slurm(folder: Path) -> None:
+    lines = dry_run(
+        "launch/slurm.sbatch", "--dry-run", folder / "recipe.toml", "--run.steps", "3",
+        PATH=stub(folder, scontrol=SCONTROL), TENSOR="2", **SLURM,
+    )  # fmt: skip
+    port = 20000 + 1234567 % 390 * 32
+    urls = [f"http://b{n}:{port + k}" for n in range(1, 9) for k in range(1, 5)]
+    expected = [
+        trainer(folder, f"a{n}", f"a1:{port}", f"8 {n - 1}", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7", urls)
+        for n in range(1, 9)
+    ] + [
+        server(
+            folder,
+            f"b{n}",
+            port + 1 + k,
+            f" CUDA_VISIBLE_DEVICES={2 * k},{2 * k + 1}",
+            " --tensor-parallel-size 2",
+        )
+        for n in range(1, 9)
+        for k in range(4)
+    ]
+    assert lines == expected and len(lines) == 40
+
+
+SRUN = """
+echo "$@" >> {0}/said
+trap 'echo ${{5}} TERM >> {0}/said; {2}' TERM
+case $5 in --het-group=0) {1};; *) {3};; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("trainers", "told", "samplers", "status", "again"),
+    [
+        ("exit 0", "", "sleep 30 & wait", 0, False),
+        ("exit 75", "", "sleep 30 & wait", 75, True),
+        ("exit 2", "", "sleep 30 & wait", 2, False),
+        ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 2", 2, False),
+        ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 75", 75, True),
+        ("kill $PPID; sleep 30 & wait", "sleep 1; exit 75", "sleep 30 & wait", 75, True),  # preempted
+    ],
+)
+def test_slurm_starts_again_what_was_stopped(
+    folder: Path, trainers: str, told: str, samplers: str, status: int, again: bool
+) -> None:
+    """With an srun that does as told; there is no Slurm here."""
+    srun = SRUN.format(folder, trainers, told or "exit 75", samplers)
+    path = stub(folder, scontrol=SCONTROL, srun=srun)
+    environment = {**os.environ, "PATH": path, **SLURM}
+    done = subprocess.run(
+        ["launch/slurm.sbatch", "r.toml"], cwd=ROOT, env=environment, check=False, timeout=20
+    )
+    said = (folder / "said").read_text()
+    assert done.returncode == status
+    assert ("requeue 1234567" in said) == again
+    assert "--het-group=0 .venv/bin/python launch/entry.py --trainer-hosts a1,a2" in said
+    assert "JAXRL_API_KEY" not in said and "key" not in said
+
+
+def test_kubernetes(folder: Path) -> None:
+    """The container's command is valid, the jobs' pods are the hosts it names, and statuses mean what they should."""
+    spec = yaml.safe_load((ROOT / "launch" / "k8s.yaml").read_text())
+    name, spec = spec["metadata"]["name"], spec["spec"]
+    pods = {}
+    for job in spec["replicatedJobs"]:
+        job_spec = job["template"]["spec"]
+        pods[job["name"]] = [
+            f"{name}-{job['name']}-0-{i}.{spec['network']['subdomain']}"
+            for i in range(job_spec["completions"])
+        ]
+        rule = job_spec["podFailurePolicy"]["rules"][0]
+        assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "NotIn"
+        assert (
+            distributed.TRY_AGAIN in rule["onExitCodes"]["values"] and 2 not in rule["onExitCodes"]["values"]
+        )
+        container = job_spec["template"]["spec"]["containers"][0]
+        assert container["command"] == [".venv/bin/python", "launch/entry.py"]
+    args = [str(folder / "recipe.toml") if arg.endswith(".toml") else arg for arg in container["args"]]
+    lines = dry_run(sys.executable, "launch/entry.py", "--dry-run", *args)
+    assert [line.split(":")[0] for line in lines] == pods["trainers"] + [
+        pod for pod in pods["samplers"] for _ in range(8)
+    ]
+    assert "JAXRL_COORDINATOR=jaxrl-trainers-0-0.jaxrl:8100 JAXRL_PROCESSES=2 JAXRL_PROCESS=1" in lines[1]
+
+
+flat = lambda lists: list(itertools.chain(*lists))  # noqa: E731
+
+
+class Run:
+    """A run of two trainers and two servers, on one host or on two by way of ssh."""
+
+    started: ClassVar[list[subprocess.Popen]] = []
+
+    def __init__(self, folder: Path, ssh: bool, *options: str):
+        self.folder = folder
+        hosts = ["--trainer-hosts", "127.0.0.1", "--sampler-hosts", "127.0.0.1", "--here", "127.0.0.1"]
+        if ssh:
+            hosts = ["--trainer-hosts", "127.0.0.2", "--sampler-hosts", "127.0.0.3", "--ssh", f"{folder}/ssh"]
+        command = [
+            f"{folder}/python",
+            "entry.py",
+            *hosts,
+            "--trainer-processes",
+            "2",
+            "--samplers",
+            "2",
+            "--port",
+        ]
+        self.process = subprocess.Popen(
+            [*command, str(free_port()), *options, f"{folder}/recipe.toml"], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+        self.started.append(self.process)
+
+    def running(self) -> list[list[int]]:
+        """The processes of each trainer, and of the servers, when all are there."""
+        trainers = [pids_in(self.folder / f"trainer{i}") for i in range(2)]
+        return [*trainers, pids_in(self.folder / "pids")]
+
+    def end(self, status: int) -> str:
+        said = self.process.communicate(timeout=60)[0]
+        assert self.process.returncode == status, said
+        return said
+
+
+@pytest.mark.parametrize("ssh", [False, True], ids=["local", "ssh"])
+def test_the_trainers_end_is_the_runs(folder: Path, ssh: bool) -> None:
+    run = Run(folder, ssh)
+    pids = flat(run.running())
+    assert len(pids) == 8 and all(map(alive, pids))
+    environment = Path(f"/proc/{pids[0]}/environ").read_bytes().split(b"\0")
+    (key,) = (line.partition(b"=")[2] for line in environment if line.startswith(b"JAXRL_API_KEY="))
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert key not in path.read_bytes()
+    for i in range(2):
+        (folder / f"exit{i}").write_text("0")
+    assert "2 of 2 vLLM servers are ready" in run.end(0)
+    assert_gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("ssh", "number", "status"),
+    [(False, signal.SIGINT, 130), (False, signal.SIGTERM, 75), (True, signal.SIGTERM, 75)],
+)
+def test_asked_to_stop_the_trainers_save_first(folder: Path, ssh: bool, number: int, status: int) -> None:
+    run = Run(folder, ssh)
+    pids = flat(run.running())
+    run.process.send_signal(number)
+    while not (folder / "saved0").exists():
+        assert all(map(alive, pids[4:]))  # a step that ends may need them
+    run.end(status)
+    assert (folder / "saved1").exists()
+    assert_gone(pids)
+
+
+@pytest.mark.parametrize("ssh", [False, True], ids=["local", "ssh"])
+def test_kill_9_of_the_launcher_leaves_nothing(folder: Path, ssh: bool) -> None:
+    run = Run(folder, ssh)
+    pids = flat(run.running())
+    assert run.process.stdout
+    run.process.stdout.close()  # nobody listens to what trainers say when they end
+    run.process.kill()
+    assert_gone(pids)
+    assert [(folder / f"saved{i}").exists() for i in range(2)] == [ssh, ssh]
+
+
+@pytest.mark.parametrize("ssh", [False, True], ids=["local", "ssh"])
+def test_a_trainer_that_fails_ends_the_run(folder: Path, ssh: bool) -> None:
+    run = Run(folder, ssh)
+    pids = flat(run.running())
+    (folder / "exit1").write_text("2")
+    run.end(2)
+    assert_gone(pids)
+
+
+def test_a_trainer_that_is_killed_wants_another_try(folder: Path) -> None:
+    run = Run(folder, False)
+    trainers = run.running()
+    os.kill(trainers[0][0], signal.SIGKILL)
+    run.end(distributed.TRY_AGAIN)
+    assert_gone(flat(trainers))
+
+
+def test_a_server_that_ends_is_started_again_unless_it_cannot(folder: Path) -> None:
+    run = Run(folder, False)
+    *trainers, server = run.running()
+    (folder / "pids").unlink()
+    os.kill(server[0], signal.SIGKILL)
+    again = pids_in(folder / "pids")
+    assert len(again) == 2 and all(map(alive, [*flat(trainers), *server[2:]]))
+    assert_gone(server[:2])
+    (folder / "broken").touch()
+    os.kill(server[2], signal.SIGKILL)
+    said = run.end(2)
+    assert (
+        said.count("started again") == 2 and "the vLLM server stopped again: ValueError: it is broken" in said
+    )
+    assert_gone([*flat(trainers), *server, *again])
+
+
+def test_what_cannot_work_is_said_before_anything_starts(folder: Path) -> None:
+    (folder / "broken").touch()
+    said = Run(folder, True).end(2)
+    assert "127.0.0.3: " in said and "the vLLM server stopped: ValueError: it is broken" in said
+    said = Run(folder, False, "--samplers", "3", "--sampler-gpus", "2").end(2)
+    assert "--samplers 3 of --tensor-parallel 1 need more than 2 GPUs" in said
+    recipe = folder / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace(str(folder / "weights"), "/dev/shm/jaxrl"))
+    said = Run(folder, True).end(2)
+    assert "127.0.0.3 cannot read weights in /dev/shm/jaxrl of 127.0.0.2; set sampler.folder" in said
+    assert not (folder / "trainer0").exists()
