@@ -11,10 +11,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -134,7 +135,9 @@ class Judge:
         """
         text = self._prompt.format(question=question, gold_answer=answer, llm_response=response)
         with self._lock:  # one asks for the name; the others wait
-            self._model = self._model or self._first_model()
+            self._model = (
+                self._model or self._request("GET", "/models", lambda found: found["data"][0]["id"]) or ""
+            )
         key = hashlib.sha256(f"{self._model}\n{text}".encode(errors="surrogatepass")).hexdigest()
         if key not in self._replies:
             body = {
@@ -143,18 +146,13 @@ class Judge:
                 "temperature": 0.0,
                 "max_tokens": MAX_TOKENS,
             }
-            answered = self._request("POST", "/chat/completions", body)
-            self._keep(key, None if answered is None else answered["choices"][0]["message"]["content"] or "")
+            self._keep(key, self._request("POST", "/chat/completions", _content, body))
         return self._replies[key]
 
-    def _first_model(self) -> str:
-        return (self._request("GET", "/models") or {})["data"][0]["id"]
-
-    def _request(self, method: str, route: str, body: dict | None = None) -> dict | None:
+    def _request(self, method: str, route: str, read: Callable[[Any], str], body: Any = None) -> str | None:
+        """What `read` finds in the answer; None if the endpoint says that it was asked too much."""
         reason = self.down
-        for attempt in range(ATTEMPTS):
-            if self.down:
-                break
+        for attempt in range(0 if self.down else ATTEMPTS):
             if attempt:
                 time.sleep(2.0**attempt)
             try:
@@ -163,11 +161,15 @@ class Judge:
                 reason = f"no answer ({type(error).__name__})"
                 continue
             if answer.status_code == 200:
-                return answer.json()
+                try:
+                    return read(answer.json())
+                except (ValueError, LookupError, TypeError):
+                    reason = f"{route} answered with something else: {answer.text[:200]}"
+                    break
             reason = f"HTTP {answer.status_code}: {answer.text[:200]}"
+            if answer.status_code in (400, 413) and re.search("context|too long|maximum", answer.text):
+                return None
             if answer.status_code < 500 and answer.status_code != 429:
-                if answer.status_code in (400, 413) and re.search("context|too long|maximum", answer.text):
-                    return None
                 break
         raise Unanswered(reason)
 
@@ -177,6 +179,10 @@ class Judge:
                 self._replies[key] = reply
                 with self._cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+
+
+def _content(completion: Any) -> str:
+    return completion["choices"][0]["message"]["content"] or ""
 
 
 def read_prompt(path: Path) -> str:

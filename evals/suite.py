@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import secrets
 import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +137,24 @@ def evaluate(
     telemetry.write_atomically(out / "results.md", tables.markdown(results, chosen))
     tables.plot(results, chosen, out / "results.png")
     return results
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps other evaluations from writing to the same folder.
+
+    Raises:
+      InputError: if one does already.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+        except BlockingIOError:
+            raise InputError(
+                f"{out}: another evaluation is writing there; wait for it, or give another --out"
+            ) from None
+        yield
 
 
 def _settle(

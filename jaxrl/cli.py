@@ -63,12 +63,16 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--benchmarks", metavar="LIST", help="aime24,math500,..., all, or .toml files of your own"
     )
     suite.add_argument("--data", type=Path, metavar="DIR", help="local copies; default: from the Hub")
-    suite.add_argument("--samples", type=int, default=0, help="responses to each problem; default: 32 or 4")
+    suite.add_argument(
+        "--samples", type=_positive, default=0, help="responses to each problem; default: 32 or 4"
+    )
     suite.add_argument("--protocol", choices=("default", "justrl_released"), default="default")
     suite.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint of CompassVerifier-3B")
     suite.add_argument("--judge-model", default="", help="its name there; default: the first one listed")
     suite.add_argument("--judge-prompt", type=Path, metavar="FILE", help="another prompt for the judge")
-    suite.add_argument("--judge-tail", type=int, help="characters of a response's end that the judge sees")
+    suite.add_argument(
+        "--judge-tail", type=_positive, help="characters of a response's end that the judge sees"
+    )
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="write a run's weights as a Hugging Face folder")
@@ -118,6 +122,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if rest and args.run not in (_train, _evaluate, _plan):
         parser.error(f"unknown option {rest[0]}")
     return args, rest
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -198,10 +208,11 @@ def _benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
         args.judge, out / "judge.jsonl", model=args.judge_model, prompt=prompt,
         tail=args.judge_tail or judge.TAIL, released=args.protocol == "justrl_released",
     )  # fmt: skip
-    results = suite.evaluate(
-        args.model, folder, chosen, recipe, out,
-        local=args.data, samples=args.samples, protocol=args.protocol, judge=asked,
-    )  # fmt: skip
+    with suite.alone(out):
+        results = suite.evaluate(
+            args.model, folder, chosen, recipe, out,
+            local=args.data, samples=args.samples, protocol=args.protocol, judge=asked,
+        )  # fmt: skip
     print((out / "results.md").read_text())
     print(f"{len(results['benchmarks'])} benchmarks -> {out}")
 

@@ -34,8 +34,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Endpoint
 
     def do_GET(self) -> None:
-        assert self.path == "/v1/models"
-        self.reply(200, {"data": [{"id": "verifier"}]})
+        if self.path != "/v1/models":
+            return self.reply(404, {"error": "not here"})
+        return self.reply(200, {"data": [{"id": "verifier"}]})
 
     def do_POST(self) -> None:
         assert self.path == "/v1/chat/completions"
@@ -166,6 +167,16 @@ def test_down_and_back(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.M
     assert "HTTP 503" in ask.down and len(endpoint.asked) == 6  # three attempts in all, not for each
     endpoint.fail = 0
     assert Judge(endpoint.url, cache).labels([asking("A"), asking("B"), asking("C")]) == ["A", "B", "C"]
+
+
+def test_something_else_there(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "judge.jsonl"
+    monkeypatch.setattr(judge, "_content", lambda completion: completion["answers"])
+    ask = Judge(endpoint.url, cache)
+    assert ask.labels([asking("A")]) == [None] and "something else" in ask.down
+    monkeypatch.undo()
+    ask = Judge(endpoint.url + "/elsewhere", cache)
+    assert ask.labels([asking("A")]) == [None] and "HTTP 404" in ask.down and not cache.exists()
 
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -212,17 +213,28 @@ def test_commands_that_cannot_be(
     assert "no chat template" in refused(capsys, "eval", bare, "--benchmarks", mine, "--out", tmp_path / "x")
 
 
-def test_a_run_and_a_checkpoint(base: Path, mine: Path, tmp_path: Path) -> None:
-    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2, "checkpoint.every": 1})
-    cli.main(["train", str(recipe)])
+def test_a_run_and_a_checkpoint_are_exported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    for source in (run, run / "checkpoints" / "1"):
-        cli.main(list(map(str, ["eval", source, "--benchmarks", mine, "--samples", 1, *OPTIONS])))
-    weights = [
-        json.loads((run / "benchmarks" / f"step_00000{n}" / "settings.json").read_text())["weights"]
-        for n in (1, 2)
-    ]
-    assert weights[0] != weights[1]
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    exported: list[tuple] = []
+    monkeypatch.setattr(
+        cli, "_write_hf", lambda source, folder, dtype: exported.append((source, folder)) or 40
+    )
+    assert cli._model_of(str(run), None) == (run / "hf", run / "benchmarks" / "step_000040")
+    here = run / "benchmarks" / "step_000020"
+    cli._model_of(str(run / "checkpoints" / "20"), str(tmp_path / "out"))
+    assert exported == [(run, run / "hf"), (run / "checkpoints" / "20", here / "hf")]
+    assert cli._model_of(str(tmp_path), None) == (tmp_path, Path("runs/benchmarks") / tmp_path.name)
+    assert len(exported) == 2
+
+
+def test_two_at_one_time(base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another evaluation" in refused(
+            capsys, "eval", base, "--benchmarks", mine, "--out", tmp_path / "out", *OPTIONS
+        )
 
 
 @pytest.mark.vllm
