@@ -257,13 +257,10 @@ def watch(
             told += 1
             for trainer in running:
                 trainer.tell(number)
-        # trainers may need servers to end their step
-        if (
-            not trainers
-            and stop.asked
-            and (len(stop.asked) > 1 or not listening(args.trainer_hosts[0], args.port))
-        ):
-            return stop.status
+        if stop.asked and not trainers:  # those on other hosts may need servers to end their step
+            at_once = len(stop.asked) > 1
+            if at_once or not listening(args.trainer_hosts[0], args.port):
+                return stop.status
         if time.monotonic() > min(lost, stop.limit(args.grace)):
             return status([*codes, TRY_AGAIN], stop)
         if time.monotonic() > look:

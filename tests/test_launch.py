@@ -236,9 +236,16 @@ case $5 in --het-group=0) {1};; *) {3};; esac
         ("exit 0", "", "sleep 30 & wait", 0, False),
         ("exit 75", "", "sleep 30 & wait", 75, True),
         ("exit 2", "", "sleep 30 & wait", 2, False),
+        ("kill -9 $$", "", "sleep 30 & wait", 75, True),
         ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 2", 2, False),
         ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 75", 75, True),
-        ("kill $PPID; sleep 30 & wait", "sleep 1; exit 75", "sleep 30 & wait", 75, True),  # preempted
+        (
+            "sleep 0.5; kill $PPID; sleep 30 & wait",
+            "sleep 1; exit 75",
+            "sleep 30 & wait",
+            75,
+            True,
+        ),  # preempted
     ],
 )
 def test_slurm_starts_again_what_was_stopped(
