@@ -125,7 +125,9 @@ def markdown(results: dict[str, Any], benchmarks: dict[str, Benchmark]) -> str:
     titles = [benchmarks[name].title or name for name in names]
     lines = [
         f"# {results['model']}", "",
-        "Mean score of all responses in percent, with 95% bootstrap intervals over problems.", "",
+        "Mean score of all responses in percent, with 95% bootstrap intervals over problems.",
+        "Temperature {temperature:g}, top-p {top_p:g}, at most {max_tokens:,} tokens, seed {seed}, protocol {protocol}."
+        .format(**results["settings"]), "",
         f"| model | {' | '.join(titles)} | average |", "|---" * (len(names) + 2) + "|",
     ]  # fmt: skip
     for stage, title in STAGES.items():
@@ -143,7 +145,12 @@ def markdown(results: dict[str, Any], benchmarks: dict[str, Benchmark]) -> str:
             notes.append(
                 f"The paper prints {row['printed_average']:.2f} as {row['model']}'s average; its scores give {mean}."
             )
-    lines += ["", "The paper's rows are of rule + model. Averages are of the benchmarks shown.", *notes, ""]
+    lines += [
+        "",
+        "The paper's rows are of rule + model; BroRL's are its authors' own. Averages are of the benchmarks shown.",
+        *notes,
+        "",
+    ]
     lines += [
         "| benchmark | problems x N | pass@N | majority@N | tokens | truncated | no box | distinct 4-grams | judge |",
         "|---" * 9 + "|",

@@ -84,6 +84,7 @@ def test_what_is_written(base: Path, whole: Path) -> None:
         sum(b["rule"]["pass@1"] for b in results["benchmarks"].values()) / 2
     )
     table = (whole / "results.md").read_text()
+    assert "Temperature 0.7, top-p 0.9, at most 8 tokens, seed 1, protocol default." in table
     assert f"{100 * found['rule']['pass@1']:.2f} (" in table and "rule + model | - | - | - |" in table
     assert (whole / "results.png").stat().st_size > 1000
 
