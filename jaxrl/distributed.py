@@ -50,7 +50,7 @@ def start(say: Callable[[str], None] = print) -> None:
     try:
         jax.distributed.initialize(
             coordinator, int(count), int(index), cluster_detection_method="deactivate", initialization_timeout=300,
-            shutdown_timeout_seconds=30,
+            shutdown_timeout_seconds=30, coordinator_bind_address=_bind_address(coordinator),
         )  # fmt: skip
     except RuntimeError as error:
         raise InputError(f"process {index} of {count} could not join at {coordinator}: {error}") from None
@@ -58,6 +58,17 @@ def start(say: Callable[[str], None] = print) -> None:
     _client().key_value_set(f"jaxrl/host/{index}", socket.gethostname())
     _hosts.extend(_client().blocking_key_value_get(f"jaxrl/host/{i}", 60_000) for i in range(int(count)))
     say(f"process {index} of {count} on {_hosts[int(index)]}: {len(devices)} x {devices[0].device_kind}")
+
+
+def _bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens: at the coordinator's address. None, all interfaces, where its own host calls that by a
+    loopback address, as Debian does, which no other host would reach."""
+    host = coordinator.rpartition(":")[0]
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return None
+    return None if address.startswith("127.") and host not in (address, "localhost") else coordinator
 
 
 def chief() -> bool:

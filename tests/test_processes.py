@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_train import metrics, weights
 
+from jaxrl import distributed
 from jaxrl.distributed import TRY_AGAIN
 from jaxrl.sampling.servers import free_port
 
@@ -114,6 +115,23 @@ def test_sigterm_saves_and_asks_to_be_started_again(undisturbed: Path, base: Pat
     assert "stopped after step" in said[0]
     assert "going on from step" in complete(recipe)
     assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address", "bound"),
+    [
+        ("10.0.0.1:9000", "10.0.0.1", "10.0.0.1:9000"),
+        ("node1:9000", "10.0.0.1", "node1:9000"),
+        ("node1:9000", "127.0.1.1", None),
+        ("localhost:9000", "127.0.0.1", "localhost:9000"),
+        ("127.0.0.1:9000", "127.0.0.1", "127.0.0.1:9000"),
+    ],
+)
+def test_the_coordinator_listens_where_it_is_called(
+    coordinator: str, address: str, bound: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed.socket, "gethostbyname", lambda host: address)
+    assert distributed._bind_address(coordinator) == bound
 
 
 def test_one_that_does_not_come(base: Path, tmp_path: Path) -> None:
