@@ -36,13 +36,22 @@ def same_value(given: str, truth: str, wall_seconds: float = WALL_SECONDS) -> bo
 
 @functools.lru_cache(maxsize=1 << 14)  # the samples of a group repeat their answers
 def _ask(given: str, truth: str, wall_seconds: float) -> bool:
-    worker = _idle.pop() if _idle else Worker()
+    worker = _worker()
     answer = worker.ask(given, truth, wall_seconds)
     if answer is None:
         worker.close()
     else:
         _idle.append(worker)
     return bool(answer)
+
+
+def _worker() -> "Worker":
+    while _idle:
+        worker = _idle.pop()
+        if worker.process.poll() is None:
+            return worker
+        worker.close()
+    return Worker()
 
 
 def forget() -> None:

@@ -317,7 +317,7 @@ def test_follows_the_reference(devices, data, config, gather):
         assert_same_metrics(found, metrics)
 
 
-@pytest.mark.parametrize(("data", "gather"), [(1, "step"), (2, "layer")])
+@pytest.mark.parametrize(("data", "gather"), [(1, "step"), pytest.param(2, "layer", marks=pytest.mark.slow)])
 def test_two_processes_follow_the_reference(data, gather, tmp_path):
     """The mesh of 8 over two processes of 4, as two hosts have it; the last pays for sends in every layer."""
     with socket.socket() as free:
