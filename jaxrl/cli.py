@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ def main(argv: list[str] | None = None) -> None:
         args.run(args, overrides)
     except InputError as error:
         print("\n".join(f"jaxrl: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+        if argv is None and others:  # Orbax's wait ten minutes for a folder that could not be made
+            sys.stdout.flush()
+            os._exit(2)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the exit short
