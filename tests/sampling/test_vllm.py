@@ -345,6 +345,7 @@ def test_two_trainer_processes(
         "JAXRL_COORDINATOR": f"127.0.0.1:{servers.free_port()}",
         "JAXRL_PROCESSES": "2",
         "JAX_NUM_CPU_DEVICES": "2",
+        "JAXRL_API_KEY": api_key(),
     }
     processes = [
         tiny_run.jaxrl("train", recipe, "--samplers", urls, JAXRL_PROCESS=str(i), **shared) for i in range(2)
