@@ -149,7 +149,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def write_rollouts(
     directory: Path, step: int, groups: list[list[Rollout]], decode: Callable[[np.ndarray], str]
 ) -> None:
-    """rollouts/step_NNNNNN.jsonl: a row a rollout, with its token ids and log-probs (nats)."""
+    """rollouts/step_NNNNNN.jsonl: a row a rollout, with its token ids and log-probs (nats).
+
+    rollouts/vocabulary.json has the text of every token id that the files hold, so that no reader needs the tokenizer.
+    """
     rows = (
         {
             "step": step,
@@ -171,8 +174,17 @@ def write_rollouts(
     )
     folder = directory / "rollouts"
     folder.mkdir(exist_ok=True)
+    _add_to_vocabulary(folder / "vocabulary.json", groups, decode)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / f"step_{step:06d}.jsonl", text)
+
+
+def _add_to_vocabulary(path: Path, groups: list[list[Rollout]], decode: Callable[[np.ndarray], str]) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ids = np.unique(np.concatenate([r.tokens for group in groups for r in group] or [np.zeros(0, np.int32)]))
+    new = {str(i): decode(ids[n : n + 1]) for n, i in enumerate(ids) if str(i) not in known}
+    if new:
+        write_atomically(path, json.dumps(known | new, ensure_ascii=False))
 
 
 def write_atomically(path: Path, text: str) -> None:
