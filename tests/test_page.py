@@ -354,3 +354,25 @@ def test_a_hostile_text_would_not_run_even_as_markup(browser: Page, tmp_path: Pa
                "document.body.append(s)")  # fmt: skip
     assert "owned" not in browser.driver.title
     browser.driver.get_log("browser")  # what the policy refused is not the next test's error
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_run_of_4000_steps_and_20000_rollouts(browser: Page, tmp_path: Path) -> None:
+    from benchmarks import report as benchmark
+
+    run = tmp_path / "long"
+    benchmark.make_run(run)
+    path, _, _ = page_of(run)
+    assert path.stat().st_size < 20e6
+    browser.open(path)
+    browser.until("return document.getElementById('page').textContent.endsWith('20,480 rollouts')")
+    assert len(browser.traces('[data-metric="reward/mean"]')[0]["y"]) == 4000
+    search = (
+        "const began = performance.now(); document.getElementById('search').value = arguments[0]; list();"
+    )
+    milliseconds = browser.js(search + "return performance.now() - began", "therefore we have")
+    assert milliseconds < 2000
+    assert 0 < browser.js("return found.length") < 20_480
+    assert browser.js("return document.querySelectorAll('#list button').length") == 50
+    print(f"search: {milliseconds:.0f} ms")
