@@ -42,7 +42,7 @@ def render(
         {"name": run.name, "colour": colour, "metrics": _columns(run.rows), "evaluations": run.evaluations}
         for run, colour in zip(runs, colours, strict=True)
     ]
-    rollouts, notes = zip(*(_rollouts(run, megabytes * 10**6 // len(runs)) for run in runs), strict=True)
+    rollouts, notes = zip(*(_rollouts(run, megabytes, len(runs)) for run in runs), strict=True)
     checks = [(rule, [check(run, rule) for run in runs]) for rule in CHECKS]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxrl", "."),
@@ -60,7 +60,11 @@ def render(
         phases=PHASES,
         checks=checks,
         warned=[rule.title for rule, results in checks if any(warns for *_, warns in results)],
-        summary={key: [ends(series(run.rows, key)) for run in runs] for key in summary},
+        summary={
+            key: [ends(series(run.rows, key)) for run in runs]
+            for key in summary
+            if any(row.get(key) is not None for run in runs for row in run.rows)
+        },
         budgets=[budget(run) for run in runs],
         differences=_differences(runs),
         recipes=[(run.name, config.to_toml(run.recipe)) for run in runs if run.recipe],
@@ -100,8 +104,9 @@ def _differences(runs: list[Run]) -> list[tuple[str, Any, list[Any]]]:
     ]
 
 
-def _rollouts(run: Run, limit: int) -> tuple[dict[str, Any], str]:
-    """The stored rollouts, or the first of steps evenly spaced, up to `limit` bytes of files; and which in words."""
+def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[dict[str, Any], str]:
+    """The stored rollouts, or the first of steps evenly spaced, up to the run's share of bytes; and which in words."""
+    limit = megabytes * 10**6 // runs
     files = sorted((run.directory / "rollouts").glob("step_*.jsonl"))
     if not files:
         return {"prompts": [], "rows": []}, "no stored rollouts"
@@ -135,7 +140,7 @@ def _rollouts(run: Run, limit: int) -> tuple[dict[str, Any], str]:
     if size > limit:
         note += (
             f", of {len(files):,} steps stored: steps evenly spaced, of each the first {limit / len(chosen) / 1e6:.2g}"
-            f" of {size / len(files) / 1e6:.2g} MB; --rollouts {-(-size // 10**6)} takes in all"
+            f" of {size / len(files) / 1e6:.2g} MB; --rollouts {-(-size * runs // 10**6)} takes in all"
         )
     if not vocabulary:
         note += "; tokens are not shaded, since the run has no rollouts/vocabulary.json"

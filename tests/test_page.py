@@ -167,6 +167,15 @@ def test_a_run_without_vocabulary_or_rollouts_has_a_page(tmp_path: Path) -> None
     assert "tokens are not shaded" in text and "bare: no stored rollouts" in text
 
 
+def test_a_run_without_a_recipe_is_not_called_justrl(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "recipe.toml").write_text("")
+    assert "JustRL's in every key" in page_of(run)[2]
+    (run / "recipe.toml").unlink()
+    text = page_of(run)[2]
+    assert "in every key" not in text and "run has no recipe.toml that this version takes" in text
+
+
 @given(st.lists(st.sampled_from(["a", "ab", " a", "\ufffd", "", "é"])), st.sampled_from(["", "é", "😀", "x"]))
 def test_spans_cover_the_completion(pieces: list[str], extra: str) -> None:
     text = extra.join(pieces).replace("\ufffd", "")
