@@ -114,9 +114,16 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     plan.add_argument("--json", type=Path, help="also write the plan to this file")
     plan.set_defaults(run=_plan)
 
-    report = commands.add_parser("report", help="draw the curves of one run or several")
+    report = commands.add_parser("report", help="an HTML page and figures of one run or several")
     report.add_argument("runs", nargs="+", type=Path)
     report.add_argument("--out", type=Path, help="folder for the figures; default: report in the first run")
+    report.add_argument(
+        "--rollouts",
+        type=int,
+        default=100,
+        metavar="MB",
+        help="of rollout files to take into the page (default: 100)",
+    )
     report.set_defaults(run=_report)
 
     if argv[:1] == ["train"] and set(argv[1:]) <= {
@@ -292,9 +299,16 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> None:
+    from jaxrl import analysis
     from jaxrl.report import report
 
-    for path in report(args.runs, args.out):
+    written = report(args.runs, args.out, args.rollouts)
+    for directory in args.runs:
+        used = analysis.budget(analysis.read_run(directory))
+        print(
+            f"{directory}: " + ", ".join(f"{analysis.number(value)} {name}" for name, value in used.items())
+        )
+    for path in written:
         print(path)
 
 

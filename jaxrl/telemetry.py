@@ -209,7 +209,10 @@ def write_rollouts(
     decode: Callable[[np.ndarray], str],
     keep: int = 0,
 ) -> None:
-    """rollouts/step_NNNNNN.jsonl: a row a rollout, with its token ids and log-probs (nats); the newest `keep` stay."""
+    """rollouts/step_NNNNNN.jsonl: a row a rollout, with its token ids and log-probs (nats); the newest `keep` stay.
+
+    rollouts/vocabulary.json has the text of every token id that the files hold, so that no reader needs the tokenizer.
+    """
     rows = (
         {
             "step": step,
@@ -231,10 +234,19 @@ def write_rollouts(
     )
     folder = directory / "rollouts"
     folder.mkdir(exist_ok=True)
+    _add_to_vocabulary(folder / "vocabulary.json", groups, decode)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / f"step_{step:06d}.jsonl", text)
     for old in sorted(folder.glob("step_*.jsonl"))[:-keep] if keep else []:
         old.unlink()
+
+
+def _add_to_vocabulary(path: Path, groups: list[list[Rollout]], decode: Callable[[np.ndarray], str]) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ids = np.unique(np.concatenate([r.tokens for group in groups for r in group] or [np.zeros(0, np.int32)]))
+    new = {str(i): decode(ids[n : n + 1]) for n, i in enumerate(ids) if str(i) not in known}
+    if new:
+        write_atomically(path, json.dumps(known | new, ensure_ascii=False))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -9,8 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from jaxrl.analysis import smooth
 from jaxrl.errors import InputError
-from jaxrl.report import report, smooth
+from jaxrl.report import report
 
 
 def make_run(folder: Path, steps: int = 40, **missing: None) -> Path:
@@ -48,7 +49,7 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
     written = report([run])
     assert {p.name for p in written} == {
         "training.png", "reward.png", "entropy.png", "length.png", "clip_fraction.png", "grad_norm.png", "time.png",
-        "accuracy.png", "summary.md",
+        "accuracy.png", "summary.md", "report.html",
     }  # fmt: skip
     assert all(p.parent == run / "report" for p in written)
     assert all(colours(p) > 20 for p in written if p.suffix == ".png")
@@ -64,18 +65,19 @@ def test_a_second_run_changes_the_figures(tmp_path: Path) -> None:
 def test_summary_has_the_means_and_the_evaluations(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     evaluation(run, "before", 0, 0.2)
-    text = report([run])[-1].read_text()
+    text = report([run])[-2].read_text()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, last = (np.mean([row["reward/mean"] for row in part]) for part in (rows[:4], rows[-4:]))
     assert f"| reward/mean | {first:.4g} | {last:.4g} |" in text
     assert f"| policy/entropy | {np.mean([1, 0.99, 0.98]):.4g} |" in text  # the fourth is missing
     assert "| before | 0 | 0.200 | 0.180 to 0.220 | 500 x 8 |" in text
     assert "| update | 120.0 | 75.0% |" in text
+    assert "| hours a point of held-out accuracy |" not in text  # of one evaluation
 
 
 def test_runs_without_some_metrics_are_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=1, **{"update/clip_fraction": None})  # type: ignore[arg-type]
-    assert len(report([run])) == 8  # no accuracy.png
+    assert len(report([run])) == 9  # no accuracy.png
 
 
 def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:

@@ -76,6 +76,24 @@ def test_rollouts_keep_everything_a_reader_needs(tmp_path: Path) -> None:
     assert expected.items() <= rows[0].items() and rows[0]["logprobs"] == [-0.5, -1.5]
 
 
+def test_the_vocabulary_has_every_token_of_every_file(tmp_path: Path) -> None:
+    asked = []
+
+    def decode(ids: np.ndarray) -> str:
+        asked.append(ids.tolist())
+        return "".join(chr(64 + i) for i in ids)
+
+    for step, tokens in enumerate(([3, 4, 3], [4, 5])):
+        prompt = Prompt("p", np.array([9], np.int32), "42")
+        rollout = Rollout(
+            prompt, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), "stop", 0, 1.0
+        )
+        write_rollouts(tmp_path, step, [[rollout]], decode)
+    known = json.loads((tmp_path / "rollouts" / "vocabulary.json").read_text())
+    assert known == {"3": "C", "4": "D", "5": "E"}
+    assert asked.count([4]) == 1  # a token is decoded once a run
+
+
 def test_timer_adds_up_phases_that_come_twice() -> None:
     timer = Timer()
     for _ in range(2):

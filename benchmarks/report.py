@@ -1,0 +1,115 @@
+"""The report of a long run: seconds to write its page, the page's size, seconds until a browser shows it.
+
+    python -m benchmarks.report [--tokens 200]
+
+makes a run of 4,000 steps with 20,000 stored rollouts. The browser is Chromium with its driver, where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.contest import RESULTS
+from jaxrl.report import report
+from jaxrl.sampling.sampler import Prompt, Rollout
+from jaxrl.telemetry import write_rollouts
+
+WORDS = [
+    *"0123456789=+-.,\n",
+    *("so", "the", "sum", "of", "we", "have", "let", "Wait", "therefore", "square", "root"),
+]
+
+
+def make_run(folder: Path, steps: int = 4000, rollouts: int = 20_000, tokens: int = 200) -> None:
+    """Random curves in the shape of a long run's; rollouts of 80 steps, whose lengths are log-normal."""
+    rng = np.random.default_rng(0)
+    at = np.linspace(0, 1, steps)
+    names = [f"other/{i}" for i in range(12)] + ["update/grad_norm", "update/tokens"]
+    metrics = {name: rng.lognormal(size=steps) for name in names}
+    metrics |= {
+        "reward/mean": -0.6 + at**0.5 + rng.normal(0, 0.05, steps),
+        "policy/entropy": 1.2 + 0.2 * np.sin(9 * at) + rng.normal(0, 0.03, steps),
+        "response/length_mean": 7000 - 3000 * at**0.3 + rng.normal(0, 150, steps),
+    }
+    for phase, seconds in {"sample": 200, "update": 70, "publish": 3, "step": 280}.items():
+        metrics[f"time/{phase}"] = seconds * rng.lognormal(0, 0.03, steps)
+    folder.mkdir(parents=True)
+    rows = ({"step": i} | {name: float(v[i]) for name, v in metrics.items()} for i in range(steps))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept, group = 80, 8
+    for n, step in enumerate(range(0, steps, steps // kept)):
+        groups = []
+        for p in range(-(-rollouts // kept // group)):
+            prompt = Prompt(f"{n}-{p}", rng.integers(0, len(WORDS), 40), str(p))
+            lengths = np.maximum(rng.lognormal(np.log(tokens) - 0.3, 0.8, group).astype(int), 1)
+            groups.append(
+                [
+                    Rollout(
+                        prompt,
+                        rng.integers(0, len(WORDS), length),
+                        -rng.exponential(0.4, length).astype(np.float32) * (rng.random(length) < 0.4),
+                        "stop",
+                        step,
+                        float(rng.choice([-1, 1])),
+                    )
+                    for length in lengths
+                ]
+            )
+        write_rollouts(folder, step, groups, lambda ids: "".join(f" {WORDS[i]}" for i in ids))
+
+
+def seconds_to_show(page: Path) -> float | None:
+    """None without a browser."""
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if not all(programs):
+        return None
+    from selenium import webdriver
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(programs[0])
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    with webdriver.Chrome(options, webdriver.ChromeService(programs[1])) as browser:
+        began = time.monotonic()
+        browser.get(page.resolve().as_uri())
+        WebDriverWait(browser, 300, 0.05).until(
+            lambda b: b.execute_script("return document.documentElement.dataset.ready")
+        )
+        return time.monotonic() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=200, help="mean length of a rollout (default: 200)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "long"
+        make_run(run, tokens=args.tokens)
+        stored = sum(file.stat().st_size for file in (run / "rollouts").iterdir())
+        began = time.monotonic()
+        page = report([run])[-1]
+        wrote = time.monotonic() - began
+        shown = seconds_to_show(page)
+        result = {
+            "tokens": args.tokens,
+            "rollouts_mb": round(stored / 1e6, 1),
+            "page_mb": round(page.stat().st_size / 1e6, 1),
+            "report_seconds": round(wrote, 1),
+            "shown_seconds": round(shown, 1) if shown else None,
+        }
+    print(json.dumps(result, indent=2))
+    (RESULTS / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
