@@ -189,5 +189,5 @@ def test_old_rollouts_go(tmp_path: Path) -> None:
     rollout = Rollout(prompt, np.zeros(2, np.int32), np.zeros(2, np.float32), "stop", 0)
     for step in range(5):
         write_rollouts(tmp_path, step, [[rollout]], str, keep=2)
-    kept = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "rollouts").glob("step_*"))
     assert kept == ["step_000003.jsonl", "step_000004.jsonl"]
