@@ -1,0 +1,81 @@
+"""TRL's own GRPOTrainer, with a jaxrl recipe's hyperparameters; see benchmarks/vs_trl.py. Runs in TRL's environment."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from jaxrl.rewards import strict_boxed
+
+s = json.loads(sys.argv[1])
+out, updates = Path(s["out"]), s["updates"]  # optimizer steps to a batch of rollouts
+torch.set_num_threads(s["threads"])
+model = AutoModelForCausalLM.from_pretrained(s["model"], dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(s["model"])
+rows = [json.loads(line) for line in Path(s["data"]).read_text().splitlines()]
+# every parameter decays, and the first batch of `warmup` runs at rate 0: Trainer's own optimizer does neither
+optimizer = torch.optim.AdamW(model.parameters(), lr=s["learning_rate"], weight_decay=s["weight_decay"])
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min(1.0, (u // updates) / s["warmup"]))
+rewards: list[float] = []
+
+
+def reward(completions: list[str], answer: list[str], **_: object) -> list[float]:
+    rewards[:] = [strict_boxed(*pair) for pair in zip(completions, answer, strict=True)]
+    return list(rewards)
+
+
+class Record(TrainerCallback):
+    """A row of metrics a batch of rollouts, and the weights now and then; in a check, all that jaxrl is to repeat."""
+
+    def on_step_end(self, args, state, control, **_):
+        step, update = divmod(state.global_step, updates)
+        if s["rollouts"]:
+            model.save_pretrained(out / f"update_{state.global_step}")
+            if (
+                not update
+            ):  # TRL has shuffled the sequences of all prompts before it cut the batch into mini-batches
+                batches = trainer._buffered_inputs
+                named = {key: np.concatenate([b[key].numpy() for b in batches])
+                         for key in ("prompt_ids", "completion_ids", "completion_mask", "advantages")}  # fmt: skip
+                np.savez(out / f"order_{step - 1}.npz", **named)
+        elif not update:
+            with (out / "metrics.jsonl").open("a") as file:
+                file.write(
+                    json.dumps({"step": step - 1, "reward/accuracy": (np.mean(rewards) + 1) / 2}) + "\n"
+                )
+            if step % s["save_every"] == 0:
+                model.save_pretrained(out / f"step_{step}")
+
+
+def given(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+    """Rollouts from a file in place of sampled ones."""
+    batch = json.loads((Path(s["rollouts"]) / f"{trainer.state.global_step // updates}.json").read_text())
+    assert [tokenizer.encode(p, add_special_tokens=False) for p in prompts] == batch["prompt_ids"]
+    return batch
+
+
+trainer = GRPOTrainer(
+    model=model,
+    processing_class=tokenizer,
+    reward_funcs=reward,
+    train_dataset=Dataset.from_list(rows),
+    optimizers=(optimizer, scheduler),
+    callbacks=[Record()],
+    rollout_func=given if s["rollouts"] else None,
+    args=GRPOConfig(
+        output_dir=str(out), use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=10**9,
+        disable_tqdm=True, gradient_checkpointing=False, seed=s["seed"], shuffle_dataset=False,
+        max_steps=s["steps"] * updates, steps_per_generation=updates, num_generations=s["samples"],
+        per_device_train_batch_size=s["prompts"] * s["samples"] // updates,
+        max_completion_length=s["max_tokens"], temperature=1.0, top_p=1.0, top_k=0,
+        loss_type="bnpo",  # the token mean of a mini-batch
+        scale_rewards="group", beta=0.0, epsilon=s["clip_low"], epsilon_high=s["clip_high"], delta=s["dual_clip"],
+        max_grad_norm=s["max_grad_norm"],
+    ),
+)  # fmt: skip
+trainer.train()
