@@ -16,7 +16,7 @@ VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 vllm test test-slow test-golden test-gpu test-vllm lint clean
+.PHONY: help install demo smollm2 vllm test test-slow test-golden test-gpu test-vllm lint docs clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learnt (RUN=, SEED=)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-gpu     attention backends on this machine's GPU"
 	@echo "make test-vllm    sampling by real vLLM servers"
 	@echo "make lint         ruff, mypy and shellcheck"
+	@echo "make docs         the documentation as a site, build/site"
 
 install: $(VENV)/.installed
 
@@ -42,7 +43,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,gguf]'
 	@touch $@
 
-$(VENV)/.installed-lint: $(VENV)/.installed
+$(VENV)/.installed-$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+lint: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lint]'
 	@touch $@
 
@@ -98,6 +106,13 @@ test-vllm: $(VENV)/.installed-test vllm
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cuda]'
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -114,16 +114,24 @@ def run_jaxrl(base: Path, seed: int, steps: int, threads: int) -> dict[str, Any]
     return measured(recipe, base, seconds, rows, weights)
 
 
-def run_trl(base: Path, seed: int, steps: int, threads: int) -> dict[str, Any]:
+def run_trl(base: Path, seed: int, steps: int, threads: int, whole_groups: bool = False) -> dict[str, Any]:
     out = fresh(base / "trl")
     recipe = recipe_of(base, seed, steps, out)
-    seconds, rows = watch(trl_command(recipe, base, steps, threads, out), out, threads, base / "trl.log")
+    seconds, rows = watch(
+        trl_command(recipe, base, steps, threads, out, None, whole_groups), out, threads, base / "trl.log"
+    )
     weights = ((step, hf.load(out / f"step_{step}").params) for step in range(EVERY, steps + 1, EVERY))
     return measured(recipe, base, seconds, rows, weights)
 
 
 def trl_command(
-    recipe: config.Recipe, base: Path, steps: int, threads: int, out: Path, rollouts: Path | None = None
+    recipe: config.Recipe,
+    base: Path,
+    steps: int,
+    threads: int,
+    out: Path,
+    rollouts: Path | None = None,
+    whole_groups: bool = False,
 ) -> list[Any]:
     tokenizer = data.load_tokenizer(recipe.model.path)
     prompts = data.load_prompts(recipe.data, tokenizer).prompts
@@ -138,7 +146,7 @@ def trl_command(
         "max_tokens": recipe.rollout.max_tokens, "learning_rate": recipe.optimizer.learning_rate,
         "warmup": recipe.optimizer.warmup_steps, "weight_decay": recipe.optimizer.weight_decay,
         "max_grad_norm": recipe.optimizer.max_grad_norm, "clip_low": recipe.loss.clip_low,
-        "clip_high": recipe.loss.clip_high, "dual_clip": recipe.loss.dual_clip,
+        "clip_high": recipe.loss.clip_high, "dual_clip": recipe.loss.dual_clip, "whole_groups": whole_groups,
     }  # fmt: skip
     return [TRL / "bin/python", HERE / "contestants" / "trl_grpo.py", json.dumps(settings)]
 

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 
 from jaxrl.rewards import strict_boxed
 
@@ -19,6 +20,8 @@ model = AutoModelForCausalLM.from_pretrained(s["model"], dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(s["model"])
 rows = [json.loads(line) for line in Path(s["data"]).read_text().splitlines()]
 # every parameter decays, and the first batch of `warmup` runs at rate 0: Trainer's own optimizer does neither
+if s["whole_groups"]:
+    grpo_trainer.shuffle_sequence_dict = lambda batch: batch
 optimizer = torch.optim.AdamW(model.parameters(), lr=s["learning_rate"], weight_decay=s["weight_decay"])
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min(1.0, (u // updates) / s["warmup"]))
 rewards: list[float] = []

@@ -55,7 +55,7 @@ class Sampler(Protocol):
         each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
         first: int = 0,
     ) -> list[list[Rollout]]:
-        """Returns `samples` rollouts for each prompt: [P][G].
+        """Returns `samples` rollouts for each prompt, `[P][G]`.
 
         The randomness of sample g of prompt p depends on (*seed, first + p, g) alone. `each` is called with each one
         as it finishes, in any order; what it returns takes its place.
