@@ -245,12 +245,19 @@ def watch(
     trainers: Sequence[servers.Group], tend: Callable[[], int | None], args: argparse.Namespace, stop: Stop
 ) -> int:
     """Until all trainers have ended, or one has failed and the others had time to say so: the exit status."""
-    told, lost, look = 0, float("inf"), 0.0
+    told, lost, look, named = 0, float("inf"), 0.0, set[str]()
     while True:
         codes = [trainer.process.poll() for trainer in trainers]
         running = [trainer for trainer, code in zip(trainers, codes, strict=True) if code is None]
         if trainers and not running:
             return status(codes, stop)
+        for trainer, code in zip(
+            trainers, codes, strict=True
+        ):  # jax ends who loses the first, and names nobody
+            process = trainer.environment.get("JAXRL_PROCESS", "")
+            if process not in named and process and code and code < 0:
+                named.add(process)
+                say(f"process {process} on {args.here} was ended by {signal.Signals(-code).name}")
         if any(codes):
             lost = min(lost, time.monotonic() + NOTICE)
         for number, _ in stop.asked[told:]:

@@ -387,7 +387,7 @@ def test_a_trainer_that_is_killed_wants_another_try(folder: Path) -> None:
     run = Run(folder, False)
     trainers = run.running()
     os.kill(trainers[0][0], signal.SIGKILL)
-    run.end(distributed.TRY_AGAIN)
+    assert run.end(distributed.TRY_AGAIN).count("process 0 on 127.0.0.1 was ended by SIGKILL") == 1
     assert_gone(flat(trainers))
 
 
