@@ -43,17 +43,6 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,gguf]'
 	@touch $@
 
-$(VENV)/.installed-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
-	@touch $@
-
-docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
-
-lint: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lint]'
-	@touch $@
-
 SAMPLER ?= local
 DEMO := recipes/demo.toml --run.directory $(RUN) --model.path $(RUN)/base --data.path $(RUN)/train.jsonl \
         --eval.path $(RUN)/heldout.jsonl --run.seed $(SEED) \
@@ -113,6 +102,10 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lint]'
+	@touch $@
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ def measure(sequences: int, devices: int, seed: int) -> dict:
     began = time.perf_counter()
     batch = packing.pack(
         rollouts, np.ones(sequences, np.float32), devices=devices, streams=train.stream_lengths(recipe),
-        segments=recipe.packing.segments, buckets=buckets, normalization="token_mean", max_tokens=15_360,
+        segments=recipe.packing.segments, buckets=buckets,
         attention_cost=attended / dense,
     )  # fmt: skip
     seconds = time.perf_counter() - began

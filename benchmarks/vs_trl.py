@@ -194,9 +194,7 @@ def measured(
     model, tokenizer = hf.load(base / "base"), data.load_tokenizer(str(base / "base"))
     sampler = LocalSampler(model.config, dtype=recipe.model.dtype, slots=recipe.rollout.slots)
     prompts = train.load_held_out(recipe, tokenizer)
-    verify = train.verifier(
-        recipe.reward.verifier, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    )
+    verify = train.verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     params = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(base / "base"))
     held_out = []
     for step, trained in [(0, model.params), *weights]:
@@ -243,9 +241,7 @@ def check(base: Path, threads: int, steps: int = 3) -> dict[str, Any]:
     recipe = recipe_of(base, 1, steps, out)
     model, tokenizer = hf.load(base / "base"), data.load_tokenizer(str(base / "base"))
     mesh = train.make_mesh(1, 1)
-    verify = train.verifier(
-        recipe.reward.verifier, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    )
+    verify = train.verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     prompts = data.load_prompts(recipe.data, tokenizer).prompts
     sampler = LocalSampler(model.config, dtype="float32", slots=recipe.rollout.slots)
     sampler.publish(model.params, 0)
@@ -304,7 +300,6 @@ def pack(recipe: config.Recipe, chosen: list[tuple[Rollout, float]]) -> packing.
     return packing.pack(
         [rollout for rollout, _ in chosen], np.array([a for _, a in chosen], np.float32), devices=1,
         streams=train.stream_lengths(recipe), buckets=train.attention_buckets(recipe),
-        normalization=recipe.loss.normalization, max_tokens=recipe.rollout.max_tokens,
         segments=recipe.packing.segments,
     )  # fmt: skip
 

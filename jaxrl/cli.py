@@ -180,9 +180,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     mesh = train.make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     model = hf.load(folder, mesh=mesh)
     tokenizer = train.data.load_tokenizer(str(folder))
-    verify = train.verifier(
-        recipe.reward.verifier, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    )
+    verify = train.verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     prompts = train.load_held_out(recipe, tokenizer)
     out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
     sampling = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(folder))

@@ -143,6 +143,12 @@ class Reward(Section):
     verifier: Literal["strict_boxed", "minerva", "equivalent"] = "strict_boxed"
     """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork), minerva
     DAPO's `Answer:` line after normalising, equivalent is DeepScaleR's lenient one (needs <think> in the text)."""
+    with_prompt: bool = False
+    """Give the verifier the prompt's text before the response, whose template may hold <think> (DeepScaleR: true)."""
+    overlong_tokens: Count = 0
+    """Penalise answers that run into the last n tokens of rollout.max_tokens; 0 does not (JustRL's ablation: 4096)."""
+    overlong_penalty: NonNegative = 1.0
+    """What an answer of rollout.max_tokens loses; less in proportion below (verl overlong_buffer.penalty_factor)."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,15 @@ class Loss(Section):
     """The ratio is clipped above 1 + clip_high (verl clip_ratio_high)."""
     dual_clip: Annotated[float, Field(gt=1)] = 10.0
     """Bound of the loss for negative advantages, in units of -A (verl clip_ratio_c)."""
-    normalization: Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"] = "token_mean"
-    """How token losses of a mini-batch are averaged (verl loss_agg_mode = token-mean)."""
+    normalization: Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo", "verl_dynamic"] = (
+        "token_mean"
+    )
+    """How token losses of a mini-batch are averaged (verl loss_agg_mode = token-mean; what that came to, by rank and
+    micro-batch, is verl_dynamic, see docs/fidelity.md)."""
+    verl_ranks: Positive = 32
+    """Of verl_dynamic: ranks that share the sequences of a step (verl: one a GPU)."""
+    verl_tokens: Positive = 32_768
+    """Of verl_dynamic: tokens that a micro-batch may hold (verl ppo_max_token_len_per_gpu)."""
     skip_zero_advantage: bool = True
     """Leave groups that are all right or all wrong out of the device work: their loss is exactly 0 (ours)."""
     skip_first_old_logprobs: bool = True
@@ -387,6 +400,11 @@ def _impossible(r: Recipe) -> list[str]:
         r.rollout.prompts % r.optimizer.minibatch_prompts == 0,
         f"optimizer.minibatch_prompts = {r.optimizer.minibatch_prompts} does not divide rollout.prompts = "
         f"{r.rollout.prompts}; use a divisor",
+    )
+    require(
+        r.reward.overlong_tokens <= r.rollout.max_tokens,
+        f"reward.overlong_tokens = {r.reward.overlong_tokens} is more than rollout.max_tokens = "
+        f"{r.rollout.max_tokens}; lower it",
     )
     require(
         r.rollout.temperature > 0,

@@ -222,6 +222,7 @@ def write_rollouts(
             "answer": r.prompt.answer,
             "completion": decode(r.tokens),
             "score": r.score,
+            "reward": r.reward,
             "finish_reason": r.finish_reason,
             "tokens": len(r.tokens),
             "version": r.version,

@@ -23,12 +23,14 @@ from evals import heldout
 from jaxrl import checkpoint, config, data, distributed, telemetry
 from jaxrl.distributed import make_mesh, to_devices
 from jaxrl.errors import InputError
-from jaxrl.grpo import group_advantages, packing
+from jaxrl.grpo import group_advantages, packing, verl
 from jaxrl.grpo import update as grpo
+from jaxrl.grpo.advantages import sequence_weights
 from jaxrl.grpo.agreement import importance_weights, ratio_quantiles
 from jaxrl.hardware import HARDWARE
 from jaxrl.models import attention, decoder, hf
 from jaxrl.rewards import VERIFIERS
+from jaxrl.rewards.overlong import overlong_penalty
 from jaxrl.sampling import publish, servers
 from jaxrl.sampling.ahead import Ahead, Sampled
 from jaxrl.sampling.local import LocalSampler
@@ -59,7 +61,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
     model_config = hf.read_config(folder)
     tokenizer = data.load_tokenizer(str(folder))
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-    verify = verifier(recipe.reward.verifier, decode)
+    verify = verifier(recipe, decode)
     prompts = data.load_prompts(recipe.data, tokenizer)
     say(prompts.summary())
     held_out = load_held_out(recipe, tokenizer) if recipe.eval.every else []
@@ -142,7 +144,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
                 groups = [group for group in everyone if group]  # a server may refuse a prompt
             with timer("score"):
                 progress.phase("score")
-                rewards = np.array([[rollout.score for rollout in group] for group in groups])
+                rewards = np.array([[rollout.reward for rollout in group] for group in groups])
                 advantages = group_advantages(
                     rewards, recipe.advantage.epsilon, recipe.advantage.normalize_std
                 )
@@ -291,12 +293,17 @@ def abstract_state(model_config: decoder.Config, optimizer: Any, mesh: Any) -> g
     return grpo.abstract_state(params, optimizer, mesh)
 
 
-def verifier(name: str, decode: Callable[[Any], str]) -> Callable[[Rollout], Rollout]:
-    """Marks a rollout: the completion's text, special tokens removed, against the answer."""
-    judge = VERIFIERS[name]
+def verifier(recipe: config.Recipe, decode: Callable[[Any], str]) -> Callable[[Rollout], Rollout]:
+    """Marks a rollout: the completion's text, special tokens removed, against the answer; and its length."""
+    r, judge = recipe.reward, VERIFIERS[recipe.reward.verifier]
 
     def verify(rollout: Rollout) -> Rollout:
-        return dataclasses.replace(rollout, score=judge(decode(rollout.tokens), rollout.prompt.answer))
+        before = decode(rollout.prompt.tokens) if r.with_prompt else ""
+        score = judge(before + decode(rollout.tokens), rollout.prompt.answer)
+        penalty = overlong_penalty(
+            len(rollout.tokens), recipe.rollout.max_tokens, r.overlong_tokens, r.overlong_penalty
+        )
+        return dataclasses.replace(rollout, score=score, penalty=penalty)
 
     return verify
 
@@ -309,24 +316,37 @@ def minibatches(
     mesh: Any,
     stale: bool = False,
 ) -> Iterator[packing.PackedBatch]:
-    """Packs `minibatch_prompts` prompts at a time, in order. `stale`: some were sampled by older weights."""
+    """Packs the mini-batches of a step. `stale`: some were sampled by older weights."""
     skip = recipe.loss.skip_first_old_logprobs and not stale and recipe.sampler.correction == "none"
     dense, attended = decoder.forward_flops(model_config)
-    size = recipe.optimizer.minibatch_prompts
-    for first in range(0, len(groups), size):
+    rollouts = [rollout for group in groups for rollout in group]
+    for k, (chosen, weights) in enumerate(divided(recipe, rollouts)):
         yield packing.pack(
-            [rollout for group in groups[first : first + size] for rollout in group],
-            advantages[first : first + size].reshape(-1),
+            [rollouts[i] for i in chosen],
+            advantages.reshape(-1)[chosen],
             devices=mesh.size,
             streams=stream_lengths(recipe),
             segments=recipe.packing.segments,
             buckets=attention_buckets(recipe),
-            normalization=recipe.loss.normalization,
-            max_tokens=recipe.rollout.max_tokens,
+            weights=weights,
             attention_cost=attended / dense,
-            on_policy=first == 0 and skip,
+            on_policy=k == 0 and skip,
             skip_zero_advantage=recipe.loss.skip_zero_advantage,
         )
+
+
+def divided(recipe: config.Recipe, rollouts: list[Rollout]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The sequences of each mini-batch, `minibatch_prompts` prompts in order, and the weight of each one's tokens."""
+    response = np.array([len(r.tokens) for r in rollouts])
+    loss, size = recipe.loss, recipe.optimizer.minibatch_prompts * recipe.rollout.samples
+    if loss.normalization == "verl_dynamic":
+        lengths = [len(r.prompt.tokens) + len(r.tokens) for r in rollouts]
+        for mini in verl.divide(lengths, loss.verl_ranks, recipe.updates_per_step, loss.verl_tokens):
+            yield verl.weights(mini, response)
+        return
+    for first in range(0, len(rollouts), size):
+        chosen = np.arange(first, min(first + size, len(rollouts)))
+        yield chosen, sequence_weights(response[chosen], loss.normalization, recipe.rollout.max_tokens)
 
 
 def with_old_logprobs(
@@ -381,10 +401,10 @@ def run_evaluation(
 
 
 def rollout_metrics(groups: list[list[Rollout]], rewards: np.ndarray) -> dict[str, float]:
-    """Over all rollouts of a step; rewards are [P, G], +1 right, -1 wrong."""
+    """Over all rollouts of a step; rewards are [P, G], penalties included. What is right the verifier says."""
     flat = [rollout for group in groups for rollout in group]
     lengths = np.array([len(r.tokens) for r in flat])
-    right = rewards > 0
+    right = np.array([[rollout.score > 0 for rollout in group] for group in groups])
     return {
         "reward/mean": float(rewards.mean()),
         "reward/accuracy": float(right.mean()),

@@ -111,7 +111,7 @@ def learn(
         chosen = [problems[i] for i in rng.integers(len(problems), size=BATCH)]
         batch = packing.pack(
             [example(tokenizer, a, b, rng) for a, b in chosen], np.ones(BATCH, np.float32), devices=mesh.size,
-            streams=(STREAM,), buckets=buckets, normalization="token_mean", max_tokens=64, on_policy=True,
+            streams=(STREAM,), buckets=buckets, on_policy=True,
         )  # fmt: skip
         state, metrics = update(state, to_devices(batch, mesh))
     loss = float(metrics["logprob_diff_mean"])  # mean |log p - 0|: examples carry no sampler log-probs

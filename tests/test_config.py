@@ -241,6 +241,11 @@ IMPOSSIBLE = {
         ("optimizer.minibatch_prompts", "rollout.prompts = 256", "use a divisor"),
         {"optimizer": {"minibatch_prompts": 32}},
     ),
+    "penalty_longer_than_answers": (
+        {"reward": {"overlong_tokens": 20_000}},
+        ("reward.overlong_tokens = 20000", "rollout.max_tokens = 15360", "lower it"),
+        {"reward": {"overlong_tokens": 15_360}},
+    ),
     "greedy_training": (
         {"rollout": {"temperature": 0.0, "samples": 5}},
         ("rollout.temperature", "5 times", "raise it"),

@@ -59,8 +59,7 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
             answer = np.array([4, answered, 5, 1], np.int32)
             examples.append(Rollout(prompt, answer, np.zeros(4, np.float32), "stop", 0))
         batch = packing.pack(
-            examples, np.ones(32, np.float32), devices=mesh.size, streams=(256,), buckets=(8,),
-            normalization="token_mean", max_tokens=4, on_policy=True,
+            examples, np.ones(32, np.float32), devices=mesh.size, streams=(256,), buckets=(8,), on_policy=True,
         )  # fmt: skip
         state, _ = update(state, to_devices(batch, mesh))
     save(Model(decoder, state.params), folder)

@@ -24,7 +24,7 @@ for tokens, length, old in zip(batch["tokens"], batch["lengths"], batch["old_log
 buckets = packing.bucket_lengths(settings["bucket"], longest)
 dense, attended = decoder.forward_flops(model.config)
 packed = packing.pack(
-    rollouts, batch["advantages"], devices=1, buckets=buckets, normalization="token_mean", max_tokens=longest,
+    rollouts, batch["advantages"], devices=1, buckets=buckets,
     streams=packing.stream_lengths(settings["stream"], buckets[-1], math.lcm(settings["bucket"], chunk)),
     attention_cost=attended / dense,
 )  # fmt: skip

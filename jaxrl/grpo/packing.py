@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import numpy as np
 
-from jaxrl.grpo.advantages import Normalization, sequence_weights
+from jaxrl.grpo.advantages import sequence_weights
 from jaxrl.sampling.sampler import Rollout
 
 
@@ -130,8 +130,7 @@ def pack(
     devices: int,
     streams: tuple[int, ...],
     buckets: tuple[int, ...],
-    normalization: Normalization,
-    max_tokens: int,
+    weights: np.ndarray | None = None,
     segments: int = 64,
     attention_cost: float = 0.0,
     on_policy: bool = False,
@@ -143,7 +142,7 @@ def pack(
       rollouts: B sequences.
       advantages: [B] float32, one a sequence.
       devices, streams, segments, buckets, attention_cost: see `plan`.
-      normalization, max_tokens: how token losses are averaged, over all B sequences (see `token_weights`).
+      weights: [B] of each token of a sequence in the loss (see `sequence_weights`); None gives the token mean.
       on_policy: take the ratio as 1 (nothing has been updated since these were sampled).
       skip_zero_advantage: leave out sequences whose loss and gradient are exactly 0; the averages still count them.
 
@@ -152,7 +151,7 @@ def pack(
       for each stream length and no more; what is computed depends on `micro_batches`.
     """
     response = np.array([len(r.tokens) for r in rollouts])
-    weight = sequence_weights(response, normalization, max_tokens)
+    weights = sequence_weights(response, "token_mean", 0) if weights is None else weights
     kept = [i for i in range(len(rollouts)) if advantages[i] != 0 or not skip_zero_advantage]
     lengths = [len(rollouts[i].prompt.tokens) + len(rollouts[i].tokens) for i in kept]
     stream, places = plan(lengths, devices, streams, segments, buckets, attention_cost)
@@ -187,7 +186,7 @@ def pack(
         batch.positions[at][whole] = np.arange(length)
         batch.starts[at][filled[at]] = start
         batch.buckets[at][filled[at]] = np.searchsorted(buckets, length)
-        batch.weights[at][completion] = weight[i]
+        batch.weights[at][completion] = weights[i]
         batch.advantages[at][completion] = advantages[i]
         batch.sampler_logprobs[at][completion] = rollout.logprobs
         filled[at] += 1

@@ -28,7 +28,12 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     version: int  # of the weights that sampled it; the oldest, where they changed on the way
     score: float = float("nan")  # the verifier's, once scored
+    penalty: float = 0.0  # what the reward has beside the score, at most 0
     server: str = ""  # that sampled it, where there are several
+
+    @property
+    def reward(self) -> float:
+        return self.score + self.penalty
 
 
 @dataclasses.dataclass(frozen=True)

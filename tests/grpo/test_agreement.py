@@ -67,7 +67,7 @@ def make_batch(on_policy: bool) -> packing.PackedBatch:
     ]  # fmt: skip
     return packing.pack(
         rollouts, np.array([1, -1, 1], np.float32), devices=jax.device_count(), streams=(32,), buckets=(16,),
-        normalization="token_mean", max_tokens=16, on_policy=on_policy,
+        on_policy=on_policy,
     )  # fmt: skip
 
 

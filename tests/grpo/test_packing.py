@@ -29,7 +29,8 @@ class Case:
     on_policy: bool = False
 
     def pack(self) -> PackedBatch:
-        return pack(max_tokens=16, **vars(self))
+        weights = sequence_weights(np.array([len(r.tokens) for r in self.rollouts]), self.normalization, 16)
+        return pack(**{k: v for k, v in vars(self).items() if k != "normalization"}, weights=weights)
 
     def kept(self) -> list[int]:
         return [i for i, a in enumerate(self.advantages) if a or not self.skip_zero_advantage]

@@ -71,7 +71,7 @@ class Trainer(NamedTuple):
         packed, with_old = (
             pack(
                 rollouts, mini.advantages, devices=self.mesh.size, streams=(stream,), buckets=BUCKETS,
-                normalization="token_mean", max_tokens=LONGEST, **({"on_policy": mini.on_policy} | options),
+                **({"on_policy": mini.on_policy} | options),
             )
             for rollouts in (mini.rollouts, old)
         )  # fmt: skip
