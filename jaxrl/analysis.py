@@ -25,6 +25,7 @@ class Run:
     directory: Path
     rows: list[dict[str, Any]]  # metrics.jsonl
     evaluations: list[dict[str, Any]]  # eval/*.json by step
+    benchmarks: list[dict[str, Any]]  # eval/benchmarks/*.json by step
     recipe: config.Recipe | None  # None without a recipe.toml that this version takes
 
 
@@ -85,7 +86,9 @@ def read_run(directory: Path) -> Run:
         except InputError:
             recipe = None  # of an older version: curves and rollouts are still worth a report
     rows = read_metrics(directory / "metrics.jsonl")
-    return Run(directory.resolve().name, directory, rows, _evaluations(directory), recipe)
+    evaluations = sorted(_results(directory / "eval"), key=lambda result: (result["step"], result["name"]))
+    benchmarks = sorted(_results(directory / "eval" / "benchmarks"), key=lambda result: result["step"])
+    return Run(directory.resolve().name, directory, rows, evaluations, benchmarks, recipe)
 
 
 def series(rows: list[dict[str, Any]], key: str) -> np.ndarray:
@@ -116,43 +119,75 @@ def check(run: Run, rule: Check) -> tuple[float, float, bool]:
     return first, last, bool(rule.warns(first, last))
 
 
+def scores(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a file in eval/benchmarks: the measures of each benchmark by name, and of their average if there are more."""
+    found = dict(result["benchmarks"])
+    return found | ({"average": {"title": "Average"} | result["average"]} if len(found) > 1 else {})
+
+
 def budget(run: Run) -> dict[str, float]:
-    """What the run used so far: tokens, seconds by phase, and hours for a point of held-out accuracy.
+    """What the run used so far: tokens, seconds by phase, device hours, and hours for a point of accuracy.
 
     `tokens at most` is the formula of papers: steps x prompts x samples x longest sequence. Tokens sampled are those
-    of answers; trained on are those in updates, without groups that are all right or all wrong.
+    of answers; trained on are those in updates, without groups that are all right or all wrong. All devices are
+    occupied in every phase, the trainer's by its own and the sampler's by theirs (one a vLLM server is counted). Points
+    are of the average over benchmarks, or of held-out accuracy where there are none.
     """
     rows, used = run.rows, {"steps": float(len(run.rows))}
+    seconds = {phase: float(np.nansum(series(rows, f"time/{phase}"))) for phase in PHASES}
+    evaluations = float(sum(result.get("seconds", 0) for result in run.benchmarks))
+    total = float(np.nansum(series(rows, "time/step"))) + evaluations
+    used["tokens trained on"] = float(np.nansum(series(rows, "update/tokens")))
+    devices = ends(series(rows, "perf/devices"))[1]
     if run.recipe:
-        r = run.recipe.rollout
+        r, s = run.recipe.rollout, run.recipe.sampler
+        used["tokens at most"] = float(len(rows) * token_budget(run.recipe))
         prompts = r.prompts - np.nan_to_num(series(rows, "sampler/refused"))
-        longest = run.recipe.data.max_prompt_tokens + r.max_tokens
-        used["tokens at most"] = float(len(rows) * r.prompts * r.samples * longest)
         sampled = series(rows, "response/length_mean") * prompts * r.samples
         used["tokens sampled"] = float(np.nansum(sampled))
-    used["tokens trained on"] = float(np.nansum(series(rows, "update/tokens")))
-    for phase in PHASES:
-        used[f"seconds {phase.replace('_', ' ')}"] = float(np.nansum(series(rows, f"time/{phase}")))
-    used["seconds in all"] = float(np.nansum(series(rows, "time/step")))
-    if run.evaluations:
-        points = 100 * (run.evaluations[-1]["accuracy"] - run.evaluations[0]["accuracy"])
-        if points > 0:
-            used["hours a point of held-out accuracy"] = used["seconds in all"] / 3600 / points
+        devices += (len(s.urls) or s.servers) if r.engine == "vllm" else 0
+    used |= {f"seconds {phase.replace('_', ' ')}": spent for phase, spent in seconds.items()}
+    if evaluations:
+        used["seconds benchmarks"] = evaluations
+    used["seconds in all"] = total
+    unit = "hours"
+    if np.isfinite(devices):
+        used["devices"] = devices
+        used |= {
+            f"device {name}": spent * devices for name, spent in used.items() if name.startswith("seconds")
+        }
+        used["device hours in all"] = total * devices / 3600
+        unit = "device hours"
+    scores = [result["average"]["pass@1"] for result in run.benchmarks] or [
+        result["accuracy"] for result in run.evaluations
+    ]
+    points = 100 * (scores[-1] - scores[0]) if scores else 0
+    if points > 0:
+        used[f"{unit} a point of accuracy"] = total / 3600 / points * (devices if unit != "hours" else 1)
     return used
+
+
+def token_budget(recipe: config.Recipe) -> int:
+    """Tokens a step at most: prompts x samples x longest sequence."""
+    return (
+        recipe.rollout.prompts
+        * recipe.rollout.samples
+        * (recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
+    )
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if np.isfinite(value) else "-"
 
 
-def _evaluations(directory: Path) -> list[dict[str, Any]]:
+def _results(directory: Path) -> list[dict[str, Any]]:
     results = []
-    for path in sorted((directory / "eval").glob("*.json")):
+    for path in sorted(directory.glob("*.json")):
         try:
             results.append(json.loads(path.read_text()))
         except ValueError as error:
             raise InputError(f"{path}: not valid JSON ({error}); delete it and evaluate again") from None
-    return sorted(results, key=lambda result: (result["step"], result["name"]))
+    return results
 
 
 def _mean(values: np.ndarray) -> float:

@@ -237,17 +237,26 @@ class Checkpoint(Section):
 @dataclass(frozen=True)
 class Eval(Section):
     path: str = ""
-    """Held-out problems, a .parquet or .jsonl file with the training columns; empty evaluates nothing."""
+    """Held-out problems, a .parquet or .jsonl file with the training columns, marked by the run's verifier."""
+    benchmarks: str = ""
+    """Benchmarks to evaluate on during training, graded by rule, as `jaxrl eval --benchmarks` takes them (JustRL:
+    aime24,aime25,amc23)."""
+    benchmark_folder: str = ""
+    """Local copies of the benchmarks, as `jaxrl eval --data` takes them; empty downloads them."""
     every: Count = 0
     """Steps between evaluations during training; 0 evaluates only on request (JustRL: 50)."""
     problems: Count = 0
-    """Take the first n problems; 0 takes all."""
+    """Take the first n problems, of each benchmark too; 0 takes all."""
     samples: Positive = 8
-    """Responses per problem."""
+    """Responses per held-out problem."""
+    benchmark_samples: Count = 0
+    """Responses per problem of a benchmark; 0 takes the benchmark's own number, 32 or 4."""
+    max_tokens: Count = 0
+    """Longest response of an evaluation; 0 takes rollout.max_tokens (JustRL: 31744)."""
     temperature: NonNegative = 1.0
-    """Sampling temperature of evaluation."""
+    """Sampling temperature of evaluation (JustRL: 0.7)."""
     top_p: Share = 1.0
-    """Nucleus of evaluation."""
+    """Nucleus of evaluation (JustRL: 0.9)."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +282,11 @@ class Recipe:
     @property
     def updates_per_step(self) -> int:
         return self.rollout.prompts // self.optimizer.minibatch_prompts
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a prompt and its completion, evaluations included."""
+        return self.data.max_prompt_tokens + max(self.rollout.max_tokens, self.eval.max_tokens)
 
 
 def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -407,6 +421,10 @@ def _impossible(r: Recipe) -> list[str]:
         f"{r.rollout.max_tokens}; lower it",
     )
     require(
+        not r.eval.every or bool(r.eval.path or r.eval.benchmarks),
+        f"eval.every = {r.eval.every} with nothing to evaluate on; give eval.path or eval.benchmarks",
+    )
+    require(
         r.rollout.temperature > 0,
         f"rollout.temperature = 0 samples one answer {r.rollout.samples} times over; raise it, to 1.0 say",
     )
@@ -418,9 +436,5 @@ def _impossible(r: Recipe) -> list[str]:
         r.sampler.max_staleness == 0 or r.rollout.engine == "vllm",
         f"sampler.max_staleness = {r.sampler.max_staleness} needs a sampler on devices of its own; set rollout.engine "
         'to "vllm"',
-    )
-    require(
-        r.eval.every == 0 or r.eval.path != "",
-        f"eval.every = {r.eval.every} but eval.path is empty; name a file of held-out problems",
     )
     return problems

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from jaxrl import config
-from jaxrl.analysis import CHECKS, PHASES, Run, budget, check, ends, number, series
+from jaxrl.analysis import CHECKS, PHASES, Run, budget, check, ends, number, scores, series
 
 STEPS = 64  # at least so many steps' rollouts are taken into the page where not all fit
 
@@ -39,7 +39,13 @@ def render(
       megabytes: of rollout files to take in, of all runs together.
     """
     curves = [
-        {"name": run.name, "colour": colour, "metrics": _columns(run.rows), "evaluations": run.evaluations}
+        {
+            "name": run.name,
+            "colour": colour,
+            "metrics": _columns(run.rows),
+            "evaluations": run.evaluations,
+            "benchmarks": [{"step": result["step"], "scores": scores(result)} for result in run.benchmarks],
+        }
         for run, colour in zip(runs, colours, strict=True)
     ]
     rollouts, notes = zip(*(_rollouts(run, megabytes, len(runs)) for run in runs), strict=True)
@@ -64,6 +70,12 @@ def render(
             key: [ends(series(run.rows, key)) for run in runs]
             for key in summary
             if any(row.get(key) is not None for run in runs for row in run.rows)
+        },
+        benchmarks={
+            name: score.get("title", name)
+            for run in runs
+            for result in run.benchmarks
+            for name, score in scores(result).items()
         },
         budgets=[budget(run) for run in runs],
         differences=_differences(runs),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jaxrl import page
-from jaxrl.analysis import PHASES, Run, budget, ends, number, read_run, series, smooth
+from jaxrl.analysis import PHASES, Run, budget, ends, number, read_run, scores, series, smooth
 from jaxrl.telemetry import write_atomically
 
 # Okabe and Ito's palette, readable with any colour vision
@@ -37,7 +39,7 @@ SUMMARY = (
 
 
 def report(directories: list[Path], out: Path | None = None, megabytes: int = 100) -> list[Path]:
-    """Writes report.html, training.png (an overview), a PNG a panel, accuracy.png of evaluations, and summary.md.
+    """Writes report.html, training.png (an overview), a PNG a panel, accuracy.png and benchmarks.png, and summary.md.
 
     Args:
       directories: run folders; several are overlaid.
@@ -62,6 +64,11 @@ def report(directories: list[Path], out: Path | None = None, megabytes: int = 10
     written.insert(0, _save(out / "training.png", list(panels.values()), (13.5, 7.0)))
     if any(run.evaluations for run in runs):
         written.append(_save(out / "accuracy.png", [lambda axes: _accuracy(axes, runs)], (5.2, 3.4)))
+    names = list(dict.fromkeys(name for run in runs for result in run.benchmarks for name in scores(result)))
+    if names:
+        each: list[Callable[[Axes], None]] = [partial(_benchmark, runs=runs, name=name) for name in names]
+        size = (4.5 * min(3, len(names)), 3.4 * -(-len(names) // 3))
+        written.append(_save(out / "benchmarks.png", each, size))
     write_atomically(out / "summary.md", "\n".join(_summary(run) for run in runs))
     html = page.render(runs, _colours(len(runs)), PANELS, SUMMARY, megabytes)
     write_atomically(out / "report.html", html)
@@ -131,6 +138,23 @@ def _accuracy(axes: Axes, runs: list[Run]) -> None:
         axes.legend(frameon=False, fontsize=8)
 
 
+def _benchmark(axes: Axes, runs: list[Run], name: str) -> None:
+    """Mean score over steps with its 95% interval (Figure 1 of the paper)."""
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        points = [(r["step"], found[name]) for r in run.benchmarks if name in (found := scores(r))]
+        if points:
+            steps = [step for step, _ in points]
+            values = [100 * score["pass@1"] for _, score in points]
+            low, high = 100 * np.array([score["ci95"] for _, score in points]).T
+            axes.plot(steps, values, color=colour, marker="o", markersize=3, label=run.name)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.set_title(points[0][1].get("title", name), fontsize=10)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean score, percent")
+    if len(runs) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
 def _save(path: Path, draws: list[Callable[[Axes], None]], size: tuple[float, float]) -> Path:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
@@ -164,6 +188,17 @@ def _summary(run: Run) -> str:
             f"| {e['problems']} x {e['samples']} |"
             for e in run.evaluations
         ]
+    if run.benchmarks:
+        first, last = scores(run.benchmarks[0]), scores(run.benchmarks[-1])
+        lines += [
+            "",
+            f"| benchmark, rule only | step {run.benchmarks[0]['step']} | step {run.benchmarks[-1]['step']} |",
+        ]
+        lines += ["|---|---|---|"]
+        lines += [
+            f"| {score.get('title', name)} | {_percent(first.get(name))} | {_percent(score)} |"
+            for name, score in last.items()
+        ]
     lines += ["", "| phase | seconds | share |", "|---|---|---|"]
     total = np.nansum(series(rows, "time/step"))
     for phase in PHASES:
@@ -172,6 +207,13 @@ def _summary(run: Run) -> str:
     lines += ["", "| budget | used |", "|---|---|"]
     lines += [f"| {name} | {number(value)} |" for name, value in budget(run).items() if "seconds" not in name]
     return "\n".join([*lines, ""])
+
+
+def _percent(score: dict[str, Any] | None) -> str:
+    if not score:
+        return "-"
+    low, high = score["ci95"]
+    return f"{score['pass@1']:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _colours(count: int) -> list[str]:

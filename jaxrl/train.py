@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from evals import heldout
+from evals import during, heldout
 from jaxrl import checkpoint, config, data, distributed, telemetry
 from jaxrl.distributed import make_mesh, to_devices
 from jaxrl.errors import InputError
@@ -64,7 +64,8 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
     verify = verifier(recipe, decode)
     prompts = data.load_prompts(recipe.data, tokenizer)
     say(prompts.summary())
-    held_out = load_held_out(recipe, tokenizer) if recipe.eval.every else []
+    held_out = load_held_out(recipe, tokenizer) if recipe.eval.every and recipe.eval.path else []
+    tests = during.load(recipe, tokenizer) if recipe.eval.every and recipe.eval.benchmarks else {}
 
     optimizer = make_optimizer(recipe)
     update, score_logprobs = make_update(recipe, model_config, optimizer, mesh)
@@ -107,12 +108,14 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
         return sampler.generate(batch(at), recipe.rollout.samples, sampling, (recipe.run.seed, at), each)
 
     def evaluate(step: int) -> None:
-        """Writes eval/step_N.json, unless it is there from before a restart."""
+        """Writes eval/step_N.json and eval/benchmarks/step_N.json, unless they are there from before a restart."""
         out = directory / "eval" / f"step_{step:06d}.json"
-        if not recipe.eval.every or out.exists():
-            return
-        progress.phase("eval", total=len(held_out) * recipe.eval.samples)
-        run_evaluation(recipe, sampler, held_out, sampling, verify, progress, out, "step", step)
+        if held_out and not out.exists():
+            progress.phase("eval", total=len(held_out) * recipe.eval.samples)
+            run_evaluation(recipe, sampler, held_out, sampling, verify, progress, out, "step", step)
+        out = directory / "eval" / "benchmarks" / out.name
+        if tests and not out.exists():
+            run_benchmarks(recipe, sampler, tests, sampling, decode, progress, out, step, say)
 
     timer = telemetry.Timer()
     with (
@@ -174,7 +177,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
             if stale and recipe.sampler.correction == "none":  # the trainer's were not computed
                 metrics |= {name: np.nan for name in metrics if name.startswith(AGREEMENT)}
             metrics |= {"time/step": seconds, "perf/compilations": float(compilations.new())}
-            metrics |= telemetry.resources()
+            metrics |= telemetry.resources() | {"perf/devices": float(jax.device_count())}
             metrics |= performance(model_config, groups, updates, seconds, metrics["time/update"])
             if step == start:
                 metrics["time/first_step"] = time.monotonic() - started
@@ -265,7 +268,7 @@ def own_sampler(
         if s.servers:
             started = servers.running(
                 s.servers, s.vllm, str(folder), run / "servers", dtype=dtype, backend=transport.backend,
-                max_tokens=recipe.data.max_prompt_tokens + r.max_tokens, on_cpu=jax.default_backend() == "cpu", say=say,
+                max_tokens=recipe.max_tokens, on_cpu=jax.default_backend() == "cpu", say=say,
             )  # fmt: skip
             own = {server.url: server for server in stack.enter_context(started)}
         sampler = VLLMSampler(
@@ -390,7 +393,7 @@ def run_evaluation(
         progress.advance(1, len(rollout.tokens), rollout.server)
         return verify(rollout)
 
-    params = dataclasses.replace(sampling, temperature=e.temperature, top_p=e.top_p, top_k=0)
+    params = evaluation_params(recipe, sampling)
     own = sampler.generate(prompts, e.samples, params, (recipe.run.seed,), each)
     result = heldout.summary(sampler.gather(own, prompts, f"evaluation {name} {step}"), params)
     result = {"name": name, "step": step} | result
@@ -398,6 +401,44 @@ def run_evaluation(
         out.parent.mkdir(parents=True, exist_ok=True)
         telemetry.write_atomically(out, json.dumps(result, indent=2))
     return result
+
+
+def run_benchmarks(
+    recipe: config.Recipe, sampler: Shared, tests: dict[str, during.Test], sampling: SamplingParams,
+    decode: Callable[[Any], str], progress: telemetry.Progress, out: Path, step: int, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Scores on benchmarks of what the sampler holds, by rule, written to `out` as JSON."""
+
+    def each(rollout: Rollout) -> Rollout:
+        progress.advance(1, len(rollout.tokens), rollout.server)
+        return rollout
+
+    began = time.monotonic()
+    prompts = [prompt for test in tests.values() for prompt in test.prompts for _ in range(test.samples)]
+    progress.phase("benchmarks", total=len(prompts))
+    params = evaluation_params(recipe, sampling)
+    own = sampler.generate(prompts, 1, params, (recipe.run.seed,), each)
+    responses = sampler.gather(own, prompts, f"benchmarks after step {step}")
+    if not distributed.chief():
+        return
+    progress.phase("grading")
+    if not all(responses):
+        say(
+            f"no scores after step {step}: {responses.count([])} responses were refused by the sampler; see above why"
+        )
+        return
+    result = {"step": step} | during.scores(tests, [group[0] for group in responses], decode)
+    result |= {"temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    telemetry.write_atomically(out, json.dumps(result | {"seconds": time.monotonic() - began}, indent=2))
+
+
+def evaluation_params(recipe: config.Recipe, sampling: SamplingParams) -> SamplingParams:
+    e = recipe.eval
+    longest = e.max_tokens or recipe.rollout.max_tokens
+    return dataclasses.replace(
+        sampling, temperature=e.temperature, top_p=e.top_p, top_k=0, max_tokens=longest
+    )
 
 
 def rollout_metrics(groups: list[list[Rollout]], rewards: np.ndarray) -> dict[str, float]:

@@ -124,7 +124,7 @@ def plan(args: argparse.Namespace) -> dict[str, Part]:
             recipe.sampler.vllm, recipe.model.path, Path(recipe.run.directory) / "servers" / f"vllm_{i}.log",
             on_cpu=not args.sampler_gpus, host=host, port=args.port + 1 + k, dtype=recipe.model.dtype,
             backend={"files": "jaxrl_file", "nccl": "nccl"}[recipe.sampler.transport],
-            max_tokens=recipe.data.max_prompt_tokens + recipe.rollout.max_tokens,
+            max_tokens=recipe.max_tokens,
             environment={"CUDA_VISIBLE_DEVICES": gpus(k, tensor, first)} if args.sampler_gpus else {},
             options=[*(["--tensor-parallel-size", str(tensor)] if tensor > 1 else []), *args.vllm_options],
         ))  # fmt: skip

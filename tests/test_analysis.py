@@ -73,7 +73,23 @@ def test_budget_counts_what_was_sampled_and_what_was_trained_on(tmp_path: Path) 
     assert used["tokens sampled"] == 50 * 8 + 60 * 6 + 70 * 8
     assert used["tokens trained on"] == 800
     assert (used["seconds sample"], used["seconds in all"]) == (60, 1800)
-    np.testing.assert_allclose(used["hours a point of held-out accuracy"], 0.5 / 50)
+    np.testing.assert_allclose(used["hours a point of accuracy"], 0.5 / 50)
+
+
+def test_budget_counts_devices_servers_and_benchmarks(tmp_path: Path) -> None:
+    recipe = config.from_dict({"rollout": {"engine": "vllm"}, "sampler": {"servers": 6}})
+    (tmp_path / "eval" / "benchmarks").mkdir(parents=True)
+    for step, score in ((0, 0.3), (2, 0.35)):
+        result = {"step": step, "seconds": 50.0, "benchmarks": {}, "average": {"pass@1": score}}
+        (tmp_path / "eval" / "benchmarks" / f"{step}.json").write_text(json.dumps(result))
+    used = budget(
+        run(tmp_path, recipe, perf__devices=[2.0, 2.0], time__update=[10.0, 20.0], time__step=[100.0, 200.0])
+    )
+    assert used["devices"] == 8
+    assert (used["seconds update"], used["device seconds update"]) == (30, 240)
+    assert (used["seconds benchmarks"], used["seconds in all"]) == (100, 400)
+    np.testing.assert_allclose(used["device hours in all"], 8 * 400 / 3600)
+    np.testing.assert_allclose(used["device hours a point of accuracy"], 8 * 400 / 3600 / 5)
 
 
 def test_a_run_of_another_version_keeps_its_curves(tmp_path: Path) -> None:

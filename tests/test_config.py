@@ -246,6 +246,11 @@ IMPOSSIBLE = {
         ("reward.overlong_tokens = 20000", "rollout.max_tokens = 15360", "lower it"),
         {"reward": {"overlong_tokens": 15_360}},
     ),
+    "nothing_to_evaluate_on": (
+        {"eval": {"every": 50}},
+        ("eval.every = 50", "eval.path", "eval.benchmarks"),
+        {"eval": {"benchmarks": "aime24"}},
+    ),
     "greedy_training": (
         {"rollout": {"temperature": 0.0, "samples": 5}},
         ("rollout.temperature", "5 times", "raise it"),
@@ -260,11 +265,6 @@ IMPOSSIBLE = {
         {"sampler": {"max_staleness": 1}},
         ("sampler.max_staleness", "rollout.engine"),
         {"rollout": {"engine": "vllm"}, "sampler": {"servers": 2}},
-    ),
-    "evaluation_of_nothing": (
-        {"eval": {"every": 10}},
-        ("eval.every", "eval.path", "name a file"),
-        {"eval": {"path": "held_out.jsonl"}},
     ),
 }
 

@@ -47,6 +47,17 @@ def make_run(folder: Path, steps: int = 40, groups: int = 3, recipe: str = "[run
         result = {"name": "step", "step": step, "accuracy": accuracy}
         result |= {"ci95": [accuracy - 0.1, accuracy + 0.05], "problems": 50, "samples": 8}
         (folder / "eval" / f"step_{step}.json").write_text(json.dumps(result))
+    (folder / "eval" / "benchmarks").mkdir()
+    for step in (0, 40):
+        score = {
+            "title": "AIME 2024",
+            "pass@1": 0.25 + step / 100,
+            "ci95": [0.2, 0.7],
+            "length_mean": 100 + step,
+        }
+        other = {"title": "AMC 2023", "pass@1": 0.5, "ci95": [0.4, 0.6]}
+        result = {"step": step, "benchmarks": {"aime24": score, "amc23": other}, "average": score}
+        (folder / "eval" / "benchmarks" / f"step_{step}.json").write_text(json.dumps(result))
     for step in (0, 20):
         made = [[rollout(f"p{step}-{p}", g, step) for g in range(8)] for p in range(groups)]
         write_rollouts(folder, step, made, lambda ids: "".join(VOCABULARY[i] for i in ids))
@@ -105,6 +116,7 @@ def test_curves_and_rollouts_come_back_whole(tmp_path: Path) -> None:
     assert curves["metrics"]["policy/entropy"][3] is None
     assert curves["metrics"]["reward/mean"][13] == 13 / 40
     assert [e["accuracy"] for e in curves["evaluations"]] == [0.2, 0.5, 0.8]
+    assert [b["scores"]["average"]["pass@1"] for b in curves["benchmarks"]] == [0.25, 0.65]
     assert rollouts["prompts"][0] == ["p0-0", "two" + HOSTILE, "<b>4</b>"] and len(rollouts["prompts"]) == 6
     assert len(rollouts["rows"]) == 48
     step, prompt, sample, score, truncated, version, tokens, mean, text, lengths, costs = rollouts["rows"][31]
@@ -276,6 +288,14 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     np.testing.assert_allclose(held_out["error_y"]["arrayminus"], 0.1)
     phases = {t["name"]: t["y"] for t in browser.traces("#time")}
     assert phases["update"] == [3.0] * 39 and phases["other"] == [0.5] * 39  # the first step is left out
+    scores = browser.traces("#scores")
+    assert [t["name"] for t in scores] == ["one", "two"] and scores[0]["y"] == [0.25, 0.65]
+    np.testing.assert_allclose(scores[0]["error_y"]["array"], [0.45, 0.05])
+    browser.choose("#benchmark", "amc23")
+    assert browser.traces("#scores")[1]["y"] == [0.5, 0.5]
+    browser.choose("#benchmark", "aime24")
+    browser.choose("#measure", "length_mean")
+    assert browser.traces("#scores")[0]["y"] == [100, 140]
     browser.choose("#timed", "1")
     assert len(browser.traces("#time")[0]["y"]) == 29
 

@@ -38,6 +38,14 @@ def evaluation(folder: Path, name: str, step: int, accuracy: float) -> None:
     (folder / "eval" / f"{name}.json").write_text(json.dumps(result | {"problems": 500, "samples": 8}))
 
 
+def benchmarked(folder: Path, step: int, score: float) -> None:
+    (folder / "eval" / "benchmarks").mkdir(parents=True, exist_ok=True)
+    measured = {"pass@1": score, "ci95": [score - 0.1, score + 0.1]}
+    found = {name: {"title": name.upper()} | measured for name in ("aime24", "amc23")}
+    result = {"step": step, "seconds": 9.0, "benchmarks": found, "average": measured}
+    (folder / "eval" / "benchmarks" / f"step_{step}.json").write_text(json.dumps(result))
+
+
 def colours(path: Path) -> int:
     return len(np.unique(matplotlib.image.imread(path).reshape(-1, 4), axis=0))
 
@@ -72,7 +80,24 @@ def test_summary_has_the_means_and_the_evaluations(tmp_path: Path) -> None:
     assert f"| policy/entropy | {np.mean([1, 0.99, 0.98]):.4g} |" in text  # the fourth is missing
     assert "| before | 0 | 0.200 | 0.180 to 0.220 | 500 x 8 |" in text
     assert "| update | 120.0 | 75.0% |" in text
-    assert "| hours a point of held-out accuracy |" not in text  # of one evaluation
+    assert "hours a point of accuracy" not in text  # of one evaluation
+
+
+def test_benchmarks_have_a_figure_and_rows(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
+    for step, score in ((0, 0.25), (20, 0.5), (40, 0.75)):
+        benchmarked(run, step, score)
+    written = report([run, other])  # of which one was not evaluated
+    (figure,) = [p for p in written if p.name == "benchmarks.png"]
+    one = matplotlib.image.imread(figure)
+    assert one.shape[1] == round(3 * 4.5 * 130) and colours(figure) > 20  # two benchmarks and their average
+    text = written[-2].read_text()
+    assert "| benchmark, rule only | step 0 | step 40 |" in text
+    for name in ("AIME24", "AMC23", "Average"):
+        assert f"| {name} | 25.0% (15.0% to 35.0%) | 75.0% (65.0% to 85.0%) |" in text
+    benchmarked(other, 40, 0.1)
+    report([run, other])
+    assert (matplotlib.image.imread(figure) != one).any()
 
 
 def test_runs_without_some_metrics_are_drawn(tmp_path: Path) -> None:

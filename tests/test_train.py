@@ -89,11 +89,29 @@ def test_a_profile_has_the_phases(base: Path, tmp_path: Path) -> None:
     assert b"jit_update" in found or b"PjitFunction(update)" in found
 
 
-def test_training_longer_learns_to_copy(base: Path, tmp_path: Path) -> None:
-    finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 30, "checkpoint.every": 30}))
-    accuracy = [row["reward/accuracy"] for row in metrics(tmp_path / "run")]
-    assert np.mean(accuracy[:3]) < 0.6
-    assert np.mean(accuracy[-5:]) > 0.9
+def test_training_longer_learns_to_copy_and_benchmarks_show_it(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f'[digits]\npath = "{tmp_path}/problems.jsonl"\nsamples = 64\n')
+    changes = {"eval.benchmarks": str(tmp_path / "mine.toml"), "eval.every": 20, "eval.max_tokens": 12}
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 30, "checkpoint.every": 30} | changes)
+    finish("train", recipe)
+    folder = tmp_path / "run" / "eval" / "benchmarks"
+    results = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
+    assert [(r["step"], r["max_tokens"]) for r in results] == [(0, 12), (20, 12), (30, 12)]
+    rows = metrics(tmp_path / "run")
+    accuracy = [row["reward/accuracy"] for row in rows]
+    assert np.mean(accuracy[:3]) < 0.6 and np.mean(accuracy[-5:]) > 0.9
+    for result, near in zip(
+        results, (rows[:2], rows[19:22], rows[-2:]), strict=True
+    ):  # the first moves nothing
+        digits = result["benchmarks"]["digits"]
+        assert digits["samples"] == 64
+        trained = np.mean([row["reward/accuracy"] for row in near])
+        assert digits["pass@1"] == pytest.approx(trained, abs=0.15)  # of 192 answers, and of 128 and more
+    assert results[-1]["average"]["pass@1"] > results[0]["average"]["pass@1"] + 0.3
+    last = folder / "step_000030.json"
+    last.unlink()
+    finish("train", recipe, "--run.steps", "31")  # what is missing is made up for, the rest is kept
+    assert last.exists() and len(list(folder.iterdir())) == 4
 
 
 def test_a_finished_run_says_so(uninterrupted: Path) -> None:

@@ -21,8 +21,7 @@ from jaxrl.sampling.sampler import Prompt, Rollout
 SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"012"]
 
 
-def make_base(folder: Path, head_dim: int = 8) -> Path:
-    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2}: right half the time."""
+def make_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -32,6 +31,11 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
     fast.chat_template = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
+    return fast
+
+
+def make_base(folder: Path, head_dim: int = 8) -> Path:
+    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2}: right half the time."""
     shape = {
         "width": 4 * head_dim,
         "layers": 2,
@@ -63,7 +67,7 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
         )  # fmt: skip
         state, _ = update(state, to_devices(batch, mesh))
     save(Model(decoder, state.params), folder)
-    fast.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     return folder
 

@@ -19,9 +19,9 @@ torch.set_num_threads(s["threads"])
 model = AutoModelForCausalLM.from_pretrained(s["model"], dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(s["model"])
 rows = [json.loads(line) for line in Path(s["data"]).read_text().splitlines()]
-# every parameter decays, and the first batch of `warmup` runs at rate 0: Trainer's own optimizer does neither
-if s["whole_groups"]:
+if s["whole_groups"]:  # mini-batches of whole prompts in order, which TRL shuffles across prompts
     grpo_trainer.shuffle_sequence_dict = lambda batch: batch
+# every parameter decays, and the first batch of `warmup` runs at rate 0: Trainer's own optimizer does neither
 optimizer = torch.optim.AdamW(model.parameters(), lr=s["learning_rate"], weight_decay=s["weight_decay"])
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min(1.0, (u // updates) / s["warmup"]))
 rewards: list[float] = []

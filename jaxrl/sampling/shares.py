@@ -75,6 +75,7 @@ def encode(groups: Sequence[Sequence[Rollout]]) -> bytes:
             tokens=np.concatenate([np.zeros(0, np.int32), *(r.tokens for r in flat)]),
             logprobs=np.concatenate([np.zeros(0, np.float32), *(r.logprobs for r in flat)]),
             scores=np.array([r.score for r in flat], np.float64),
+            penalties=np.array([r.penalty for r in flat], np.float64),
             versions=np.array([r.version for r in flat], np.int64),
             stopped=np.array([r.finish_reason == "stop" for r in flat], bool),
         )
@@ -95,7 +96,7 @@ def decode(parts: Sequence[bytes], prompts: Sequence[Prompt]) -> list[list[Rollo
                 Rollout(
                     prompt, a["tokens"][ends[i] - a["lengths"][i] : ends[i]],
                     a["logprobs"][ends[i] - a["lengths"][i] : ends[i]], "stop" if a["stopped"][i] else "length",
-                    int(a["versions"][i]), float(a["scores"][i]),
+                    int(a["versions"][i]), float(a["scores"][i]), float(a["penalties"][i]),
                 )
                 for i in range(at, at + samples)
             ])  # fmt: skip

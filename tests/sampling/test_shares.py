@@ -22,7 +22,8 @@ def test_what_is_sent_arrives() -> None:
             rng.integers(9, size=length).astype(np.int32),
             rng.random(length).astype(np.float32),
         )
-        return Rollout(prompt, tokens, logprobs, "stop" if length % 2 else "length", length, float(-length))
+        finish = "stop" if length % 2 else "length"
+        return Rollout(prompt, tokens, logprobs, finish, length, float(-length), length / 8)
 
     groups = [
         [rollout(prompts[p], n) for n in lengths]
@@ -36,10 +37,12 @@ def test_what_is_sent_arrives() -> None:
     found = decode(parts, prompts)
     assert [len(group) for group in found] == [2, 2, 0, 2, 2]
     for a, b in zip((r for g in found for r in g), (r for g in groups for r in g), strict=True):
-        assert a.prompt is b.prompt and (a.finish_reason, a.version, a.score) == (
+        assert a.prompt is b.prompt
+        assert (a.finish_reason, a.version, a.score, a.reward) == (
             b.finish_reason,
             b.version,
             b.score,
+            b.reward,
         )
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
