@@ -31,7 +31,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.contest import HERE, RESULTS
-from evals import heldout
+from evals import during, heldout
 from jaxrl import config, data, train
 from jaxrl.analysis import smooth
 from jaxrl.checkpoint import Checkpoints
@@ -194,7 +194,7 @@ def measured(
     """Accuracy of each step's own samples, and of the weights on the held-out problems."""
     model, tokenizer = hf.load(base / "base"), data.load_tokenizer(str(base / "base"))
     sampler = LocalSampler(model.config, dtype=recipe.model.dtype, slots=recipe.rollout.slots)
-    prompts = train.load_held_out(recipe, tokenizer)
+    prompts = during.load_held_out(recipe, tokenizer)
     verify = train.verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     params = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(base / "base"))
     held_out = []

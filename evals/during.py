@@ -1,20 +1,24 @@
-"""Benchmarks during training: with the run's own instruction, answered by its sampler, graded by rule."""
+"""Evaluation during training, by the run's own sampler: held-out problems, marked by its verifier, and benchmarks, with
+its instruction and graded by rule."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evals import benchmarks, tables
+from evals import benchmarks, heldout, tables
 from evals.generate import Response
 from evals.grade import grade_many
-from jaxrl import config, data
+from jaxrl import config, data, distributed, telemetry
 from jaxrl.errors import InputError
-from jaxrl.sampling.sampler import Prompt, Rollout
+from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.sampling.shares import Shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,15 @@ class Test:
     samples: int
 
 
-def load(recipe: config.Recipe, tokenizer: Any) -> dict[str, Test]:
+def load_held_out(recipe: config.Recipe, tokenizer: Any) -> list[Any]:
+    if not recipe.eval.path:
+        raise InputError("eval.path is empty; name a .parquet or .jsonl file of held-out problems")
+    return data.load_prompts(
+        recipe.data, tokenizer, path=recipe.eval.path, limit=recipe.eval.problems
+    ).prompts
+
+
+def load_benchmarks(recipe: config.Recipe, tokenizer: Any) -> dict[str, Test]:
     """The benchmarks of `eval.benchmarks` by name.
 
     Raises:
@@ -80,3 +92,62 @@ def scores(
         found[name] = {"title": test.title} | tables.describe(groups) | tables.measure(marks[name], groups)
     average = tables.average({name: each.mean(axis=1) for name, each in marks.items()})
     return {"benchmarks": found, "average": average}
+
+
+def run_evaluation(
+    recipe: config.Recipe, sampler: Shared, prompts: list[Any], sampling: SamplingParams, verify: Any,
+    progress: telemetry.Progress, out: Path, name: str, step: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Held-out accuracy of what the sampler holds, written to `out` as JSON."""
+    e = recipe.eval
+
+    def each(rollout: Rollout) -> Rollout:
+        progress.advance(1, len(rollout.tokens), rollout.server)
+        return verify(rollout)
+
+    params = evaluation_params(recipe, sampling)
+    own = sampler.generate(prompts, e.samples, params, (recipe.run.seed,), each)
+    result = heldout.summary(sampler.gather(own, prompts, f"evaluation {name} {step}"), params)
+    result = {"name": name, "step": step} | result
+    if distributed.chief():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        telemetry.write_atomically(out, json.dumps(result, indent=2))
+    return result
+
+
+def run_benchmarks(
+    recipe: config.Recipe, sampler: Shared, tests: dict[str, Test], sampling: SamplingParams,
+    decode: Callable[[Any], str], progress: telemetry.Progress, out: Path, step: int, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Scores on benchmarks of what the sampler holds, by rule, written to `out` as JSON."""
+
+    def each(rollout: Rollout) -> Rollout:
+        progress.advance(1, len(rollout.tokens), rollout.server)
+        return rollout
+
+    began = time.monotonic()
+    prompts = [prompt for test in tests.values() for prompt in test.prompts for _ in range(test.samples)]
+    progress.phase("benchmarks", total=len(prompts))
+    params = evaluation_params(recipe, sampling)
+    own = sampler.generate(prompts, 1, params, (recipe.run.seed,), each)
+    responses = sampler.gather(own, prompts, f"benchmarks after step {step}")
+    if not distributed.chief():
+        return
+    progress.phase("grading")
+    if not all(responses):
+        say(
+            f"no scores after step {step}: {responses.count([])} responses were refused by the sampler; see above why"
+        )
+        return
+    result = {"step": step} | scores(tests, [group[0] for group in responses], decode)
+    result |= {"temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    telemetry.write_atomically(out, json.dumps(result | {"seconds": time.monotonic() - began}, indent=2))
+
+
+def evaluation_params(recipe: config.Recipe, sampling: SamplingParams) -> SamplingParams:
+    e = recipe.eval
+    longest = e.max_tokens or recipe.rollout.max_tokens
+    return dataclasses.replace(
+        sampling, temperature=e.temperature, top_p=e.top_p, top_k=0, max_tokens=longest
+    )

@@ -172,6 +172,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     recipe = config.load(args.recipe or run / "recipe.toml", overrides + _samplers(args))  # type: ignore[operator]
     step = _write_hf(run, run / "hf", "bfloat16") if run else 0
+    from evals import during
     from jaxrl import telemetry, train
     from jaxrl.models import hf
     from jaxrl.sampling.sampler import SamplingParams
@@ -181,7 +182,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     model = hf.load(folder, mesh=mesh)
     tokenizer = train.data.load_tokenizer(str(folder))
     verify = train.verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-    prompts = train.load_held_out(recipe, tokenizer)
+    prompts = during.load_held_out(recipe, tokenizer)
     out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
     sampling = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(folder))
     with (
@@ -190,7 +191,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     ):
         sampler.publish(model.params, 0)
         progress.phase("eval", total=len(prompts) * recipe.eval.samples)
-        result = train.run_evaluation(
+        result = during.run_evaluation(
             recipe, sampler, prompts, sampling, verify, progress, out, args.name, step
         )
     low, high = result["ci95"]

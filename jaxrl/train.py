@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import shutil
 import signal
@@ -19,10 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from evals import during, heldout
+from evals import during
 from jaxrl import checkpoint, config, data, distributed, telemetry
 from jaxrl.distributed import make_mesh, to_devices
-from jaxrl.errors import InputError
 from jaxrl.grpo import group_advantages, packing, verl
 from jaxrl.grpo import update as grpo
 from jaxrl.grpo.advantages import sequence_weights
@@ -64,8 +62,8 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
     verify = verifier(recipe, decode)
     prompts = data.load_prompts(recipe.data, tokenizer)
     say(prompts.summary())
-    held_out = load_held_out(recipe, tokenizer) if recipe.eval.every and recipe.eval.path else []
-    tests = during.load(recipe, tokenizer) if recipe.eval.every and recipe.eval.benchmarks else {}
+    held_out = during.load_held_out(recipe, tokenizer) if recipe.eval.every and recipe.eval.path else []
+    tests = during.load_benchmarks(recipe, tokenizer) if recipe.eval.every and recipe.eval.benchmarks else {}
 
     optimizer = make_optimizer(recipe)
     update, score_logprobs = make_update(recipe, model_config, optimizer, mesh)
@@ -112,10 +110,10 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
         out = directory / "eval" / f"step_{step:06d}.json"
         if held_out and not out.exists():
             progress.phase("eval", total=len(held_out) * recipe.eval.samples)
-            run_evaluation(recipe, sampler, held_out, sampling, verify, progress, out, "step", step)
+            during.run_evaluation(recipe, sampler, held_out, sampling, verify, progress, out, "step", step)
         out = directory / "eval" / "benchmarks" / out.name
         if tests and not out.exists():
-            run_benchmarks(recipe, sampler, tests, sampling, decode, progress, out, step, say)
+            during.run_benchmarks(recipe, sampler, tests, sampling, decode, progress, out, step, say)
 
     timer = telemetry.Timer()
     with (
@@ -372,73 +370,6 @@ def with_old_logprobs(
 def _corrected(batch: Any, correction: Any, cap: float) -> Any:
     weights = importance_weights(batch.old_logprobs, batch.sampler_logprobs, correction, cap)
     return batch.replace(weights=jax.numpy.where(batch.weights != 0, batch.weights * weights, 0.0))
-
-
-def load_held_out(recipe: config.Recipe, tokenizer: Any) -> list[Any]:
-    if not recipe.eval.path:
-        raise InputError("eval.path is empty; name a .parquet or .jsonl file of held-out problems")
-    return data.load_prompts(
-        recipe.data, tokenizer, path=recipe.eval.path, limit=recipe.eval.problems
-    ).prompts
-
-
-def run_evaluation(
-    recipe: config.Recipe, sampler: Shared, prompts: list[Any], sampling: SamplingParams, verify: Any,
-    progress: telemetry.Progress, out: Path, name: str, step: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Held-out accuracy of what the sampler holds, written to `out` as JSON."""
-    e = recipe.eval
-
-    def each(rollout: Rollout) -> Rollout:
-        progress.advance(1, len(rollout.tokens), rollout.server)
-        return verify(rollout)
-
-    params = evaluation_params(recipe, sampling)
-    own = sampler.generate(prompts, e.samples, params, (recipe.run.seed,), each)
-    result = heldout.summary(sampler.gather(own, prompts, f"evaluation {name} {step}"), params)
-    result = {"name": name, "step": step} | result
-    if distributed.chief():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        telemetry.write_atomically(out, json.dumps(result, indent=2))
-    return result
-
-
-def run_benchmarks(
-    recipe: config.Recipe, sampler: Shared, tests: dict[str, during.Test], sampling: SamplingParams,
-    decode: Callable[[Any], str], progress: telemetry.Progress, out: Path, step: int, say: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Scores on benchmarks of what the sampler holds, by rule, written to `out` as JSON."""
-
-    def each(rollout: Rollout) -> Rollout:
-        progress.advance(1, len(rollout.tokens), rollout.server)
-        return rollout
-
-    began = time.monotonic()
-    prompts = [prompt for test in tests.values() for prompt in test.prompts for _ in range(test.samples)]
-    progress.phase("benchmarks", total=len(prompts))
-    params = evaluation_params(recipe, sampling)
-    own = sampler.generate(prompts, 1, params, (recipe.run.seed,), each)
-    responses = sampler.gather(own, prompts, f"benchmarks after step {step}")
-    if not distributed.chief():
-        return
-    progress.phase("grading")
-    if not all(responses):
-        say(
-            f"no scores after step {step}: {responses.count([])} responses were refused by the sampler; see above why"
-        )
-        return
-    result = {"step": step} | during.scores(tests, [group[0] for group in responses], decode)
-    result |= {"temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    telemetry.write_atomically(out, json.dumps(result | {"seconds": time.monotonic() - began}, indent=2))
-
-
-def evaluation_params(recipe: config.Recipe, sampling: SamplingParams) -> SamplingParams:
-    e = recipe.eval
-    longest = e.max_tokens or recipe.rollout.max_tokens
-    return dataclasses.replace(
-        sampling, temperature=e.temperature, top_p=e.top_p, top_k=0, max_tokens=longest
-    )
 
 
 def rollout_metrics(groups: list[list[Rollout]], rewards: np.ndarray) -> dict[str, float]:

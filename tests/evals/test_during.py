@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_run
 
 from evals import during
 from jaxrl import config
 from jaxrl.errors import InputError
 from jaxrl.sampling.sampler import Rollout
+
+import tiny_run  # isort: skip
 
 
 TOKENIZER = tiny_run.make_tokenizer()
@@ -31,7 +32,7 @@ def recipe(folder: Path, **changes: object) -> config.Recipe:
 
 def test_prompts_have_the_training_instruction(tmp_path: Path) -> None:
     made = recipe(tmp_path, **{"data.suffix": "2"})
-    tests = during.load(made, TOKENIZER)
+    tests = during.load_benchmarks(made, TOKENIZER)
     assert {name: (t.title, t.samples, len(t.prompts)) for name, t in tests.items()} == {
         "digits": ("Digits", 4, 3), "again": ("again", 2, 3),
     }  # fmt: skip
@@ -42,7 +43,7 @@ def test_prompts_have_the_training_instruction(tmp_path: Path) -> None:
     "changes, samples", [({"eval.benchmark_samples": 7}, 7), ({"eval.temperature": 0.0}, 1), ({}, 4)]
 )
 def test_how_many_are_sampled(changes: dict, samples: int, tmp_path: Path) -> None:
-    tests = during.load(recipe(tmp_path, **changes), TOKENIZER)
+    tests = during.load_benchmarks(recipe(tmp_path, **changes), TOKENIZER)
     assert tests["digits"].samples == samples
 
 
@@ -51,11 +52,11 @@ def test_a_prompt_that_does_not_fit_is_named_before_training(tmp_path: Path) -> 
     with pytest.raises(
         InputError, match=r"a prompt of digits has 3 tokens; raise data\.max_prompt_tokens = 2"
     ):
-        during.load(made, TOKENIZER)
+        during.load_benchmarks(made, TOKENIZER)
 
 
 def test_scores_are_of_each_benchmark_by_rule(tmp_path: Path) -> None:
-    tests = during.load(recipe(tmp_path), TOKENIZER)
+    tests = during.load_benchmarks(recipe(tmp_path), TOKENIZER)
     right = {"digits": [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], "again": [[0, 1], [0, 0], [0, 1]]}
     texts, rollouts = [*(f"\\boxed{{{d}}}" for d in "012"), "none"], []
     for name, test in tests.items():
