@@ -88,8 +88,10 @@ def plain(params: decoder.Params, folder: Path) -> None:
 
 def server(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
     model = hf.load(options.model)
-    start = {"dtype": dtype, "max_tokens": 256, "on_cpu": jax.default_backend() == "cpu"}
-    with servers.running(1, options.vllm, options.model, folder / "logs", **start) as (one,):
+    place = servers.place(1, trains=True)
+    with servers.running(
+        1, options.vllm, options.model, folder / "logs", where=place, dtype=dtype, max_tokens=256
+    ) as (one,):
         sampler = VLLMSampler([one.url], publish.Files(model.config, folder / dtype, dtype))
         seconds = []
         for version in range(options.repeats):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -69,13 +68,14 @@ class Judge:
     """
 
     def __init__(
-        self, url: str, cache: Path, *, model: str = "", prompt: str = PROMPT, tail: int = TAIL, released: bool = False,
-        workers: int = 32, limit: float = 600.0,
+        self, url: str, cache: Path, *, key: str = "", model: str = "", prompt: str = PROMPT, tail: int = TAIL,
+        released: bool = False, workers: int = 32, limit: float = 600.0,
     ):  # fmt: skip
         """
         Args:
-          url: of the endpoint, with or without /v1. $JUDGE_API_KEY is sent to it where there is one.
+          url: of the endpoint, with or without /v1.
           cache: file of replies.
+          key: sent to the endpoint, where there is one.
           model: its name there; the first that the endpoint lists where empty.
           prompt: with {question}, {gold_answer} and {llm_response}.
           tail: characters of the response, from its end and after its thoughts, that are sent.
@@ -87,7 +87,6 @@ class Judge:
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._model, self._prompt, self._tail, self._released = model, prompt, tail, released
         self._workers = workers
-        key = os.environ.get("JUDGE_API_KEY")
         self._http = httpx.Client(
             timeout=httpx.Timeout(limit, connect=10.0),
             trust_env=False,

@@ -26,6 +26,7 @@ from evals.judge import Candidate, Judge
 from jaxrl import config, data, telemetry
 from jaxrl.errors import InputError
 from jaxrl.models import hf
+from jaxrl.sampling import servers
 from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
 
 SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
@@ -62,7 +63,8 @@ def evaluate(
     local: Path | None = None,
     samples: int = 0,
     protocol: Literal["default", "justrl_released"] = "default",
-    judge: Judge | None = None,
+    judge: Callable[[], contextlib.AbstractContextManager[Judge]] | None = None,
+    where: servers.Place = servers.CPU,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluates a model on benchmarks, and goes on where that was interrupted.
@@ -76,7 +78,8 @@ def evaluate(
       local: folder with local copies of the benchmarks.
       samples: responses to each problem; 0 takes each benchmark's own number.
       protocol: justrl_released seeds as JustRL's scripts do, and adds their figures; its judge is the caller's.
-      judge: reads what the rules refuse; None grades by rule only.
+      judge: opens what reads what the rules refuse; None grades by rule only.
+      where: vLLM servers run that are started.
 
     Returns:
       what is in results.json.
@@ -99,14 +102,17 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     settings = _settle(out, model, folder, recipe, protocol, tasks)
 
-    responses = _generate(folder, recipe, settings["seed"], tasks, out, tokenizer, say)
+    responses = _generate(folder, recipe, settings["seed"], tasks, out, tokenizer, where, say)
     rule = {}
     for task in tasks:
         flat = [response for group in responses[task.name] for response in group]
         right = grade_many([(response.response, response.answer) for response in flat])
         rule[task.name] = np.array(right).reshape(len(task.prompts), task.samples)
         say(f"{task.name}: {rule[task.name].mean():.2%} by rule")
-    labels = _ask(judge, tasks, responses, rule, say) if judge else {}
+    labels: dict[str, np.ndarray] = {}
+    if judge:
+        with judge() as asked:
+            labels = _ask(asked, tasks, responses, rule, say)
 
     per_problem: dict[str, dict[str, np.ndarray]] = {stage: {} for stage in tables.STAGES}
     found: dict[str, Any] = {}
@@ -126,7 +132,7 @@ def evaluate(
     results = {
         "model": model,
         "settings": settings,
-        "judge": judge and judge.settings(),
+        "judge": asked.settings() if judge else None,
         "benchmarks": found,
         "average": {
             stage: tables.average(scores) if len(scores) == len(tasks) else None
@@ -206,7 +212,7 @@ def _settle(
 
 def _generate(
     folder: Path, recipe: config.Recipe, seed: int, tasks: list[Task], out: Path, tokenizer: Any,
-    say: Callable[[str], None],
+    where: servers.Place, say: Callable[[str], None],
 ) -> dict[str, list[list[Response]]]:  # fmt: skip
     """Responses of all tasks; loads the model only if some are missing."""
     there = {task.name: len(read(task.path, len(task.prompts), task.samples)) for task in tasks}
@@ -238,7 +244,7 @@ def _generate(
     weights = hf.load(folder, mesh=mesh)
     responses = {}
     with (
-        train.own_sampler(recipe, folder, weights.config, mesh, say) as sampler,
+        train.own_sampler(recipe, folder, weights.config, mesh, say, where) as sampler,
         telemetry.Progress(len(tasks), 0, title="benchmarks", quiet=not sys.stdout.isatty()) as progress,
     ):
         sampler.publish(weights.params, 0)

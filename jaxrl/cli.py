@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     evaluate.add_argument("--samplers", metavar="URL,URL", help="sample by these vLLM servers")
     evaluate.add_argument(
-        "--servers", type=int, metavar="N", help="start N vLLM servers here and sample by them"
+        "--servers", type=_servers, metavar="N", help="start N vLLM servers here, or all: one on each GPU"
     )
     evaluate.add_argument("--out", help="file (--recipe) or folder (--benchmarks) to write; has a default")
     held_out = evaluate.add_argument_group("held-out problems")
@@ -73,8 +75,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--samples", type=_positive, default=0, help="responses to each problem; default: 32 or 4"
     )
     suite.add_argument("--protocol", choices=("default", "justrl_released"), default="default")
-    suite.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint of CompassVerifier-3B")
-    suite.add_argument("--judge-model", default="", help="its name there; default: the first one listed")
+    suite.add_argument(
+        "--judge",
+        metavar="URL|MODEL",
+        help="OpenAI-compatible endpoint of CompassVerifier-3B; or what to start it from",
+    )
+    suite.add_argument("--judge-model", default="", help="its name at a URL; default: the first one listed")
     suite.add_argument("--judge-prompt", type=Path, metavar="FILE", help="another prompt for the judge")
     suite.add_argument(
         "--judge-tail", type=_positive, help="characters of a response's end that the judge sees"
@@ -137,6 +143,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, rest
 
 
+def _servers(text: str) -> int:
+    if text != "all":
+        return _positive(text)
+    from jaxrl.sampling import servers
+
+    return max(1, len(servers.gpus()))
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -171,6 +185,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
             f"{args.model} is not a run folder; say what to evaluate on with --benchmarks LIST or --recipe FILE"
         )
     recipe = config.load(args.recipe or run / "recipe.toml", overrides + _samplers(args))  # type: ignore[operator]
+    where = _place(recipe)
     step = _write_hf(run, run / "hf", "bfloat16") if run else 0
     from evals import during
     from jaxrl import telemetry, train
@@ -186,7 +201,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
     sampling = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(folder))
     with (
-        train.open_sampler(recipe, folder, model.config, mesh, print) as sampler,
+        train.open_sampler(recipe, folder, model.config, mesh, print, where) as sampler,
         telemetry.Progress(1, 0, title=f"eval {args.name}") as progress,
     ):
         sampler.publish(model.params, 0)
@@ -207,6 +222,9 @@ def _benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
             "--recipe is for held-out problems and --benchmarks for benchmarks; give one of them"
         )
     from evals import benchmarks, judge, suite
+    from jaxrl.models import hf
+    from jaxrl.sampling import servers
+    from jaxrl.sampling.client import api_key
 
     chosen = benchmarks.select(args.benchmarks)
     base = config.from_dict(suite.PROTOCOL)
@@ -215,18 +233,47 @@ def _benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
     if recipe.eval.samples != base.eval.samples:
         raise InputError("--eval.samples is for held-out problems; benchmarks take --samples")
     prompt = judge.read_prompt(args.judge_prompt) if args.judge_prompt else judge.PROMPT
+    where = _place(recipe)  # before JAX looks for GPUs
+    started = args.judge if args.judge and "://" not in args.judge else ""
+    judge_place = servers.place(int(bool(started)), trains=recipe.rollout.engine == "local")
+    judge_folder = hf.resolve(started) if started else ""
     folder, out = _model_of(args.model, args.out)
-    asked = args.judge and judge.Judge(
-        args.judge, out / "judge.jsonl", model=args.judge_model, prompt=prompt,
-        tail=args.judge_tail or judge.TAIL, released=args.protocol == "justrl_released",
-    )  # fmt: skip
+
+    @contextlib.contextmanager
+    def asked() -> Iterator[judge.Judge]:
+        url, name, key = args.judge, args.judge_model, os.environ.get("JUDGE_API_KEY", "")
+        with contextlib.ExitStack() as stack:
+            if started:
+                name, key = started, api_key()
+                (server,) = stack.enter_context(servers.running(
+                    1, recipe.sampler.vllm, str(judge_folder), out / "judge", where=judge_place,
+                    dtype=recipe.model.dtype, max_tokens=0, chat=True,
+                    options=["--served-model-name", name, *recipe.sampler.vllm_options],
+                ))  # fmt: skip
+                url = server.url
+            yield judge.Judge(
+                url, out / "judge.jsonl", key=key, model=name, prompt=prompt, tail=args.judge_tail or judge.TAIL,
+                released=args.protocol == "justrl_released",
+            )  # fmt: skip
+
     with suite.alone(out):
         results = suite.evaluate(
-            args.model, folder, chosen, recipe, out,
-            local=args.data, samples=args.samples, protocol=args.protocol, judge=asked,
+            args.model, folder, chosen, recipe, out, local=args.data, samples=args.samples, protocol=args.protocol,
+            judge=asked if args.judge else None, where=where,
         )  # fmt: skip
     print((out / "results.md").read_text())
     print(f"{len(results['benchmarks'])} benchmarks -> {out}")
+
+
+def _place(recipe: config.Recipe) -> Any:
+    """Where servers run that are started to evaluate: on all GPUs, while this process does with a CPU."""
+    from jaxrl.sampling import servers
+
+    if recipe.rollout.engine == "vllm" and recipe.sampler.transport == "files":
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    return servers.place(recipe.sampler.servers, trains=False)
 
 
 def _model_of(model: str, out: str | None) -> tuple[Path, Path]:

@@ -116,6 +116,8 @@ class Sampler(Section):
     """vLLM servers to start on this machine instead, and to stop with the run (ours)."""
     vllm: str = ".venv-vllm/bin/vllm"
     """The vllm program that starts them, in an environment of its own: make vllm (ours)."""
+    vllm_options: tuple[str, ...] = ()
+    """More options for it, such as "--gpu-memory-utilization", "0.5" (ours)."""
     transport: Literal["files", "nccl"] = "files"
     """How weights get to the servers: by a file in sampler.folder, or broadcast from GPU to GPU (ours)."""
     folder: str = "/dev/shm/jaxrl"

@@ -43,12 +43,13 @@ AGREEMENT = ("sampler/logprob_diff", "sampler/ratio")
 
 def train(recipe: config.Recipe, say: Callable[[str], None] = print) -> None:
     """Trains until `run.steps`, from the newest checkpoint of the run folder where there is one."""
+    where = servers.place(recipe.sampler.servers, trains=True)
     distributed.start(say)  # jax takes SIGTERM for itself, so it comes first
     with graceful_stop(say) as stop, distributed.lookout(say):
-        _train(recipe, say if distributed.chief() else _silent, stop)
+        _train(recipe, where, say if distributed.chief() else _silent, stop)
 
 
-def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> None:
+def _train(recipe: config.Recipe, where: servers.Place, say: Callable[[str], None], stop: Stop) -> None:
     started, chief = time.monotonic(), distributed.chief()
     directory = Path(recipe.run.directory)
     if recipe.run.compilation_cache:
@@ -118,7 +119,7 @@ def _train(recipe: config.Recipe, say: Callable[[str], None], stop: Stop) -> Non
     timer = telemetry.Timer()
     with (
         closing(checkpoints),  # outermost: whatever happens, a write under way is finished
-        open_sampler(recipe, folder, model_config, mesh, say) as sampler,
+        open_sampler(recipe, folder, model_config, mesh, say, where) as sampler,
         telemetry.Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
         telemetry.MetricsWriter(directory, start, recipe.run.tensorboard)
         if chief
@@ -232,20 +233,22 @@ def make_update(recipe: config.Recipe, model_config: decoder.Config, optimizer: 
 
 @contextmanager
 def open_sampler(
-    recipe: config.Recipe, folder: Path, model_config: decoder.Config, mesh: Any, say: Callable[[str], None]
-) -> Iterator[Shared]:
-    """The recipe's sampler; vLLM servers that are started for it end with the context.
+    recipe: config.Recipe, folder: Path, model_config: decoder.Config, mesh: Any, say: Callable[[str], None],
+    where: servers.Place = servers.CPU,
+) -> Iterator[Shared]:  # fmt: skip
+    """The recipe's sampler; vLLM servers that are started for it, at their place, end with the context.
 
     With several processes, each samples its share of the prompts in process; only the first talks to vLLM servers.
     """
-    with own_sampler(recipe, folder, model_config, mesh, say) as sampler:
+    with own_sampler(recipe, folder, model_config, mesh, say, where) as sampler:
         yield Shared(sampler, jax.process_count() if recipe.rollout.engine == "local" else 1)
 
 
 @contextmanager
 def own_sampler(
-    recipe: config.Recipe, folder: Path, model_config: decoder.Config, mesh: Any, say: Callable[[str], None]
-) -> Iterator[Any]:
+    recipe: config.Recipe, folder: Path, model_config: decoder.Config, mesh: Any, say: Callable[[str], None],
+    where: servers.Place = servers.CPU,
+) -> Iterator[Any]:  # fmt: skip
     """This process's part of `open_sampler`."""
     r, s, dtype = recipe.rollout, recipe.sampler, recipe.model.dtype
     if r.engine == "local":
@@ -266,7 +269,7 @@ def own_sampler(
         if s.servers:
             started = servers.running(
                 s.servers, s.vllm, str(folder), run / "servers", dtype=dtype, backend=transport.backend,
-                max_tokens=recipe.max_tokens, on_cpu=jax.default_backend() == "cpu", say=say,
+                max_tokens=recipe.max_tokens, where=where, options=s.vllm_options, say=say,
             )  # fmt: skip
             own = {server.url: server for server in stack.enter_context(started)}
         sampler = VLLMSampler(

@@ -126,7 +126,8 @@ def plan(args: argparse.Namespace) -> dict[str, Part]:
             backend={"files": "jaxrl_file", "nccl": "nccl"}[recipe.sampler.transport],
             max_tokens=recipe.max_tokens,
             environment={"CUDA_VISIBLE_DEVICES": gpus(k, tensor, first)} if args.sampler_gpus else {},
-            options=[*(["--tensor-parallel-size", str(tensor)] if tensor > 1 else []), *args.vllm_options],
+            options=[*(["--tensor-parallel-size", str(tensor)] if tensor > 1 else []),
+                     *recipe.sampler.vllm_options, *args.vllm_options],
         ))  # fmt: skip
     return parts
 

@@ -37,6 +37,10 @@ ON_CPU = {
 REAPER = 'read _; kill -s KILL -- -"$0"'
 
 
+FULL_MEMORY = 0.9  # share of a GPU that serves alone
+TRAINERS_MEMORY, SERVERS_MEMORY = 0.62, 0.3  # of one that trains too
+
+
 @dataclasses.dataclass
 class Group:
     """A program and everything that it started: a process group of its own, which never outlives this process.
@@ -132,14 +136,22 @@ def command(
     on_cpu: bool,
     host: str = "127.0.0.1",
     backend: str = "jaxrl_file",
+    chat: bool = False,
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The `vllm serve` that VLLMSampler expects. `max_tokens`: of a prompt and its completion."""
-    always = {
-        "--host": host, "--port": str(port), "--dtype": dtype, "--max-model-len": str(max_tokens),
-        "--generation-config": "vllm",  # sampling parameters are the request's
+    """The `vllm serve` that VLLMSampler expects, or with `chat` one for people's requests, of weights that stay.
+
+    `max_tokens`: of a prompt and its completion; 0 takes the model's own limit.
+    """
+    weights = {
         "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
         "--weight-transfer-config": json.dumps({"backend": backend}),
+    }
+    always = {
+        "--host": host, "--port": str(port), "--dtype": dtype,
+        **({"--max-model-len": str(max_tokens)} if max_tokens else {}),
+        "--generation-config": "vllm",  # sampling parameters are the request's
+        **({} if chat else weights),
         "--middleware": "jaxrl.sampling.vllm_plugin.Guard",  # vLLM's own asks for the key on some routes only
     }  # fmt: skip
     cpu = [
@@ -156,8 +168,7 @@ def command(
         "serve",
         model,
         *flat,
-        "--enable-scale-out",
-        "--tokens-only",
+        *([] if chat else ["--enable-scale-out", "--tokens-only"]),
         *(cpu if on_cpu else []),
         *options,
     ]
@@ -217,12 +228,55 @@ def wait(server: Server, limit: float) -> None:
     raise InputError(f"{server.log}: the vLLM server was not ready after {limit:.0f} s; see its log")
 
 
+def gpus() -> list[str]:
+    """The GPUs that this process may use, by names that CUDA_VISIBLE_DEVICES takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name not in ("", "-1")]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i in range(len([line for line in listed.splitlines() if line.startswith("GPU ")]))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where servers are to run: a GPU for each, or the CPU, and what vLLM has to be told."""
+
+    gpus: Sequence[str] = ()
+    options: Sequence[str] = ()
+
+
+CPU = Place()
+
+
+def place(count: int, trains: bool) -> Place:
+    """The last GPUs of this machine for `count` servers; a process that trains keeps the others to itself.
+
+    Where there are too few, several share one, and so does the trainer, whose memory is then limited. Call it before
+    JAX has looked for GPUs.
+    """
+    names = gpus()
+    if not names or not count:
+        return CPU
+    if trains and len(names) > count:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[:-count])
+        return Place(names[-count:])
+    share = SERVERS_MEMORY if trains else FULL_MEMORY
+    if trains:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(TRAINERS_MEMORY))
+    on_one = -(-count // len(names))
+    chosen = [names[i % len(names)] for i in range(count)]
+    return Place(chosen, ["--gpu-memory-utilization", f"{share / on_one:.3g}"])
+
+
 @contextlib.contextmanager
 def running(
-    count: int, vllm: str, model: str, logs: Path, *, limit: float = 600, say: Callable[[str], None] = print,
-    **options: Any,
+    count: int, vllm: str, model: str, logs: Path, *, where: Place = CPU, limit: float = 600,
+    say: Callable[[str], None] = print, options: Sequence[str] = (), **more: Any,
 ) -> Iterator[list[Server]]:  # fmt: skip
-    """`count` servers that are ready, and are stopped on the way out, whatever the way; `options`: see `start`.
+    """`count` servers that are ready, and are stopped on the way out, whatever the way; `more`: see `start`.
 
     Raises:
       InputError: see `start` and `wait`.
@@ -230,7 +284,10 @@ def running(
     started: list[Server] = []
     try:
         for i in range(count):
-            started.append(start(vllm, model, logs / f"vllm_{i}.log", **options))
+            started.append(start(
+                vllm, model, logs / f"vllm_{i}.log", on_cpu=not where.gpus, options=[*where.options, *options],
+                environment={"CUDA_VISIBLE_DEVICES": where.gpus[i]} if where.gpus else {}, **more,
+            ))  # fmt: skip
         say(f"starting {count} vLLM servers; logs in {logs}")
         for server in started:
             wait(server, limit)

@@ -261,3 +261,33 @@ def test_by_servers(mine: Path, tmp_path: Path) -> None:
         assert by_sample(tmp_path / "local" / f"{name}.jsonl") == by_sample(
             tmp_path / "servers" / f"{name}.jsonl"
         )
+
+
+@pytest.mark.vllm
+def test_a_judge_is_started_from_its_weights(base: Path, mine: Path, tmp_path: Path) -> None:
+    """The judge is a tiny model too: what it says has no label, but it is asked, in its own words, and answers."""
+    model = tiny_run.make_base(tmp_path / "judge", head_dim=32)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    (tmp_path / "prompt").write_text("{question}{gold_answer}{llm_response}")
+    out, vllm = tmp_path / "out", os.environ.get("VLLM", ".venv-vllm/bin/vllm")
+    command = [
+        "eval",
+        base,
+        "--benchmarks",
+        mine,
+        "--out",
+        out,
+        "--samples",
+        4,
+        *OPTIONS,
+        "--sampler.vllm",
+        vllm,
+    ]
+    cli.main(list(map(str, [*command, "--judge", model, "--judge-prompt", tmp_path / "prompt"])))
+    results = json.loads((out / "results.json").read_text())
+    assert results["judge"]["model"] == str(model)
+    replies = [row["reply"] for row in rows(out / "judge.jsonl")]
+    assert replies and all("boxed" in reply for reply in replies)
+    digits = results["benchmarks"]["digits"]
+    assert set(digits["judge"]) == {"no label"} and digits["rule+model"]["pass@1"] == digits["rule"]["pass@1"]

@@ -53,9 +53,7 @@ def running(
     model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[servers.Server]]:
     logs = tmp_path_factory.mktemp("servers")
-    with servers.running(
-        2, VLLM, str(model[0]), logs, dtype="float32", max_tokens=64, on_cpu=True
-    ) as started:
+    with servers.running(2, VLLM, str(model[0]), logs, dtype="float32", max_tokens=64) as started:
         yield started
 
 
@@ -186,7 +184,7 @@ def test_nobody_there(model: tuple[Path, Model], tmp_path: Path) -> None:
 def test_kill_9_of_one_server_loses_nothing(model: tuple[Path, Model], tmp_path: Path) -> None:
     """Its requests move to the other; it is started again and has to take the newest weights first."""
     params = random_params(model[1], 9)
-    options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True}
+    options = {"dtype": "float32", "max_tokens": 64}
     with servers.running(2, VLLM, str(model[0]), tmp_path / "logs", **options) as started:
         own = {server.url: server for server in started}
         sampler = make_sampler(
@@ -219,7 +217,7 @@ def test_kill_9_of_one_server_loses_nothing(model: tuple[Path, Model], tmp_path:
 
 
 def test_untied_weights_and_then_no_server_left(untied: tuple[Path, Model], tmp_path: Path) -> None:
-    options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True}
+    options = {"dtype": "float32", "max_tokens": 64}
     with servers.running(1, VLLM, str(untied[0]), tmp_path / "logs", **options) as started:
         sampler = make_sampler([started[0].url], untied[1], tmp_path / "weights", patience=3)
         check_publishing(sampler, untied[1])
@@ -359,7 +357,7 @@ def test_two_trainer_processes(
 
 @pytest.fixture(scope="module")
 def by_nccl(model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
-    options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True, "backend": "nccl"}
+    options = {"dtype": "float32", "max_tokens": 64, "backend": "nccl"}
     with servers.running(1, VLLM, str(model[0]), tmp_path_factory.mktemp("nccl"), **options) as started:
         yield started[0]
 
@@ -428,7 +426,7 @@ def test_every_route_but_health_wants_the_key(
 
 def test_a_server_listens_where_it_was_told_to(model: tuple[Path, Model], tmp_path: Path) -> None:
     """127.0.0.2 is this machine too; a server on all interfaces would answer at 127.0.0.1."""
-    options = {"dtype": "float32", "max_tokens": 64, "on_cpu": True, "host": "127.0.0.2"}
+    options = {"dtype": "float32", "max_tokens": 64, "host": "127.0.0.2"}
     with servers.running(1, VLLM, str(model[0]), tmp_path / "logs", **options) as started:
         assert started[0].url.startswith("http://127.0.0.2:")
         sampler = make_sampler([started[0].url], model[1], tmp_path / "weights")
