@@ -356,7 +356,8 @@ def test_asked_to_stop_the_trainers_save_first(folder: Path, ssh: bool, number: 
     run = Run(folder, ssh)
     pids = flat(run.running())
     run.process.send_signal(number)
-    while not (folder / "saved0").exists():
+    deadline = time.monotonic() + 60
+    while not (folder / "saved0").exists() and time.monotonic() < deadline:
         assert all(map(alive, pids[4:]))  # a step that ends may need them
     run.end(status)
     assert (folder / "saved1").exists()
