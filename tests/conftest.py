@@ -6,7 +6,9 @@ The devices are set in this process only: a program that a test starts sees the 
 import os
 import signal
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell ignores it in what it starts in the background
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.update(
