@@ -1,9 +1,10 @@
 """Tokens a second of the in-process sampler and of transformers.generate: `python -m benchmarks.sampler_local`.
 
-Both sample the same prompts at temperature 1 in float32, one after the other in turns; every answer runs to its
-full length, so neither gains from refilling slots. transformers gets the prompts as one left-padded batch, and each
-number of threads that --threads names: on a machine that others use too, fewer can be faster by far. JAX uses
-every core it is given; `taskset -c 0` compares the two on one.
+Both sample the same prompts at temperature 1, one after the other in turns; every answer runs to its full length, so
+neither gains from refilling slots. transformers gets the prompts as one left-padded batch, and each number of threads
+that --threads names: on a machine that others use too, fewer can be faster by far. JAX uses every core it is given;
+`taskset -c 0` compares the two on one. On a GPU both run there, and share its memory by
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.45; --random takes a model's shapes without its weights.
 """
 
 import argparse
@@ -13,17 +14,20 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from jaxrl.models import hf
+from jaxrl.models import hf, initialise
+from jaxrl.plan import model_config
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.sampling.sampler import Prompt, SamplingParams
 
-RESULTS = Path(__file__).parent / "results" / "sampler_local.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -31,6 +35,8 @@ def main() -> None:
     parser.add_argument(
         "--model", default="models/smollm2-135m-instruct", help="Hugging Face folder or Hub id"
     )
+    parser.add_argument("--random", action="store_true", help="random weights, of a model that plan knows")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--sequences", type=int, default=64, help="decoded at once")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a sequence")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="length of the longest prompt")
@@ -41,7 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, cores()], help="torch's, each in turn")
     options = parser.parse_args()
 
-    folder = hf.resolve(options.model)
+    folder = random_weights(options.model, options.dtype) if options.random else hf.resolve(options.model)
     rng = np.random.default_rng(0)
     shortest = max(1, options.prompt_tokens // 2)
     lengths = rng.integers(shortest, options.prompt_tokens + 1, options.sequences // options.samples)
@@ -49,9 +55,9 @@ def main() -> None:
     vocabulary = hf.read_config(folder).vocab_size
     prompts = [rng.integers(vocabulary, size=n).astype(np.int32) for n in lengths]
     contestants: dict[str, Callable[[], None]] = {
-        "jaxrl": jaxrl_generate(folder, prompts, options.samples, options.tokens)
+        "jaxrl": jaxrl_generate(folder, prompts, options.samples, options.tokens, options.dtype)
     }
-    reference = transformers_generate(folder, prompts, options.samples, options.tokens)
+    reference = transformers_generate(folder, prompts, options.samples, options.tokens, options.dtype)
     for threads in dict.fromkeys(options.threads):
         contestants[f"transformers, {threads} threads"] = functools.partial(reference, threads)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -64,9 +70,17 @@ def main() -> None:
     report(options, seconds)
 
 
-def jaxrl_generate(folder: Path, prompts: list[np.ndarray], samples: int, tokens: int) -> Callable[[], None]:
+def random_weights(name: str, dtype: str) -> Path:
+    config, folder = model_config(name), Path(tempfile.mkdtemp(prefix="jaxrl-sampler-"))
+    hf.save(hf.Model(config, initialise(config, 0)), folder, dtype=dtype)
+    return folder
+
+
+def jaxrl_generate(
+    folder: Path, prompts: list[np.ndarray], samples: int, tokens: int, dtype: str
+) -> Callable[[], None]:
     model = hf.load(folder)
-    sampler = LocalSampler(model.config, dtype="float32", slots=len(prompts) * samples)
+    sampler = LocalSampler(model.config, dtype=dtype, slots=len(prompts) * samples)
     sampler.publish(model.params, 0)
     rows = [Prompt(str(i), row, "") for i, row in enumerate(prompts)]
 
@@ -78,24 +92,31 @@ def jaxrl_generate(folder: Path, prompts: list[np.ndarray], samples: int, tokens
 
 
 def transformers_generate(
-    folder: Path, prompts: list[np.ndarray], samples: int, tokens: int
+    folder: Path, prompts: list[np.ndarray], samples: int, tokens: int, dtype: str
 ) -> Callable[[int], None]:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = model.to(device)  # type: ignore[arg-type]
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, top_k=0, pad_token_id=0, max_new_tokens=tokens, num_return_sequences=samples
     )
     longest = max(map(len, prompts))
     rows = np.stack([np.pad(row, (longest - len(row), 0)) for row in prompts])
     mask = np.stack([np.arange(longest) >= longest - len(row) for row in prompts])
-    inputs = {"input_ids": torch.tensor(rows).long(), "attention_mask": torch.tensor(mask).long()}
+    inputs = {
+        "input_ids": torch.tensor(rows, device=device).long(),
+        "attention_mask": torch.tensor(mask, device=device).long(),
+    }
 
     def generate(threads: int) -> None:
         torch.set_num_threads(threads)
         with torch.inference_mode():
             out = model.generate(**inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
         assert out.shape == (len(prompts) * samples, longest + tokens)
 
     return generate
@@ -116,11 +137,13 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]]) -> None
         print(f"{name:<28}{rate:>10.1f}{statistics.median(s):>10.2f}{min(s):>10.2f}{max(s):>10.2f}")
     print(f"jaxrl / the faster transformers: {ratio:.2f}")
     setting = vars(options) | {
-        "model": Path(options.model).name, "dtype": "float32", "cores": cores(),
+        "model": Path(options.model).name, "device": jax.devices()[0].device_kind, "cores": cores(),
         "python": platform.python_version(), "platform": sys.platform,
     }  # fmt: skip
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(setting | {"results": results, "ratio": ratio}, indent=2) + "\n")
+    suffix = "" if setting["device"] == "cpu" else f"_{setting['device'].replace(' ', '_')}"
+    (RESULTS / f"sampler_local{suffix}.json").write_text(
+        json.dumps(setting | {"results": results, "ratio": ratio}, indent=2) + "\n"
+    )
 
 
 def cores() -> int:
