@@ -16,7 +16,7 @@ VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 vllm test test-slow test-golden test-gpu test-vllm lint docs clean
+.PHONY: help install demo smollm2 vllm test test-slow test-golden test-gpu gpu test-vllm lint docs clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learnt (RUN=, SEED=)"
@@ -25,7 +25,8 @@ help:
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
-	@echo "make test-gpu     attention backends on this machine's GPU"
+	@echo "make test-gpu     what only a GPU can show, on this machine's"
+	@echo "make gpu          that, and the benchmarks of a GPU (vLLM's part after make vllm)"
 	@echo "make test-vllm    sampling by real vLLM servers"
 	@echo "make lint         ruff, mypy and shellcheck"
 	@echo "make docs         the documentation as a site, build/site"
@@ -92,9 +93,22 @@ $(VLLM_VENV)/.installed-cuda: pyproject.toml
 test-vllm: $(VENV)/.installed-test vllm
 	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m vllm $(PYTEST)
 
-test-gpu: $(VENV)/.installed-test
+# GPU_PYTHON=python3 takes one that has everything already, and installs nothing
+GPU_PYTHON ?=
+ON_GPU      = $(or $(GPU_PYTHON),$(BIN)/python)
+
+$(VENV)/.installed-cuda: $(VENV)/.installed-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cuda]'
-	$(BIN)/python -m pytest -m gpu $(PYTEST)
+	@touch $@
+
+test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed-cuda)
+	$(ON_GPU) -m pytest -m gpu tests/test_gpu.py $(PYTEST)
+
+gpu: test-gpu
+	$(ON_GPU) -m benchmarks.update_gpu
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.45 $(ON_GPU) -m benchmarks.sampler_local --random --dtype bfloat16 \
+	  --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --sequences 256 --samples 8 --tokens 256 --threads 8
+	test ! -x $(VLLM)/vllm || $(ON_GPU) -m benchmarks.step_gpu --vllm $(VLLM)/vllm
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'

@@ -7,6 +7,8 @@ PyTorch runs transformers' model with SDPA, autocast and gradient checkpointing,
 
 MFU counts the FLOPs that the tokens need: three forward passes (the matrices of the layers and the LM head, causal
 attention over true lengths), nothing for recomputation, padding or the embedding's lookup; over the data sheet's peak.
+The floor is the time of those FLOPs at the rate of the MLP's matrix product, measured, and of reading and writing the
+state once (parameters, two moments and gradients in float32) at the rate of a copy.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from benchmarks.contest import RESULTS, Contestant, Stopped, answer_lengths, wri
 from benchmarks.update_cpu import MODEL as TINY
 from jaxrl.hardware import HARDWARE
 from jaxrl.models.attention import Backend
-from jaxrl.models.decoder import Remat, forward_flops
-from jaxrl.plan import KNOWN
+from jaxrl.models.decoder import Config, Remat, forward_flops
+from jaxrl.plan import KNOWN, parameters
 
 MODEL = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"]
 PROMPT, LONGEST = 150, 16_384
@@ -43,6 +45,9 @@ def main() -> None:
     parser.add_argument("--bucket", type=int, default=512, help="attention lengths are multiples of it")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens whose logits exist at one time")
     parser.add_argument("--steps", type=int, default=2, help="timed, after one that compiles")
+    parser.add_argument(
+        "--profile", type=Path, help="trace an update of the best configuration there, for XProf"
+    )
     parser.add_argument("--minutes", type=float, default=8, help="for all; what is left then is not run")
     parser.add_argument("--torch", default=sys.executable, help="a Python that has torch and transformers")
     parser.add_argument(
@@ -73,6 +78,7 @@ def main() -> None:
         peak = next((hardware.flops for name, hardware in HARDWARE.items() if name in device["device"]), None)
         record = vars(options) | {"lengths": lengths.tolist(), "peak_flops": peak} | device
         record |= {"model": vars(model), "environment": environment}
+        record["floor_seconds"] = floor_seconds(lengths, model, device)
         show_device(record)
         out = RESULTS / f"update_gpu_{device['device'].replace(' ', '_')}.json"
         out.parent.mkdir(exist_ok=True)
@@ -90,8 +96,27 @@ def main() -> None:
                 found = {"failed": str(stopped)}
             rows.append(configuration | found)
             show(rows[-1])
-            out.write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
-    show_ratio(rows)
+            out.write_text(json.dumps(record | {"rows": rows}, indent=2, default=str) + "\n")
+        show_ratio(rows)
+        if options.profile and (best := fastest(rows, "jaxrl_update")):
+            settings = common | {name: best[name] for name in ("stream", "backend", "remat", "chunk")}
+            with Contestant(
+                "jaxrl_update",
+                sys.executable,
+                folder,
+                settings | {"profile": str(options.profile)},
+                environment,
+            ) as contestant:
+                contestant.ask()
+                contestant.ask("profile")
+            print(f"traced in {options.profile}")
+
+
+def floor_seconds(lengths: np.ndarray, model: Config, device: dict[str, Any]) -> float:
+    dense, attended = forward_flops(model)
+    forward = dense * lengths.sum() + attended * (lengths.astype(float) ** 2).sum() / 2
+    state = 7 * 4 * parameters(model)  # read: parameters, moments, gradients; written: the first three
+    return float(3 * forward / device["mlp_flops"] + state / device["copy_bytes"])
 
 
 def sequences(tokens: int, longest: int, prompt: int) -> np.ndarray:
@@ -153,7 +178,7 @@ def show_device(record: dict[str, Any]) -> None:
     print(f"{sum(record['lengths']):,} tokens an update")
     for name in ("matmul_flops", "mlp_flops"):
         print(f"{name.replace('_', ' ')}: {record[name] / 1e12:.1f} TFLOP/s measured", end="; ")
-    print(f"copy: {record['copy_bytes'] / 1e9:.0f} GB/s")
+    print(f"copy: {record['copy_bytes'] / 1e9:.0f} GB/s; an update's floor: {record['floor_seconds']:.3f} s")
     print(f"MFU is over {'the data sheet' if record['peak_flops'] else 'the measured matrix product'}\n")
     print(
         f"{'':<14}{'stream':>8}{'attention':>14}{'remat':>11}{'chunk':>7}{'tokens/s':>10}{'MFU':>7}{'seconds':>9}"
@@ -173,15 +198,16 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+def fastest(rows: list[dict[str, Any]], program: str) -> dict[str, Any] | None:
+    done = [row for row in rows if row["program"] == program and "failed" not in row]
+    return max(done, key=lambda row: row["tokens_per_second"], default=None)
+
+
 def show_ratio(rows: list[dict[str, Any]]) -> None:
-    best = {
-        program: max(
-            (r["tokens_per_second"] for r in rows if r["program"] == program and "failed" not in r), default=0
-        )
-        for program in ("jaxrl_update", "torch_update")
-    }
-    if all(best.values()):
-        print(f"\njaxrl's best / PyTorch's best: {best['jaxrl_update'] / best['torch_update']:.2f}")
+    ours, theirs = (fastest(rows, program) for program in ("jaxrl_update", "torch_update"))
+    if ours and theirs:
+        ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
+        print(f"\njaxrl's best / PyTorch's best: {ratio:.2f}")
 
 
 if __name__ == "__main__":

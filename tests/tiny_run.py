@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxrl import config
@@ -66,6 +67,9 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
             examples, np.ones(32, np.float32), devices=mesh.size, streams=(256,), buckets=(8,), on_policy=True,
         )  # fmt: skip
         state, _ = update(state, to_devices(batch, mesh))
+        jax.block_until_ready(
+            state
+        )  # collectives of steps that wait for each other can stall XLA's threads on a CPU
     save(Model(decoder, state.params), folder)
     make_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))

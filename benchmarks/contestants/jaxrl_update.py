@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -46,8 +47,10 @@ for request in sys.stdin:
     if request.strip() == "score":
         jax.block_until_ready(score(state.params, packed))
     else:
-        state, metrics = update(state, packed)
-        jax.block_until_ready(state)
+        traced = request.strip() == "profile"
+        with jax.profiler.trace(settings["profile"]) if traced else nullcontext():
+            state, metrics = update(state, packed)
+            jax.block_until_ready(state)
         found = {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     print(json.dumps(found | {"executed_tokens": executed, "peak_bytes": peak}), flush=True)
