@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_train import metrics, weights
@@ -64,21 +66,30 @@ def assert_same_weights(one: Path, two: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    complete(tiny_run.write_recipe(folder, base))
+    complete(tiny_run.write_recipe(folder, base, **benchmark(folder)))
     return folder / "run"
 
 
+def benchmark(folder: Path) -> dict[str, Any]:
+    """What has a recipe evaluate on a benchmark at its beginning and end."""
+    (folder / "mine.toml").write_text(f'[digits]\npath = "{folder}/problems.jsonl"\nsamples = 8\n')
+    return {"eval.benchmarks": str(folder / "mine.toml"), "eval.every": 100}
+
+
 def test_two_processes_sample_and_train_as_one(undisturbed: Path, base: Path, tmp_path: Path) -> None:
-    process = tiny_run.jaxrl(
-        "train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2}), JAX_NUM_CPU_DEVICES="4"
-    )
-    outputs([process])
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2} | benchmark(tmp_path))
+    outputs([tiny_run.jaxrl("train", recipe, JAX_NUM_CPU_DEVICES="4")])
     one, two = metrics(tmp_path / "run"), metrics(undisturbed)
     assert len(two) == 6
     for name in ("reward/mean", "response/length_mean", "update/sequences"):  # the same rollouts
         assert one[0][name] == two[0][name]
     assert two[0]["update/grad_norm"] == pytest.approx(one[0]["update/grad_norm"], rel=1e-5)
     assert two[0]["policy/entropy"] == pytest.approx(one[0]["policy/entropy"], rel=1e-5)
+    scores = [
+        json.loads((run / "eval" / "benchmarks" / "step_000000.json").read_text()) | {"seconds": 0}
+        for run in (tmp_path / "run", undisturbed)
+    ]
+    assert scores[0] == scores[1] and scores[0]["benchmarks"]["digits"]["samples"] == 8
 
 
 @pytest.mark.parametrize("killed", [0, 1])
