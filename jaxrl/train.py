@@ -164,9 +164,8 @@ def _train(recipe: config.Recipe, where: servers.Place, say: Callable[[str], Non
                 updates = []
                 for b in batches:
                     state, metrics = update(state, b)
-                    jax.block_until_ready(
-                        state
-                    )  # XLA on CPUs can stall on collectives of two updates at a time
+                    # XLA on CPUs can stall on collectives of two updates at a time
+                    jax.block_until_ready(state)
                     updates.append(metrics)
                 updates = jax.device_get(updates)
             with timer("publish"):
