@@ -8,6 +8,7 @@ import hashlib
 import math
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -486,10 +487,16 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[Stop]:
             raise stop.reason
         say("finishing this step and saving it; again to stop at once (the last checkpoint is kept)")
 
+    def unraisable(error: Any) -> None:
+        if error.exc_value is not stop.reason:  # swallowed where it cannot be raised, it is raised in `begin`
+            hook(error)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.models import hf
+from jaxrl.train import graceful_stop
 
 import tiny_run  # isort: skip
 
@@ -194,3 +196,23 @@ def test_a_torn_last_checkpoint_is_said_and_the_one_before_it_used(
     said = finish("train", recipe)
     assert f"{newest} cannot be read" in said and "going on from step 2" in said
     assert optimizer_bytes(tmp_path / "run") == optimizer_bytes(uninterrupted)
+
+
+def test_an_interrupt_where_nothing_can_be_raised_is_raised_later(capsys: pytest.CaptureFixture) -> None:
+    asked = []
+
+    def in_the_garbage_collector(phase: str, _: object) -> None:
+        if not asked:
+            asked.append(phase)
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))  # where Python looks for signals
+
+    with pytest.raises(KeyboardInterrupt), graceful_stop(print) as stop:
+        gc.callbacks.append(in_the_garbage_collector)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(in_the_garbage_collector)
+        assert stop.asked
+        stop.begin()
+    assert asked and capsys.readouterr() == ("", "")
