@@ -96,7 +96,8 @@ def main() -> None:
                 found = {"failed": str(stopped)}
             rows.append(configuration | found)
             show(rows[-1])
-            out.write_text(json.dumps(record | {"rows": rows}, indent=2, default=str) + "\n")
+            if not options.tiny:
+                out.write_text(json.dumps(record | {"rows": rows}, indent=2, default=str) + "\n")
         show_ratio(rows)
         if options.profile and (best := fastest(rows, "jaxrl_update")):
             settings = common | {name: best[name] for name in ("stream", "backend", "remat", "chunk")}
