@@ -137,7 +137,6 @@ def budget(run: Run) -> dict[str, float]:
     seconds = {phase: float(np.nansum(series(rows, f"time/{phase}"))) for phase in PHASES}
     evaluations = float(sum(result.get("seconds", 0) for result in run.benchmarks))
     total = float(np.nansum(series(rows, "time/step"))) + evaluations
-    used["tokens trained on"] = float(np.nansum(series(rows, "update/tokens")))
     devices = ends(series(rows, "perf/devices"))[1]
     if run.recipe:
         r, s = run.recipe.rollout, run.recipe.sampler
@@ -146,6 +145,7 @@ def budget(run: Run) -> dict[str, float]:
         sampled = series(rows, "response/length_mean") * prompts * r.samples
         used["tokens sampled"] = float(np.nansum(sampled))
         devices += (len(s.urls) or s.servers) if r.engine == "vllm" else 0
+    used["tokens trained on"] = float(np.nansum(series(rows, "update/tokens")))
     used |= {f"seconds {phase.replace('_', ' ')}": spent for phase, spent in seconds.items()}
     if evaluations:
         used["seconds benchmarks"] = evaluations

@@ -160,7 +160,9 @@ def _save(path: Path, draws: list[Callable[[Axes], None]], size: tuple[float, fl
     FigureCanvasAgg(figure)
     columns = min(3, len(draws))
     grid = figure.subplots(-(-len(draws) // columns), columns, squeeze=False)
-    for axes, draw in zip(grid.flat, draws, strict=True):
+    for axes in grid.flat[len(draws) :]:
+        axes.set_visible(False)
+    for axes, draw in zip(grid.flat, draws, strict=False):
         draw(axes)
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -41,7 +41,7 @@ def evaluation(folder: Path, name: str, step: int, accuracy: float) -> None:
 def benchmarked(folder: Path, step: int, score: float) -> None:
     (folder / "eval" / "benchmarks").mkdir(parents=True, exist_ok=True)
     measured = {"pass@1": score, "ci95": [score - 0.1, score + 0.1]}
-    found = {name: {"title": name.upper()} | measured for name in ("aime24", "amc23")}
+    found = {name: {"title": name.upper()} | measured for name in ("aime24", "aime25", "amc23")}
     result = {"step": step, "seconds": 9.0, "benchmarks": found, "average": measured}
     (folder / "eval" / "benchmarks" / f"step_{step}.json").write_text(json.dumps(result))
 
@@ -90,7 +90,9 @@ def test_benchmarks_have_a_figure_and_rows(tmp_path: Path) -> None:
     written = report([run, other])  # of which one was not evaluated
     (figure,) = [p for p in written if p.name == "benchmarks.png"]
     one = matplotlib.image.imread(figure)
-    assert one.shape[1] == round(3 * 4.5 * 130) and colours(figure) > 20  # two benchmarks and their average
+    assert one.shape[1] == round(3 * 4.5 * 130) and colours(figure) > 20
+    right = one[one.shape[0] // 2 :, one.shape[1] // 3 :]  # the fourth, an average, is alone in its row
+    assert (right == 1).all()
     text = written[-2].read_text()
     assert "| benchmark, rule only | step 0 | step 40 |" in text
     for name in ("AIME24", "AMC23", "Average"):
