@@ -158,10 +158,10 @@ def budget(run: Run) -> dict[str, float]:
         }
         used["device hours in all"] = total * devices / 3600
         unit = "device hours"
-    scores = [result["average"]["pass@1"] for result in run.benchmarks] or [
+    gained = [result["average"]["pass@1"] for result in run.benchmarks] or [
         result["accuracy"] for result in run.evaluations
     ]
-    points = 100 * (scores[-1] - scores[0]) if scores else 0
+    points = 100 * (gained[-1] - gained[0]) if gained else 0
     if points > 0:
         used[f"{unit} a point of accuracy"] = total / 3600 / points * (devices if unit != "hours" else 1)
     return used
