@@ -146,6 +146,7 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[dict[str, Any], str]
                     row["completion"],
                     "" if None in texts else _letters(spans(row["completion"], texts)),  # type: ignore[arg-type]
                     _letters(min(round(-100 * x), 2000) for x in row["logprobs"]),
+                    row.get("reward", row["score"]),  # without one in older files
                 ]
             )
     note = f"{len(rows):,} rollouts of {len(chosen):,} steps"

@@ -70,7 +70,8 @@ def rollout(problem: str, sample: int, step: int) -> Rollout:
     logprobs = -np.arange(len(tokens), dtype=np.float32) / 4
     prompt = Prompt(problem, np.array([1, 4], np.int32), "<b>4</b>")
     finish = "length" if sample == 7 else "stop"
-    return Rollout(prompt, tokens, logprobs, finish, step, 1.0 if sample < 3 else -1.0)  # type: ignore[arg-type]
+    score, penalty = 1.0 if sample < 3 else -1.0, -0.25 if sample == 7 else 0.0
+    return Rollout(prompt, tokens, logprobs, finish, step, score, penalty)  # type: ignore[arg-type]
 
 
 class Scripts(HTMLParser):
@@ -119,7 +120,8 @@ def test_curves_and_rollouts_come_back_whole(tmp_path: Path) -> None:
     assert [b["scores"]["average"]["pass@1"] for b in curves["benchmarks"]] == [0.25, 0.65]
     assert rollouts["prompts"][0] == ["p0-0", "two" + HOSTILE, "<b>4</b>"] and len(rollouts["prompts"]) == 6
     assert len(rollouts["rows"]) == 48
-    step, prompt, sample, score, truncated, version, tokens, mean, text, lengths, costs = rollouts["rows"][31]
+    step, prompt, sample, score, truncated, version, tokens, mean, text, lengths, costs, reward = rollouts["rows"][31]
+    assert reward == -1.25
     assert (step, prompt, sample, score, truncated, version, tokens) == (21, 3, 7, -1.0, 1, 20, 15)
     assert [ord(c) - 32 for c in lengths] == [len(VOCABULARY[i]) for i in [1, 2, 3, 4, 5, 6, 7, 8] + [9] * 7]
     assert [ord(c) - 32 for c in costs] == [25 * i for i in range(15)] and mean == -1.75
@@ -300,6 +302,7 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     assert len(browser.traces("#time")[0]["y"]) == 29
 
     browser.count(144)
+    assert "score -1, reward -1.25, 15 tokens" in browser.choose_rollout(7)["facts"]
     first = browser.choose_rollout(0)
     assert "step 1, problem p0-0, sample 1: score 1, 8 tokens" in first["facts"]
     assert first["prompt"] == "two" + HOSTILE and first["answer"] == "<b>4</b>"
