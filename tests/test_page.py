@@ -120,7 +120,9 @@ def test_curves_and_rollouts_come_back_whole(tmp_path: Path) -> None:
     assert [b["scores"]["average"]["pass@1"] for b in curves["benchmarks"]] == [0.25, 0.65]
     assert rollouts["prompts"][0] == ["p0-0", "two" + HOSTILE, "<b>4</b>"] and len(rollouts["prompts"]) == 6
     assert len(rollouts["rows"]) == 48
-    step, prompt, sample, score, truncated, version, tokens, mean, text, lengths, costs, reward = rollouts["rows"][31]
+    step, prompt, sample, score, truncated, version, tokens, mean, text, lengths, costs, reward = rollouts[
+        "rows"
+    ][31]
     assert reward == -1.25
     assert (step, prompt, sample, score, truncated, version, tokens) == (21, 3, 7, -1.0, 1, 20, 15)
     assert [ord(c) - 32 for c in lengths] == [len(VOCABULARY[i]) for i in [1, 2, 3, 4, 5, 6, 7, 8] + [9] * 7]
