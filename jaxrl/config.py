@@ -80,8 +80,9 @@ class Data(Section):
     """Remove DAPO's own instruction before and after the problem (JustRL's authors did)."""
     deduplicate: bool = True
     """Keep the first of rows with the same problem; DAPO's file repeats each 100 times (ours; see order)."""
-    order: Literal["shuffle", "replacement"] = "shuffle"
-    """shuffle: every prompt once an epoch; replacement: independent draws (as 100 shuffled copies nearly are)."""
+    order: Literal["shuffle", "copies", "replacement"] = "shuffle"
+    """shuffle: every prompt once an epoch (ours); copies: 100 times, in any order (the file as released, shuffled);
+    replacement: independent draws."""
     chat_template: bool = True
     """Wrap the problem as one user turn by the tokenizer's template; false feeds plain text."""
     max_prompt_tokens: Positive = 1024

@@ -26,6 +26,7 @@ DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 ID_COLUMNS = ("id", "index", "extra_info.index")  # of these the first that a row has names its prompt
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 BATCH = 1024  # rows templated and tokenized at a time
+COPIES = 100  # of each row, in the released DAPO-Math-17k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,19 +113,24 @@ def load_prompts(section: config.Data, tokenizer: Any, path: str | None = None, 
 
 
 def batch(
-    prompts: Sequence[Prompt], seed: int, step: int, size: int, order: Literal["shuffle", "replacement"]
+    prompts: Sequence[Prompt],
+    seed: int,
+    step: int,
+    size: int,
+    order: Literal["shuffle", "copies", "replacement"],
 ) -> list[Prompt]:
     """The prompts of one step, a pure function of the arguments.
 
-    `shuffle` walks through epochs, each a permutation of its own, and a batch may lie across two or more;
-    `replacement` draws independently.
+    `shuffle` walks through epochs, each a permutation of its own, and a batch may lie across two or more; an epoch of
+    `copies` has every prompt COPIES times; `replacement` draws independently.
     """
     n = len(prompts)
     if order == "replacement":
         return [prompts[i] for i in np.random.default_rng((seed, step)).integers(n, size=size)]
+    rows = n * COPIES if order == "copies" else n
     positions = range(step * size, (step + 1) * size)
-    epochs = {e: np.random.default_rng((seed, e)).permutation(n) for e in {p // n for p in positions}}
-    return [prompts[epochs[p // n][p % n]] for p in positions]
+    epochs = {e: np.random.default_rng((seed, e)).permutation(rows) for e in {p // rows for p in positions}}
+    return [prompts[epochs[p // rows][p % rows] % n] for p in positions]
 
 
 def read_rows(

@@ -386,7 +386,7 @@ def test_every_epoch_visits_every_prompt_once(n, size, seed):
     size=st.integers(1, 100),
     seed=st.integers(0, 2**32),
     step=st.integers(0, 10_000),
-    order=st.sampled_from(["shuffle", "replacement"]),
+    order=st.sampled_from(["shuffle", "copies", "replacement"]),
 )
 def test_a_batch_depends_on_its_arguments_alone(size, seed, step, order):
     first = ids(data.batch(PROMPTS, seed, step, size, order))
@@ -396,11 +396,18 @@ def test_a_batch_depends_on_its_arguments_alone(size, seed, step, order):
     assert len(first) == size
 
 
-@pytest.mark.parametrize("order", ["shuffle", "replacement"])
+@pytest.mark.parametrize("order", ["shuffle", "copies", "replacement"])
 def test_steps_epochs_and_seeds_differ(order):
     batches = [ids(data.batch(PROMPTS, 1, step, len(PROMPTS), order)) for step in range(20)]
     assert len({tuple(chosen) for chosen in batches}) == 20
     assert ids(data.batch(PROMPTS, 2, 0, len(PROMPTS), order)) != batches[0]
+
+
+def test_an_epoch_of_copies_has_every_prompt_a_hundred_times():
+    drawn = [i for step in range(100) for i in ids(data.batch(PROMPTS, 1, step, 40, "copies"))]
+    assert set(Counter(drawn).values()) == {100}
+    repeats = [40 - len(set(drawn[first : first + 40])) for first in range(0, 4000, 40)]
+    assert np.mean(repeats) == pytest.approx(40 * (1 - 1 / 40) ** 40, abs=1)  # as of independent draws
 
 
 def test_replacement_draws_evenly_and_with_repeats():
