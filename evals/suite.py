@@ -79,7 +79,7 @@ def evaluate(
       samples: responses to each problem; 0 takes each benchmark's own number.
       protocol: justrl_released seeds as JustRL's scripts do, and adds their figures; its judge is the caller's.
       judge: opens what reads what the rules refuse; None grades by rule only.
-      where: vLLM servers run that are started.
+      where: where vLLM servers run that are started.
 
     Returns:
       what is in results.json.
@@ -110,9 +110,14 @@ def evaluate(
         rule[task.name] = np.array(right).reshape(len(task.prompts), task.samples)
         say(f"{task.name}: {rule[task.name].mean():.2%} by rule")
     labels: dict[str, np.ndarray] = {}
+    judged: dict[str, Any] | None = None
     if judge:
-        with judge() as asked:
-            labels = _ask(asked, tasks, responses, rule, say)
+        try:
+            with judge() as asked:
+                labels = _ask(asked, tasks, responses, rule, say)
+                judged = asked.settings()
+        except InputError as error:  # a server that was to be started
+            say(f"{error}. The scores by rule are kept; the same command asks the judge")
 
     per_problem: dict[str, dict[str, np.ndarray]] = {stage: {} for stage in tables.STAGES}
     found: dict[str, Any] = {}
@@ -132,7 +137,7 @@ def evaluate(
     results = {
         "model": model,
         "settings": settings,
-        "judge": asked.settings() if judge else None,
+        "judge": judged,
         "benchmarks": found,
         "average": {
             stage: tables.average(scores) if len(scores) == len(tasks) else None

@@ -193,7 +193,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from jaxrl.sampling.sampler import SamplingParams
 
     folder = hf.resolve(run / "hf" if run else args.model)
-    mesh = train.make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
+    mesh = train.make_mesh()  # of what this process uses, which may be less than training did
     model = hf.load(folder, mesh=mesh)
     tokenizer = train.data.load_tokenizer(str(folder))
     verify = train.verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))

@@ -263,6 +263,17 @@ def test_by_servers(mine: Path, tmp_path: Path) -> None:
         )
 
 
+def test_a_judge_that_cannot_be_started_costs_no_scores(
+    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["eval", base, "--benchmarks", mine, "--out", tmp_path, "--samples", 2, *OPTIONS]
+    cli.main(list(map(str, [*command, "--judge", base, "--sampler.vllm", "no-such-vllm"])))
+    assert "no-such-vllm: no such program" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["judge"] is None and results["benchmarks"]["digits"]["rule"]["pass@1"] >= 0
+    assert results["benchmarks"]["digits"]["rule+model"] is None
+
+
 @pytest.mark.vllm
 def test_a_judge_is_started_from_its_weights(base: Path, mine: Path, tmp_path: Path) -> None:
     """The judge is a tiny model too: what it says has no label, but it is asked, in its own words, and answers."""
