@@ -37,7 +37,7 @@ def main() -> None:
     rows: dict[int, list[dict]] = {0: [], 1: []}
     with servers.running(
         options.servers, options.vllm, str(options.run / "base"), folder / "logs", dtype="float32", max_tokens=64,
-        where=servers.place(options.servers, trains=True),
+        where=servers.choose_devices(options.servers, trains=True),
     ) as started:  # fmt: skip
         for i in range(options.rounds):
             for staleness in rows:

@@ -14,12 +14,13 @@ import time
 
 import numpy as np
 
-from benchmarks.contest import RESULTS, answer_lengths
-from jaxrl import config, train
+from benchmarks.harness import RESULTS, answer_lengths
+from jaxrl import config
 from jaxrl.grpo import packing
 from jaxrl.models.decoder import forward_flops
 from jaxrl.plan import KNOWN
-from jaxrl.sampling.sampler import Prompt, Rollout
+from jaxrl.programs import layout_of
+from jaxrl.types import Prompt, Rollout
 
 MODEL = next(iter(KNOWN.values()))
 
@@ -63,16 +64,12 @@ def measure(sequences: int, devices: int, seed: int) -> dict:
         for p, n in zip(prompts, answers, strict=True)
     ]
     recipe, lengths = config.Recipe(), prompts + answers
-    buckets = train.attention_buckets(recipe)
+    layout = layout_of(recipe, MODEL)
     dense, attended = forward_flops(MODEL)
     began = time.perf_counter()
-    batch = packing.pack(
-        rollouts, np.ones(sequences, np.float32), devices=devices, streams=train.stream_lengths(recipe),
-        segments=recipe.packing.segments, buckets=buckets,
-        attention_cost=attended / dense,
-    )  # fmt: skip
+    batch = packing.pack(rollouts, np.ones(sequences, np.float32), devices, layout)
     seconds = time.perf_counter() - began
-    squares = np.array([*np.square(buckets, dtype=float), 0.0])  # the last: bucket -1, no segment
+    squares = np.array([*np.square(layout.buckets, dtype=float), 0.0])  # the last: bucket -1, no segment
     attention = attended * squares[batch.buckets].sum(axis=(1, 2)) / 2
     executed = dense * batch.tokens.shape[2] * batch.micro_batches.astype(float) + attention
     needed = (dense * lengths + attended * lengths**2.0 / 2).sum()

@@ -23,9 +23,10 @@ import numpy as np
 
 from jaxrl.models import decoder, hf
 from jaxrl.plan import KNOWN
-from jaxrl.sampling import publish, servers
-from jaxrl.sampling.sampler import Prompt, SamplingParams
+from jaxrl.sampling import servers
+from jaxrl.sampling.transports import files
 from jaxrl.sampling.vllm import VLLMSampler
+from jaxrl.types import Prompt, SamplingParams
 
 RESULTS = Path(__file__).parent / "results" / "publish.json"
 
@@ -59,7 +60,7 @@ def main() -> None:
 
 def file(options: argparse.Namespace, folder: Path) -> dict:
     config = dataclasses.replace(KNOWN["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"], layers=options.layers)
-    params = jax.block_until_ready(jax.jit(lambda: decoder.initialise(config, 0))())
+    params = jax.block_until_ready(jax.jit(lambda: decoder.initialize(config, 0))())
     seconds: dict[str, list[float]] = {"plain save": [], "jaxrl": []}
     for _ in range(2):
         began = time.perf_counter()
@@ -68,7 +69,7 @@ def file(options: argparse.Namespace, folder: Path) -> dict:
     (folder / "plain.safetensors").unlink()  # memory for the next ones
     for version in range(options.repeats):
         began = time.perf_counter()
-        published = publish.write(params, config, folder / "ours", version)
+        published = files.write(params, config, folder / "ours", version)
         seconds["jaxrl"].append(time.perf_counter() - began)
     size = published.path.stat().st_size
     steady = statistics.median(seconds["jaxrl"][2:])
@@ -88,11 +89,11 @@ def plain(params: decoder.Params, folder: Path) -> None:
 
 def server(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
     model = hf.load(options.model)
-    place = servers.place(1, trains=True)
+    place = servers.choose_devices(1, trains=True)
     with servers.running(
         1, options.vllm, options.model, folder / "logs", where=place, dtype=dtype, max_tokens=256
     ) as (one,):
-        sampler = VLLMSampler([one.url], publish.Files(model.config, folder / dtype, dtype))
+        sampler = VLLMSampler([one.url], files.Files(model.config, folder / dtype, dtype))
         seconds = []
         for version in range(options.repeats):
             began = time.perf_counter()
@@ -117,7 +118,7 @@ def server(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
     }  # fmt: skip
 
 
-def apart(model: hf.Model, rollout: publish.Any) -> np.ndarray:
+def apart(model: hf.Model, rollout: files.Any) -> np.ndarray:
     ids = np.append(rollout.prompt.tokens, rollout.tokens)
     logprobs = jax.nn.log_softmax(model.logits(model.params, ids[None])[0])
     at = np.arange(len(rollout.prompt.tokens) - 1, len(ids) - 1)

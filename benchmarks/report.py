@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contest import RESULTS
-from jaxrl.report import report
-from jaxrl.sampling.sampler import Prompt, Rollout
-from jaxrl.telemetry import write_rollouts
+from benchmarks.harness import RESULTS
+from jaxrl.report.figures import report
+from jaxrl.telemetry.rollouts import write_rollouts
+from jaxrl.types import Prompt, Rollout
 
 WORDS = [
     *"0123456789=+-.,\n",

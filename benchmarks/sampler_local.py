@@ -22,10 +22,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxrl.models import hf, initialise
+from jaxrl.models import hf, initialize
 from jaxrl.plan import model_config
 from jaxrl.sampling.local import LocalSampler
-from jaxrl.sampling.sampler import Prompt, SamplingParams
+from jaxrl.types import Prompt, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 def random_weights(name: str, dtype: str) -> Path:
     config, folder = model_config(name), Path(tempfile.mkdtemp(prefix="jaxrl-sampler-"))
-    hf.save(hf.Model(config, initialise(config, 0)), folder, dtype=dtype)
+    hf.save(hf.Model(config, initialize(config, 0)), folder, dtype=dtype)
     return folder
 
 

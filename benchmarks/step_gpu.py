@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contest import HERE, RESULTS
+from benchmarks.harness import HERE, RESULTS
 from benchmarks.update_cpu import MODEL as TINY
 from jaxrl import config
 from jaxrl.plan import KNOWN
@@ -30,10 +30,10 @@ PHASES = ("sample", "exchange", "score", "old_logprobs", "update", "publish", "s
 WRITE = """
 import dataclasses, json, sys
 from pathlib import Path
-from jaxrl.models import Config, Model, initialise, save
+from jaxrl.models import Config, Model, initialize, save
 folder, shape, dtype = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 config = Config(**shape)
-save(Model(config, initialise(config, 0)), folder, dtype=dtype)
+save(Model(config, initialize(config, 0)), folder, dtype=dtype)
 (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
 """
 

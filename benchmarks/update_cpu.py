@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contest import HERE, RESULTS, Contestant, Stopped, answer_lengths, write_batch
-from jaxrl.models import Config, Model, initialise, save
+from benchmarks.harness import HERE, RESULTS, Contestant, Stopped, answer_lengths, write_batch
+from jaxrl.models import Config, Model, initialize, save
 
 TUNIX = HERE / ".envs" / "tunix"
 MODEL = Config(
@@ -67,7 +67,7 @@ def main() -> None:
     races = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save(Model(MODEL, initialise(MODEL, 0)), folder / "model")
+        save(Model(MODEL, initialize(MODEL, 0)), folder / "model")
         for name in ("full", "ragged"):
             lengths = lengths_of(name)
             write_batch(folder, MODEL.vocab_size, lengths, LONGEST, PROMPT)

@@ -25,7 +25,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from benchmarks.contest import RESULTS, Contestant, Stopped, answer_lengths, write_batch
+from benchmarks.harness import RESULTS, Contestant, Stopped, answer_lengths, write_batch
 from benchmarks.update_cpu import MODEL as TINY
 from jaxrl.hardware import HARDWARE
 from jaxrl.models.attention import Backend

@@ -30,24 +30,27 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.contest import HERE, RESULTS
-from evals import during, heldout
-from jaxrl import config, data, train
-from jaxrl.analysis import smooth
+from benchmarks.harness import HERE, RESULTS
+from evals import in_training
+from jaxrl import config, data
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.grpo import packing
 from jaxrl.grpo import update as grpo
 from jaxrl.grpo.advantages import group_advantages
 from jaxrl.models import hf
+from jaxrl.parallel.mesh import make_mesh, to_devices
+from jaxrl.prepare import verifier
+from jaxrl.programs import attention_buckets, make_optimizer, make_update, stream_lengths
+from jaxrl.report.runs import smooth
 from jaxrl.sampling.local import LocalSampler
-from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.types import Prompt, Rollout, SamplingParams
 
 TRL = HERE / ".envs" / "trl"
 REQUIREMENTS = ("trl==1.16.0", "torch==2.13.0", "pylatexenc")
 EVERY = 10  # steps between weights that are kept
 GOAL = 0.85
 EPSILON = 1e-4  # beside the standard deviation, which TRL cannot change
-COLOURS = {"jaxrl": "#0072B2", "TRL": "#D55E00"}
+COLORS = {"jaxrl": "#0072B2", "TRL": "#D55E00"}
 
 
 def main() -> None:
@@ -194,14 +197,14 @@ def measured(
     """Accuracy of each step's own samples, and of the weights on the held-out problems."""
     model, tokenizer = hf.load(base / "base"), data.load_tokenizer(str(base / "base"))
     sampler = LocalSampler(model.config, dtype=recipe.model.dtype, slots=recipe.rollout.slots)
-    prompts = during.load_held_out(recipe, tokenizer)
-    verify = train.verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    prompts = in_training.load_held_out(recipe, tokenizer)
+    verify = verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     params = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(base / "base"))
     held_out = []
     for step, trained in [(0, model.params), *weights]:
         sampler.publish(trained, step)
         groups = sampler.generate(prompts, recipe.eval.samples, params, (1,), verify)
-        held_out.append({"step": step, "accuracy": heldout.summary(groups, params)["accuracy"]})
+        held_out.append({"step": step, "accuracy": held_out.summary(groups, params)["accuracy"]})
     at = float(np.interp(GOAL, np.maximum.accumulate([h["accuracy"] for h in held_out]),
                          [h["step"] for h in held_out], right=np.nan))  # fmt: skip
     clock = np.array([0.0, *seconds])
@@ -238,8 +241,8 @@ def check(base: Path, threads: int, steps: int = 3) -> dict[str, Any]:
     out = fresh(base / "check")
     recipe = recipe_of(base, 1, steps, out)
     model, tokenizer = hf.load(base / "base"), data.load_tokenizer(str(base / "base"))
-    mesh = train.make_mesh(1, 1)
-    verify = train.verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    mesh = make_mesh(1, 1)
+    verify = verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     prompts = data.load_prompts(recipe.data, tokenizer).prompts
     sampler = LocalSampler(model.config, dtype="float32", slots=recipe.rollout.slots)
     sampler.publish(model.params, 0)
@@ -255,8 +258,8 @@ def check(base: Path, threads: int, steps: int = 3) -> dict[str, Any]:
         (out / f"{k}.json").write_text(json.dumps(rows))
     watch(trl_command(recipe, base, steps, threads, out, out), out, threads, base / "check.log")
 
-    optimizer = train.make_optimizer(recipe)
-    update, score = train.make_update(recipe, model.config, optimizer, mesh)
+    optimizer = make_optimizer(recipe)
+    update, score = make_update(recipe, model.config, optimizer, mesh)
     state = grpo.init_state(model.params, optimizer, mesh)
     differences, moved, clipped, advantage = [], [], [], 0.0
     before = jax.tree.map(np.array, state.params)
@@ -269,7 +272,7 @@ def check(base: Path, threads: int, steps: int = 3) -> dict[str, Any]:
         )
         old, size = state.params, len(flat) // recipe.updates_per_step
         packed = [pack(recipe, flat[i : i + size]) for i in range(0, len(flat), size)]
-        scored = [train.to_devices(p, mesh) for p in packed]
+        scored = [to_devices(p, mesh) for p in packed]
         scored = [b.replace(old_logprobs=score(old, b)) for b in scored]
         for b in scored:
             state, metrics = update(state, b)
@@ -297,7 +300,7 @@ def in_order(groups: list[list[Rollout]], advantages: np.ndarray, order: Any) ->
 def pack(recipe: config.Recipe, chosen: list[tuple[Rollout, float]]) -> packing.PackedBatch:
     return packing.pack(
         [rollout for rollout, _ in chosen], np.array([a for _, a in chosen], np.float32), devices=1,
-        streams=train.stream_lengths(recipe), buckets=train.attention_buckets(recipe),
+        streams=stream_lengths(recipe), buckets=attention_buckets(recipe),
         segments=recipe.packing.segments,
     )  # fmt: skip
 
@@ -321,7 +324,7 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
     for name, of_name in runs.items():
         for i, run in enumerate(of_name):
             style = {
-                "color": COLOURS[name],
+                "color": COLORS[name],
                 "label": name if i == 0 else None,
                 "linewidth": 1.5,
                 "alpha": 0.85,

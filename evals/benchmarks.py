@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from jaxrl import data
 from jaxrl.config import Count, Positive, Section
 from jaxrl.errors import InputError
-from jaxrl.rewards.equivalence import reference
+from jaxrl.rewards.latex_equality import reference
 
 BUILT_IN = Path(__file__).with_name("benchmarks.toml")
 # columns of the problem and of the answer, in the files that JustRL released and on the Hub

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl.errors import InputError
-from jaxrl.sampling.sampler import Prompt, Rollout, Sampler, SamplingParams
+from jaxrl.sampling.sampler import Sampler
+from jaxrl.types import Prompt, Rollout, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from jaxrl.rewards import sandbox
-from jaxrl.rewards.equivalence import last_box, reference, same_spelling
+from jaxrl.rewards.latex_equality import last_box, reference, same_spelling
 
 
 def grade(response: str, ground_truth: str) -> bool:

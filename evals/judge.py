@@ -5,12 +5,13 @@ Meant for CompassVerifier-3B (arXiv 2508.03686), which answers A (correct), B (i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 
 import httpx
 
+from jaxrl import config
 from jaxrl.errors import InputError
+from jaxrl.sampling import servers
 
 PROMPT = """\
 You grade answers. Decide whether the final answer of the candidate below agrees with the standard answer.
@@ -178,6 +181,33 @@ class Judge:
                 self._replies[key] = reply
                 with self._cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+
+
+@contextlib.contextmanager
+def server(
+    recipe: config.Recipe, model: Path, name: str, logs: Path, devices: servers.Devices
+) -> Iterator[str]:
+    """The URL of a vLLM server of a verifier model, which ends with the context; its key is `api_key`.
+
+    Args:
+      recipe: with vLLM's program and options, and the dtype.
+      model: Hugging Face folder.
+      name: what the model is called there.
+      logs: folder for its log.
+      devices: where it runs.
+    """
+    with servers.running(
+        1,
+        recipe.sampler.vllm,
+        str(model),
+        logs,
+        devices=devices,
+        dtype=recipe.model.dtype,
+        max_tokens=0,
+        chat=True,
+        options=["--served-model-name", name, *recipe.sampler.vllm_options],
+    ) as (started,):
+        yield started.url
 
 
 def _content(completion: Any) -> str:

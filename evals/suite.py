@@ -23,11 +23,14 @@ from evals import benchmarks, tables
 from evals.generate import Response, generate, read
 from evals.grade import grade_many
 from evals.judge import Candidate, Judge
-from jaxrl import config, data, telemetry
+from evals.task import Task, load_tasks
+from jaxrl import config, data
 from jaxrl.errors import InputError
+from jaxrl.files import write_atomically
 from jaxrl.models import hf
 from jaxrl.sampling import servers
-from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.telemetry.progress import Progress
+from jaxrl.types import Rollout, SamplingParams
 
 SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
 # JustRL's evaluation, as a recipe; what is ours is the number of requests that a vLLM server gets at one time
@@ -42,17 +45,6 @@ CALLS = 64  # of a vLLM sampler at one time
 EVERY = 60.0  # seconds between lines of progress, where there is no terminal
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A benchmark, ready to be sampled."""
-
-    name: str
-    problems: list[benchmarks.Problem]
-    prompts: list[Prompt]
-    samples: int
-    path: Path  # of the responses
-
-
 def evaluate(
     model: str,
     folder: Path,
@@ -64,7 +56,7 @@ def evaluate(
     samples: int = 0,
     protocol: Literal["default", "justrl_released"] = "default",
     judge: Callable[[], contextlib.AbstractContextManager[Judge]] | None = None,
-    where: servers.Place = servers.CPU,
+    devices: servers.Devices = servers.CPU,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluates a model on benchmarks, and goes on where that was interrupted.
@@ -79,7 +71,7 @@ def evaluate(
       samples: responses to each problem; 0 takes each benchmark's own number.
       protocol: justrl_released seeds as JustRL's scripts do, and adds their figures; its judge is the caller's.
       judge: opens what reads what the rules refuse; None grades by rule only.
-      where: where vLLM servers run that are started.
+      devices: where vLLM servers run that are started.
 
     Returns:
       what is in results.json.
@@ -89,20 +81,11 @@ def evaluate(
     """
     tokenizer = data.load_tokenizer(str(folder))
     data.check_template(tokenizer, recipe.data)
-    if not recipe.eval.temperature:
-        samples = 1  # all would be the same
-    tasks = []
-    for name, benchmark in chosen.items():
-        problems = benchmarks.load(name, benchmark, local)[: recipe.eval.problems or None]
-        encoded = data.encode(tokenizer, recipe.data, [problem.question for problem in problems])
-        prompts = [
-            Prompt(str(i), t, p.answer) for i, (p, t) in enumerate(zip(problems, encoded, strict=True))
-        ]
-        tasks.append(Task(name, problems, prompts, samples or benchmark.samples, out / f"{name}.jsonl"))
+    tasks = load_tasks(chosen, recipe, tokenizer, local, samples)
     out.mkdir(parents=True, exist_ok=True)
     settings = _settle(out, model, folder, recipe, protocol, tasks)
 
-    responses = _generate(folder, recipe, settings["seed"], tasks, out, tokenizer, where, say)
+    responses = _generate(folder, recipe, settings["seed"], tasks, out, tokenizer, devices, say)
     rule = {}
     for task in tasks:
         flat = [response for group in responses[task.name] for response in group]
@@ -125,7 +108,7 @@ def evaluate(
         groups, marks, said = responses[task.name], rule[task.name], labels.get(task.name)
         answered = said is not None and not any(x is None for x in said.flat)
         both = marks | (said == "A") if answered else None
-        _write_scores(task, marks, said)
+        _write_scores(_path(out, task), marks, said)
         found[task.name] = tables.describe(groups) | {"rule": tables.measure(marks, groups)}
         found[task.name]["rule+model"] = None if both is None else tables.measure(both, groups)
         found[task.name]["judge"] = None if said is None else _count(said[~marks])
@@ -144,8 +127,8 @@ def evaluate(
             for stage, scores in per_problem.items()
         },
     }
-    telemetry.write_atomically(out / "results.json", json.dumps(results, indent=2))
-    telemetry.write_atomically(out / "results.md", tables.markdown(results, chosen))
+    write_atomically(out / "results.json", json.dumps(results, indent=2))
+    write_atomically(out / "results.md", tables.markdown(results, chosen))
     tables.plot(results, chosen, out / "results.png")
     return results
 
@@ -211,18 +194,23 @@ def _settle(
                 f"{out}: its responses to {name} are to other prompts; give another --out, or delete it"
             )
     settings = {"model": model} | before | settings | {"prompts": before.get("prompts", {}) | prompts}
-    telemetry.write_atomically(path, json.dumps(settings, indent=2))
+    write_atomically(path, json.dumps(settings, indent=2))
     return settings
+
+
+def _path(out: Path, task: Task) -> Path:
+    """The file of a task's responses."""
+    return out / f"{task.name}.jsonl"
 
 
 def _generate(
     folder: Path, recipe: config.Recipe, seed: int, tasks: list[Task], out: Path, tokenizer: Any,
-    where: servers.Place, say: Callable[[str], None],
+    devices: servers.Devices, say: Callable[[str], None],
 ) -> dict[str, list[list[Response]]]:  # fmt: skip
     """Responses of all tasks; loads the model only if some are missing."""
-    there = {task.name: len(read(task.path, len(task.prompts), task.samples)) for task in tasks}
+    there = {task.name: len(read(_path(out, task), len(task.prompts), task.samples)) for task in tasks}
     wanted = {task.name: len(task.prompts) * task.samples for task in tasks}
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    decode = data.detokenizer(tokenizer)
     params = SamplingParams(
         recipe.eval.temperature, recipe.eval.top_p, 0, recipe.rollout.max_tokens, hf.stop_ids(folder)
     )
@@ -230,7 +218,7 @@ def _generate(
     if there == wanted:
         sampler: Any = None
         return {
-            t.name: generate(t.prompts, t.samples, params, (seed,), sampler, t.path, decode) for t in tasks
+            t.name: generate(t.prompts, t.samples, params, (seed,), sampler, _path(out, t), decode) for t in tasks
         }
     room = hf.read_config(folder).max_positions - longest
     if room < params.max_tokens:
@@ -243,21 +231,22 @@ def _generate(
         run=dataclasses.replace(recipe.run, directory=str(out)),
         data=dataclasses.replace(recipe.data, max_prompt_tokens=longest),
     )
-    from jaxrl import train
+    from jaxrl.parallel.mesh import make_mesh
+    from jaxrl.sampling.open import open_own_sampler
 
-    mesh = train.make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     weights = hf.load(folder, mesh=mesh)
     responses = {}
     with (
-        train.own_sampler(recipe, folder, weights.config, mesh, say, where) as sampler,
-        telemetry.Progress(len(tasks), 0, title="benchmarks", quiet=not sys.stdout.isatty()) as progress,
+        open_own_sampler(recipe, folder, weights.config, mesh, say, devices) as sampler,
+        Progress(len(tasks), 0, title="benchmarks", quiet=not sys.stdout.isatty()) as progress,
     ):
         sampler.publish(weights.params, 0)
         for i, task in enumerate(tasks):
             progress.phase(task.name, wanted[task.name], there[task.name])
             told = _teller(task.name, there[task.name], wanted[task.name], progress, say)
             responses[task.name] = generate(
-                task.prompts, task.samples, params, (seed, zlib.crc32(task.name.encode()) >> 1), sampler, task.path,
+                task.prompts, task.samples, params, (seed, zlib.crc32(task.name.encode()) >> 1), sampler, _path(out, task),
                 decode, told, CALLS if recipe.rollout.engine == "vllm" else 1,
             )  # fmt: skip
             progress.step_done(i, {})
@@ -265,7 +254,7 @@ def _generate(
 
 
 def _teller(
-    name: str, done: int, total: int, progress: telemetry.Progress, say: Callable[[str], None]
+    name: str, done: int, total: int, progress: Progress, say: Callable[[str], None]
 ) -> Callable[[Rollout], None]:
     """Moves the bar; where that cannot be seen, prints a line now and then."""
     began = last = time.monotonic()
@@ -274,7 +263,7 @@ def _teller(
     def told(rollout: Rollout) -> None:
         nonlocal done, tokens, last
         done, tokens, now = done + 1, tokens + len(rollout.tokens), time.monotonic()
-        progress.advance(1, len(rollout.tokens), rollout.server)
+        progress.advance(rollout)
         if not live and (now > last + EVERY or done == total):
             last, seconds = now, max(now - began, 1e-9)
             left = datetime.timedelta(seconds=round((total - done) * seconds / (done - first)))
@@ -312,11 +301,11 @@ def _count(labels: np.ndarray) -> dict[str, int]:
     return dict(sorted(Counter("pending" if x is None else x or "no label" for x in labels).items()))
 
 
-def _write_scores(task: Task, marks: np.ndarray, labels: np.ndarray | None) -> None:
+def _write_scores(path: Path, marks: np.ndarray, labels: np.ndarray | None) -> None:
     rows = (
         {"problem": p, "sample": g, "rule": bool(marks[p, g])}
         | ({} if labels is None else {"judge": labels[p, g]})
         for p, g in np.ndindex(*marks.shape)
     )
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    telemetry.write_atomically(task.path.with_suffix(".scores.jsonl"), text)
+    write_atomically(path.with_suffix(".scores.jsonl"), text)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,15 @@ import numpy as np
 
 from evals.benchmarks import Benchmark
 from evals.generate import Response
-from jaxrl.rewards.equivalence import last_box, spelling
+from evals.statistics import bootstrap, confidence, distinct, interval, majority_at, pass_at
+from jaxrl.results import Average, Measures, Responses
+from jaxrl.rewards.latex_equality import last_box, spelling
 
-RESAMPLES = 10_000
 PAPER = Path(__file__).with_name("paper.toml")
 STAGES = {"rule": "rule only", "rule+model": "rule + model"}
 
 
-def describe(groups: Sequence[Sequence[Response]]) -> dict[str, Any]:
+def describe(groups: Sequence[Sequence[Response]]) -> Responses:
     """What does not depend on the grading: lengths (tokens), and shares of responses."""
     flat = [response for group in groups for response in group]
     return {
@@ -33,14 +32,14 @@ def describe(groups: Sequence[Sequence[Response]]) -> dict[str, Any]:
     }
 
 
-def measure(right: np.ndarray, groups: Sequence[Sequence[Response]]) -> dict[str, Any]:
+def measure(right: np.ndarray, groups: Sequence[Sequence[Response]]) -> Measures:
     """Of marks [P, G]: pass@1 with its 95% bootstrap interval over problems, pass@k and majority@k."""
     samples = right.shape[1]
     sizes = sorted({2**i for i in range(samples.bit_length())} | {samples})
     votes = [[vote(r.response) for r in group] for group in groups]
     return {
         "pass@1": float(right.mean()),
-        "ci95": interval(bootstrap(right.mean(axis=1))),
+        "ci95": confidence(right.mean(axis=1)),
         "pass@k": {
             k: float(np.mean([pass_at(samples, int(c), k) for c in right.sum(axis=1)])) for k in sizes
         },
@@ -51,48 +50,10 @@ def measure(right: np.ndarray, groups: Sequence[Sequence[Response]]) -> dict[str
     }
 
 
-def bootstrap(per_problem: np.ndarray, seed: int = 0) -> np.ndarray:
-    """[RESAMPLES] means over problems drawn with replacement: problems are the independent units."""
-    rng, size = np.random.default_rng(seed), len(per_problem)
-    return np.array([per_problem[rng.integers(size, size=size)].mean() for _ in range(RESAMPLES)])
-
-
-def interval(means: np.ndarray) -> list[float]:
-    return [float(x) for x in np.percentile(means, (2.5, 97.5))]
-
-
-def pass_at(samples: int, right: int, k: int) -> float:
-    """Probability that k of the samples, drawn without replacement, hold a right one (arXiv 2107.03374)."""
-    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
-
-
 def vote(response: str) -> str | None:
     """What a response votes for: its box in one spelling."""
     box = last_box(response)
     return None if box is None else spelling(box)
-
-
-def majority_at(votes: Sequence[str | None], right: Sequence[Any], k: int) -> float:
-    """Mean over the blocks of k samples of whether their commonest answer is right; ties are shared."""
-    blocks = [range(first, first + k) for first in range(0, len(votes) - k + 1, k)]
-    return float(np.mean([_majority([votes[i] for i in b], [float(right[i]) for i in b]) for b in blocks]))
-
-
-def _majority(votes: Sequence[str | None], right: Sequence[float]) -> float:
-    counts = Counter(v for v in votes if v is not None)
-    if not counts:
-        return 0.0
-    winners = [v for v, n in counts.items() if n == max(counts.values())]
-    # one spelling may have been marked in two ways, by a judge
-    return float(
-        np.mean([np.mean([r for v, r in zip(votes, right, strict=True) if v == w]) for w in winners])
-    )
-
-
-def distinct(texts: Sequence[str]) -> float:
-    """Share of different ones among the sequences of 4 words of all the texts."""
-    grams = [g for words in map(str.split, texts) for g in zip(*(words[i:] for i in range(4)), strict=False)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def released(right: np.ndarray, groups: Sequence[Sequence[Response]]) -> dict[str, float]:
@@ -108,7 +69,7 @@ def released(right: np.ndarray, groups: Sequence[Sequence[Response]]) -> dict[st
     }
 
 
-def average(per_problem: dict[str, np.ndarray]) -> dict[str, Any]:
+def average(per_problem: dict[str, np.ndarray]) -> Average:
     """Mean of the benchmarks' scores, each counting the same, and its interval: problems drawn within each."""
     means = [bootstrap(values, seed) for seed, values in enumerate(per_problem.values())]
     score = float(np.mean([values.mean() for values in per_problem.values()]))
@@ -173,7 +134,7 @@ def plot(results: dict[str, Any], benchmarks: dict[str, Benchmark], path: Path) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from jaxrl.report import COLOURS
+    from jaxrl.report.figures import COLORS
 
     found, names = results["benchmarks"], list(results["benchmarks"])
     figure = Figure(figsize=(max(5.0, 1.3 * len(names) + 2.5), 4.2), layout="constrained")
@@ -185,7 +146,7 @@ def plot(results: dict[str, Any], benchmarks: dict[str, Benchmark], path: Path) 
             scores = 100 * np.array([s["pass@1"] for _, s in shown])
             errors = np.abs(100 * np.array([s["ci95"] for _, s in shown]).T - scores)
             where = np.array([x for x, _ in shown]) + 0.36 * (i - 0.5)
-            axes.bar(where, scores, 0.34, yerr=errors, capsize=3, color=COLOURS[i], label=title)
+            axes.bar(where, scores, 0.34, yerr=errors, capsize=3, color=COLORS[i], label=title)
     for row, marker in zip(paper(), "os^vD<>P", strict=True):
         points = [
             (x, row["scores"][name]) for x, name in zip(at, names, strict=True) if name in row["scores"]

@@ -1,3 +1,118 @@
-"""jaxrl: GRPO for reasoning models in JAX. Importing this package loads nothing heavy."""
+"""jaxrl: GRPO for reasoning models in JAX.
+
+Importing this package loads nothing heavy; each name below is imported from its module when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxrl.config import Recipe
+    from jaxrl.config import load as load_recipe
+    from jaxrl.errors import InputError, RunError
+    from jaxrl.grpo.advantages import group_advantages, sequence_weights, token_weights
+    from jaxrl.grpo.objective import Objective, policy_objective
+    from jaxrl.grpo.packing import Layout, PackedBatch, fill, lay_out, pack
+    from jaxrl.grpo.update import Numerics, TrainState, init_state, make_optimizer, make_update
+    from jaxrl.models.hf import Model
+    from jaxrl.models.hf import load as load_model
+    from jaxrl.models.hf import save as save_model
+    from jaxrl.parallel.mesh import make_mesh, to_devices
+    from jaxrl.programs import Programs, build_programs
+    from jaxrl.rewards import VERIFIERS
+    from jaxrl.sampling.local import LocalSampler
+    from jaxrl.sampling.open import open_sampler
+    from jaxrl.sampling.sampler import Sampler
+    from jaxrl.sampling.vllm import VLLMSampler
+    from jaxrl.train import train as train_recipe
+    from jaxrl.types import Prompt, Rollout, SamplingParams
 
 __version__ = "0.1.0"
+
+# name: "module" or "module:name there"
+_PUBLIC = {
+    "Recipe": "config",
+    "load_recipe": "config:load",
+    "train_recipe": "train:train",
+    "InputError": "errors",
+    "RunError": "errors",
+    "Prompt": "types",
+    "Rollout": "types",
+    "SamplingParams": "types",
+    "Sampler": "sampling.sampler",
+    "LocalSampler": "sampling.local",
+    "VLLMSampler": "sampling.vllm",
+    "open_sampler": "sampling.open",
+    "VERIFIERS": "rewards",
+    "group_advantages": "grpo.advantages",
+    "sequence_weights": "grpo.advantages",
+    "token_weights": "grpo.advantages",
+    "Layout": "grpo.packing",
+    "PackedBatch": "grpo.packing",
+    "lay_out": "grpo.packing",
+    "fill": "grpo.packing",
+    "pack": "grpo.packing",
+    "Objective": "grpo.objective",
+    "policy_objective": "grpo.objective",
+    "Numerics": "grpo.update",
+    "TrainState": "grpo.update",
+    "init_state": "grpo.update",
+    "make_optimizer": "grpo.update",
+    "make_update": "grpo.update",
+    "Programs": "programs",
+    "build_programs": "programs",
+    "make_mesh": "parallel.mesh",
+    "to_devices": "parallel.mesh",
+    "Model": "models.hf",
+    "load_model": "models.hf:load",
+    "save_model": "models.hf:save",
+}
+
+__all__ = [
+    "VERIFIERS",
+    "InputError",
+    "Layout",
+    "LocalSampler",
+    "Model",
+    "Numerics",
+    "Objective",
+    "PackedBatch",
+    "Programs",
+    "Prompt",
+    "Recipe",
+    "Rollout",
+    "RunError",
+    "Sampler",
+    "SamplingParams",
+    "TrainState",
+    "VLLMSampler",
+    "build_programs",
+    "fill",
+    "group_advantages",
+    "init_state",
+    "lay_out",
+    "load_model",
+    "load_recipe",
+    "make_mesh",
+    "make_optimizer",
+    "make_update",
+    "open_sampler",
+    "pack",
+    "policy_objective",
+    "save_model",
+    "sequence_weights",
+    "to_devices",
+    "token_weights",
+    "train_recipe",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'jaxrl' has no attribute {name!r}")
+    module, _, there = _PUBLIC[name].partition(":")
+    value = getattr(importlib.import_module(f"jaxrl.{module}"), there or name)
+    globals()[name] = value  # the next access does not come here
+    return value

@@ -19,6 +19,19 @@ import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from jaxrl.errors import InputError
+from jaxrl.types import (
+    Backend,
+    Correction,
+    Dtype,
+    Engine,
+    Gather,
+    Normalization,
+    OnUpdate,
+    Order,
+    Remat,
+    TransportName,
+    Verifier,
+)
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -56,11 +69,11 @@ class Run(Section):
 class Model(Section):
     path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     """Hugging Face folder or Hub id of the policy to start from (paper, section 3)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Compute dtype; parameters, moments, softmax, log-probs and gradients stay float32 (verl FSDP)."""
-    attention: Literal["auto", "xla", "cudnn", "cudnn_packed"] = "auto"
+    attention: Literal["auto", Backend] = "auto"
     """Kernel for packed attention; auto takes cudnn on NVIDIA GPUs with bfloat16, xla elsewhere (ours)."""
-    remat: Literal["full", "attention", "none"] = "full"
+    remat: Remat = "full"
     """What the backward pass recomputes: whole layers, all but attention's output, nothing (verl: full)."""
 
 
@@ -80,7 +93,7 @@ class Data(Section):
     """Remove DAPO's own instruction before and after the problem (JustRL's authors did)."""
     deduplicate: bool = True
     """Keep the first of rows with the same problem; DAPO's file repeats each 100 times (ours; see order)."""
-    order: Literal["shuffle", "copies", "replacement"] = "shuffle"
+    order: Order = "shuffle"
     """shuffle: every prompt once an epoch (ours); copies: 100 times, in any order (the file as released, shuffled);
     replacement: independent draws."""
     chat_template: bool = True
@@ -103,7 +116,7 @@ class Rollout(Section):
     """Nucleus sampling (verl rollout.top_p)."""
     top_k: Count = 0
     """Sample from the k likeliest tokens; 0 means all (verl rollout.top_k = -1)."""
-    engine: Literal["local", "vllm"] = "local"
+    engine: Engine = "local"
     """Who samples: the in-process JAX sampler, or vLLM servers, see [sampler] (ours; JustRL used vLLM)."""
     slots: Positive = 64
     """Sequences that the local sampler decodes at once (ours)."""
@@ -119,7 +132,7 @@ class Sampler(Section):
     """The vllm program that starts them, in an environment of its own: make vllm (ours)."""
     vllm_options: tuple[str, ...] = ()
     """More options for it, such as "--gpu-memory-utilization", "0.5" (ours)."""
-    transport: Literal["files", "nccl"] = "files"
+    transport: TransportName = "files"
     """How weights get to the servers: by a file in sampler.folder, or broadcast from GPU to GPU (ours)."""
     folder: str = "/dev/shm/jaxrl"
     """Where published weights lie; every server reads them: memory of this host, or a shared file system (ours)."""
@@ -133,9 +146,9 @@ class Sampler(Section):
     """How long to wait for a server that is gone before the run ends, to go on later (ours)."""
     max_staleness: Count = 0
     """Batches that are sampled ahead, by weights up to so many steps old, while the trainer updates (JustRL: 0)."""
-    on_update: Literal["keep", "drain"] = "keep"
+    on_update: OnUpdate = "keep"
     """Requests under way when weights change go on with the new ones, or end first (ours)."""
-    correction: Literal["none", "truncated", "masked"] = "none"
+    correction: Correction = "none"
     """Importance weights of tokens, trainer's probability over sampler's (JustRL: none)."""
     correction_cap: Annotated[float, Field(ge=1)] = 2.0
     """Largest importance weight; "masked" leaves tokens out that are above it, or below 1 / it (verl rollout_is)."""
@@ -143,13 +156,13 @@ class Sampler(Section):
 
 @dataclass(frozen=True)
 class Reward(Section):
-    verifier: Literal["strict_boxed", "minerva", "equivalent"] = "strict_boxed"
+    verifier: Verifier = "strict_boxed"
     """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork), minerva
     DAPO's `Answer:` line after normalising, equivalent is DeepScaleR's lenient one (needs <think> in the text)."""
     with_prompt: bool = False
     """Give the verifier the prompt's text before the response, whose template may hold <think> (DeepScaleR: true)."""
     overlong_tokens: Count = 0
-    """Penalise answers that run into the last n tokens of rollout.max_tokens; 0 does not (JustRL's ablation: 4096)."""
+    """Penalize answers that run into the last n tokens of rollout.max_tokens; 0 does not (JustRL's ablation: 4096)."""
     overlong_penalty: NonNegative = 1.0
     """What an answer of rollout.max_tokens loses; less in proportion below (verl overlong_buffer.penalty_factor)."""
 
@@ -170,9 +183,7 @@ class Loss(Section):
     """The ratio is clipped above 1 + clip_high (verl clip_ratio_high)."""
     dual_clip: Annotated[float, Field(gt=1)] = 10.0
     """Bound of the loss for negative advantages, in units of -A (verl clip_ratio_c)."""
-    normalization: Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo", "verl_dynamic"] = (
-        "token_mean"
-    )
+    normalization: Literal[Normalization, "verl_dynamic"] = "token_mean"
     """How token losses of a mini-batch are averaged (verl loss_agg_mode = token-mean; what that came to, by rank and
     micro-batch, is verl_dynamic, see docs/fidelity.md)."""
     verl_ranks: Positive = 32
@@ -223,7 +234,7 @@ class Mesh(Section):
     """Replicas of the sharded state, across slow links (ours)."""
     fsdp: Count = 0
     """Devices that share one copy of the state; 0 takes all devices / data (verl: all 32 ranks)."""
-    gather: Literal["step", "layer"] = "step"
+    gather: Gather = "step"
     """When parameters are whole: from the start of an update, or a layer at a time for models too large (ours)."""
 
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxrl import config
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, first_line
 from jaxrl.rewards.strict_boxed import BOX, extract
-from jaxrl.sampling.sampler import Prompt
+from jaxrl.types import Detokenize, Prompt, Tokenizer
 
 # The instruction that DAPO-Math-17k puts around every problem; JustRL's authors took it off.
 DAPO_PREFIX = (
@@ -62,7 +62,7 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever the many tokenizer classes raise
         raise InputError(
-            f"{path}: no readable tokenizer ({_first_line(error)}); a model folder has tokenizer.json"
+            f"{path}: no readable tokenizer ({first_line(error)}); a model folder has tokenizer.json"
         ) from None
 
 
@@ -163,7 +163,7 @@ def _files(path: str) -> list[Path]:
     try:
         folder = Path(snapshot_download(path, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]))
     except Exception as error:
-        raise InputError(f"{path}: no such file, and the Hub did not have it: {_first_line(error)}") from None
+        raise InputError(f"{path}: no such file, and the Hub did not have it: {first_line(error)}") from None
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".jsonl", ".parquet"))
     if not files:
         raise InputError(f"{path}: the data set has no .parquet or .jsonl file; convert it to one of them")
@@ -198,7 +198,7 @@ def _parquet_rows(
     try:
         parquet = pq.ParquetFile(file)
     except Exception as error:
-        raise InputError(f"{file}: not a parquet file ({_first_line(error)}); get it again") from None
+        raise InputError(f"{file}: not a parquet file ({first_line(error)}); get it again") from None
     there = _flat_table(parquet.schema_arrow.empty_table()).column_names
     _require(columns, there, str(file))
     wanted = [*columns, *(c for c in optional if c in there)]
@@ -281,6 +281,11 @@ def check_template(tokenizer: Any, section: config.Data) -> None:
         )
 
 
+def detokenizer(tokenizer: Tokenizer) -> Detokenize:
+    """Token ids to text, without special tokens."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def encode(tokenizer: Any, section: config.Data, problems: Sequence[str]) -> Iterator[np.ndarray]:
     """Token ids [T] int32 of each problem, with what [data] puts around it."""
     for first in range(0, len(problems), BATCH):
@@ -290,7 +295,3 @@ def encode(tokenizer: Any, section: config.Data, problems: Sequence[str]) -> Ite
             texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         for ids in tokenizer(texts, add_special_tokens=not section.chat_template)["input_ids"]:
             yield np.array(ids, np.int32)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,12 +17,15 @@ import jax
 import numpy as np
 
 from jaxrl import config
-from jaxrl.distributed import BATCH_AXES
 from jaxrl.errors import InputError
+from jaxrl.grpo.packing import PackedBatch
 from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
 from jaxrl.models.decoder import Config, forward_flops
-from jaxrl.sampling.sampler import Prompt, Rollout
+from jaxrl.parallel.mesh import BATCH_AXES, mesh_over
+from jaxrl.prepare import minibatches
+from jaxrl.programs import Programs, build_programs, layout_of
+from jaxrl.types import Prompt, Rollout
 
 # The same for every system and device. Sources and fits: docs/planning.md.
 MFU = 0.40  # model FLOPs over peak, in training, scoring and prefill
@@ -72,14 +75,14 @@ class Step:
     prefill: float
     decode: float
     tail: float  # the part of decode in which under a quarter of the slowest sampler's sequences were left
-    score: float
+    old_logprobs: float
     update: float
     communication: float
     publish: float
 
     @property
     def total(self) -> float:
-        sampling, training = self.prefill + self.decode, self.score + self.update + self.communication
+        sampling, training = self.prefill + self.decode, self.old_logprobs + self.update + self.communication
         return (sampling + training if self.colocated else max(sampling, training)) + self.publish
 
 
@@ -104,8 +107,7 @@ def response_lengths(w: Workload) -> np.ndarray:
 
 
 def parameters(c: Config) -> int:
-    specs = jax.tree.leaves(decoder.declare(c), is_leaf=lambda x: isinstance(x, decoder.Spec))
-    return sum(math.prod(decoder.stacked_shape(spec, c)) for spec in specs)
+    return sum(math.prod(decoder.stacked_shape(spec, c)) for spec in decoder.specs(c))
 
 
 def sequence_flops(c: Config, lengths: np.ndarray) -> float:
@@ -178,7 +180,7 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
     traffic = 6 * size * (trainers - 1) / trainers  # gather in bf16, reduce-scatter in float32
     return Step(
         trainers, samplers, colocated, prefill, decode, tail,
-        score=w.scored * forward,
+        old_logprobs=w.scored * forward,
         update=3 * forward,
         communication=w.updates * traffic / (link * BANDWIDTH),
         publish=2 * size / PUBLISH_RATE,
@@ -237,31 +239,17 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
             jax.config.update("jax_platforms", "cpu")  # leave GPUs that are here alone
         except RuntimeError:
             raise InputError(f"{trainers} trainers, but jax has started with fewer virtual devices") from None
-    from jaxrl import train
-
+    mesh = mesh_over(jax.devices("cpu")[:trainers], recipe.mesh.data)
     # one attention length compiles fast, and the longest holds the most
-    packing = dataclasses.replace(recipe.packing, bucket_tokens=train.attention_buckets(recipe)[-1])
+    longest = layout_of(recipe, c).buckets[-1]
+    packing = dataclasses.replace(recipe.packing, bucket_tokens=longest)
     model = dataclasses.replace(recipe.model, attention="xla")
     recipe = dataclasses.replace(recipe, model=model, packing=packing)
-    mesh = jax.make_mesh(
-        (recipe.mesh.data, trainers // recipe.mesh.data), BATCH_AXES, devices=jax.devices("cpu")[:trainers],
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
-    )  # fmt: skip
-    optimizer = train.make_optimizer(recipe)
-    update, score = train.make_update(recipe, c, optimizer, mesh)
-    state = train.abstract_state(c, optimizer, mesh)
-    prompt = Prompt("", np.zeros(recipe.data.max_prompt_tokens, np.int32), "")
-    response = np.zeros(recipe.rollout.max_tokens, np.int32)
-    group = [Rollout(prompt, response, response.astype(np.float32), "length", 0)] * recipe.rollout.samples
-    groups = [group] * recipe.optimizer.minibatch_prompts
-    full = next(iter(train.minibatches(recipe, c, groups, np.ones((len(groups), len(group))), mesh)))
-    per_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=per_device), full)
-    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # same buffers
-    training, scoring = (
-        function.lower(argument, batch).compile(fast).memory_analysis().temp_size_in_bytes
-        for function, argument in ((update, state), (score, state.params))
-    )
+    programs = build_programs(recipe, c, mesh)
+    state = programs.abstract_state()
+    batch = _longest_batch(recipe, programs)
+    training = _temporary_bytes(programs.update.lower(state, batch))
+    scoring = _temporary_bytes(programs.logprobs.lower(state.params, batch))
     activations = min(estimated_bytes(recipe, c, trainers)["activations"], training)
     held = {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}
     return {name: _shard_bytes(tree) for name, tree in held.items()} | {
@@ -269,6 +257,26 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
         "temporaries": training - activations,
         "temporaries of scoring": scoring,
     }
+
+
+def _temporary_bytes(lowered: jax.stages.Lowered) -> int:
+    """Bytes that a program needs beside its arguments and results; compiled fast, into the same buffers."""
+    fast: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+    analysis = lowered.compile(fast).memory_analysis()
+    assert analysis
+    return analysis.temp_size_in_bytes
+
+
+def _longest_batch(recipe: config.Recipe, programs: Programs) -> PackedBatch:
+    """An abstract mini-batch of the longest sequences that the recipe allows."""
+    prompt = Prompt("", np.zeros(recipe.data.max_prompt_tokens, np.int32), "")
+    response = np.zeros(recipe.rollout.max_tokens, np.int32)
+    group = [Rollout(prompt, response, response.astype(np.float32), "length", 0)] * recipe.rollout.samples
+    groups = [group] * recipe.optimizer.minibatch_prompts
+    advantages = np.ones((len(groups), len(group)), np.float32)
+    full = next(iter(minibatches(recipe, programs, groups, advantages)))
+    per_device = jax.sharding.NamedSharding(programs.mesh, jax.sharding.PartitionSpec(BATCH_AXES))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=per_device), full)
 
 
 def _shard_bytes(tree: Any) -> float:
@@ -372,8 +380,8 @@ def show(result: dict[str, Any]) -> None:
     for s in steps:
         split = f"{s['trainers']} trainers : {s['samplers']} samplers\none step ahead"
         seconds.add_column(f"{s['trainers']} devices\nin turn" if s["colocated"] else split, justify="right")
-    names = ("prefill", "decode", "tail", "score", "update", "communication", "publish", "total")
-    titles = {"tail": "  of which the long tail", "score": "old log-probs", "update": "forward and backward"}
+    names = ("prefill", "decode", "tail", "old_logprobs", "update", "communication", "publish", "total")
+    titles = {"tail": "  of which the long tail", "old_logprobs": "old log-probs", "update": "forward and backward"}
     for name in names:
         last = name in ("tail", "publish")
         seconds.add_row(titles.get(name, name), *(f"{s[name]:.1f}" for s in steps), end_section=last)

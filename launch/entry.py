@@ -29,7 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 from jaxrl import config  # noqa: E402
 from jaxrl.errors import InputError  # noqa: E402
-from jaxrl.sampling import servers  # noqa: E402
+from jaxrl.sampling import (
+    process_group,  # noqa: E402
+    servers,  # noqa: E402
+)
 from jaxrl.sampling.client import KEY, api_key  # noqa: E402
 
 TRY_AGAIN = 75  # jaxrl.distributed's, without waiting for JAX
@@ -90,7 +93,7 @@ class Part:
     """What one host runs."""
 
     samplers: list[servers.Server] = dataclasses.field(default_factory=list)
-    trainers: list[servers.Group] = dataclasses.field(default_factory=list)
+    trainers: list[process_group.ProcessGroup] = dataclasses.field(default_factory=list)
 
 
 def plan(args: argparse.Namespace) -> dict[str, Part]:
@@ -117,7 +120,7 @@ def plan(args: argparse.Namespace) -> dict[str, Part]:
             "JAXRL_COORDINATOR": f"{args.trainer_hosts[0]}:{args.port}",
             "JAXRL_PROCESSES": str(len(args.trainer_hosts) * processes), "JAXRL_PROCESS": str(i),
         }  # fmt: skip
-        parts[host].trainers.append(servers.Group(command, who | where))
+        parts[host].trainers.append(process_group.ProcessGroup(command, who | where))
     for i, (host, k) in enumerate(itertools.product(args.sampler_hosts, range(each))):
         first = args.trainer_gpus if host in args.trainer_hosts else 0
         parts[host].samplers.append(servers.prepare(
@@ -192,8 +195,8 @@ def run(part: Part, urls: list[str], args: argparse.Namespace, stop: Stop) -> in
             trainer.start()
         return watch(part.trainers, tending(part.samplers, args.deadline), args, stop)
     finally:
-        servers.kill(part.trainers)  # before what they may still be asking
-        servers.kill(part.samplers)
+        process_group.kill(part.trainers)  # before what they may still be asking
+        process_group.kill(part.samplers)
 
 
 def wait_for(urls: list[str], part: Part, args: argparse.Namespace, stop: Stop) -> None:
@@ -243,7 +246,7 @@ def tending(own: list[servers.Server], deadline: float) -> Callable[[], int | No
 
 
 def watch(
-    trainers: Sequence[servers.Group], tend: Callable[[], int | None], args: argparse.Namespace, stop: Stop
+    trainers: Sequence[process_group.ProcessGroup], tend: Callable[[], int | None], args: argparse.Namespace, stop: Stop
 ) -> int:
     """Until all trainers have ended, or one has failed and the others had time to say so: the exit status."""
     told, lost, look, named = 0, float("inf"), 0.0, set[str]()
@@ -292,7 +295,7 @@ def listening(host: str, port: int) -> bool:
     return False
 
 
-class Remote(servers.Group):
+class Remote(process_group.ProcessGroup):
     """This script on another host. It is spoken to through stdin: no command line shows the key, and when this end is
     gone, however it went, that end sees it."""
 
@@ -336,7 +339,7 @@ def place(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str],
         deadline = time.monotonic() + 2 * AT_ONCE + 5
         while any(remote.process.poll() is None for remote in remotes) and time.monotonic() < deadline:
             time.sleep(0.2)
-        servers.kill(remotes)
+        process_group.kill(remotes)
 
 
 def hear() -> None:

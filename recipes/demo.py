@@ -21,11 +21,11 @@ from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jaxrl.distributed import make_mesh, to_devices
-from jaxrl.grpo import packing
-from jaxrl.grpo import update as grpo
-from jaxrl.models import Config, Model, initialise, save
-from jaxrl.sampling.sampler import Prompt, Rollout
+import jaxrl
+from jaxrl import Prompt, Rollout, config
+from jaxrl.grpo.packing import bucket_lengths
+from jaxrl.models import Config, Model, initialize, save
+from jaxrl.models.decoder import Params
 
 SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"0123456789+=?\n"]
 SLIP = 0.24  # chance that the teacher's column sum is off by one
@@ -47,12 +47,12 @@ def main() -> None:
     write_problems(args.out / "heldout.jsonl", problems[:500])
     write_problems(args.out / "train.jsonl", problems[500:])
     tokenizer = make_tokenizer()
-    config = Config(
+    model = Config(
         family="qwen2", vocab_size=len(SYMBOLS), width=128, layers=3, heads=4, kv_heads=2, head_dim=32,
         mlp_width=352, rope_theta=10_000.0, norm_epsilon=1e-6, tied=False, max_positions=256,
     )  # fmt: skip
-    params = learn(config, tokenizer, problems[500:], args.steps, args.seed, rng)
-    save(Model(config, params), args.out / "base")
+    params = learn(model, tokenizer, problems[500:], args.steps, args.seed, rng)
+    save(Model(model, params), args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     (args.out / "base" / "generation_config.json").write_text(json.dumps(ids))
@@ -93,34 +93,36 @@ def worked(a: int, b: int, rng: np.random.Generator) -> str:
 
 
 def learn(
-    config: Config, tokenizer: PreTrainedTokenizerFast, problems: list[tuple[int, int]], steps: int, seed: int,
+    model: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[tuple[int, int]],
+    steps: int,
+    seed: int,
     rng: np.random.Generator,
-) -> dict:  # fmt: skip
-    mesh = make_mesh()
-    optimizer = grpo.make_optimizer(
-        learning_rate=3e-3, warmup_steps=20, updates_per_step=1, beta1=0.9, beta2=0.99, epsilon=1e-8,
-        weight_decay=0.0, max_grad_norm=1.0,
-    )  # fmt: skip
-    buckets = packing.bucket_lengths(BUCKET, 48)
-    update, _ = grpo.make_update(
-        config, optimizer, mesh, buckets=buckets, backend="xla", dtype="float32", remat="none", temperature=1.0,
-        chunk=CHUNK, clip_low=0.2, clip_high=0.2, dual_clip=10.0,
-    )  # fmt: skip
-    state = grpo.init_state(initialise(config, seed), optimizer, mesh)
+) -> Params:
+    """Supervised updates on the teacher's examples of random problems."""
+    mesh = jaxrl.make_mesh()
+    adam = config.Optimizer(learning_rate=3e-3, warmup_steps=20, beta2=0.99, weight_decay=0.0)
+    optimizer = jaxrl.make_optimizer(adam, updates_per_step=1)
+    layout = jaxrl.Layout(streams=(STREAM,), buckets=bucket_lengths(BUCKET, 48))
+    numerics = jaxrl.Numerics(logprob_chunk=CHUNK)
+    objective = jaxrl.Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
+    update, _ = jaxrl.make_update(model, optimizer, mesh, layout, numerics, objective)
+    state = jaxrl.init_state(initialize(model, seed), optimizer, mesh)
     for _ in track(range(steps), description="supervised start"):
         chosen = [problems[i] for i in rng.integers(len(problems), size=BATCH)]
-        batch = packing.pack(
-            [example(tokenizer, a, b, rng) for a, b in chosen], np.ones(BATCH, np.float32), devices=mesh.size,
-            streams=(STREAM,), buckets=buckets, on_policy=True,
-        )  # fmt: skip
-        state, metrics = update(state, to_devices(batch, mesh))
+        examples = [example(tokenizer, a, b, rng) for a, b in chosen]
+        batch = jaxrl.pack(examples, np.ones(BATCH, np.float32), mesh.size, layout, on_policy=True)
+        state, metrics = update(state, jaxrl.to_devices(batch, mesh))
     loss = float(metrics["logprob_diff_mean"])  # mean |log p - 0|: examples carry no sampler log-probs
     print(f"cross-entropy of the last batch: {loss:.3f} nats a token")
     return state.params
 
 
 def example(tokenizer: PreTrainedTokenizerFast, a: int, b: int, rng: np.random.Generator) -> Rollout:
-    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)  # noqa: E731
+    def encode(text: str) -> np.ndarray:
+        return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
+
     prompt = Prompt("", encode(f"<user>{a}+{b}=?<assistant>"), str(a + b))
     tokens = encode(worked(a, b, rng) + tokenizer.eos_token)
     return Rollout(prompt, tokens, np.zeros(len(tokens), np.float32), "stop", 0)

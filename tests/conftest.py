@@ -6,9 +6,7 @@ The devices are set in this process only: a program that a test starts sees the 
 import os
 import signal
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell ignores it in what it starts in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.update(
@@ -21,3 +19,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # arrays without a mesh still lie on the first one
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook(["jaxrl.grpo", "jaxrl.models"], "shapes.check")

@@ -16,7 +16,7 @@ from tiny import tiny_tokenizer
 from jaxrl import data
 from jaxrl.config import Data
 from jaxrl.errors import InputError
-from jaxrl.sampling.sampler import Prompt
+from jaxrl.types import Prompt
 
 PLAIN = {"problem_column": "problem", "answer_column": "answer", "suffix": ""}
 ROWS = [{"problem": f"{n} + {n}", "answer": str(2 * n)} for n in range(5)]

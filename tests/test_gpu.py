@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.distributed import to_devices
+from jaxrl import config
 from jaxrl.errors import InputError
 from jaxrl.grpo import packing, token_logprobs
 from jaxrl.grpo import update as grpo
+from jaxrl.grpo.objective import Objective
 from jaxrl.grpo.packing import bucket_lengths
-from jaxrl.models import Config, Model, hf, initialise, save
+from jaxrl.models import Config, Model, hf, initialize, save
 from jaxrl.models.attention import Segments, choose_backend, packed_attention
+from jaxrl.parallel.mesh import mesh_over, to_devices
 from jaxrl.sampling.local import LocalSampler
-from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.types import Prompt, Rollout, SamplingParams
 
 import tiny_run  # isort: skip
 
@@ -78,21 +80,15 @@ MODEL = Config(
     rope_theta=10_000.0, norm_epsilon=1e-6, tied=False, max_positions=4096,
 )  # fmt: skip
 SMOLLM2 = Path("models/smollm2-135m-instruct")
-ADAM = {
-    "learning_rate": 1e-3,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "epsilon": 1e-8,
-    "weight_decay": 0.1,
-    "max_grad_norm": 1.0,
-}
+LAYOUT = packing.Layout(streams=(STREAM,), buckets=BUCKETS)
+ADAM = config.Optimizer(learning_rate=1e-3, warmup_steps=0)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder of random weights whose answers differ: `initialise` alone gives nearly the same to everything."""
+    """A folder of random weights whose answers differ: `initialize` alone gives nearly the same to everything."""
     folder = tmp_path_factory.mktemp("weights")
-    save(Model(MODEL, initialise(MODEL, 0, scale=0.06)), folder, dtype="float32")
+    save(Model(MODEL, initialize(MODEL, 0, scale=0.06)), folder, dtype="float32")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     return folder
 
@@ -109,17 +105,16 @@ def rollouts(count, vocabulary, longest):
 
 
 def packed_up(made, advantages, stream, buckets):
-    return packing.pack(made, advantages, devices=1, streams=(stream,), buckets=buckets)
+    return packing.pack(made, advantages, 1, packing.Layout((stream,), buckets))
 
 
-def updates_of(config, dtype, remat="full"):
+def updates_of(model, dtype, remat="full"):
     """`update`, `score` and their optimizer on one device."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    optimizer = grpo.make_optimizer(warmup_steps=0, updates_per_step=1, **ADAM)
-    made = grpo.make_update(
-        config, optimizer, mesh, buckets=BUCKETS, backend=choose_backend("auto", dtype), dtype=dtype, remat=remat,
-        temperature=1.0, chunk=512, clip_low=0.2, clip_high=0.28, dual_clip=10.0,
-    )  # fmt: skip
+    mesh = mesh_over(jax.devices()[:1])
+    optimizer = grpo.make_optimizer(ADAM, updates_per_step=1)
+    numerics = grpo.Numerics(dtype, remat, choose_backend("auto", dtype), logprob_chunk=512)
+    objective = Objective(clip_low=0.2, clip_high=0.28, dual_clip=10.0)
+    made = grpo.make_update(model, optimizer, mesh, LAYOUT, numerics, objective)
     return *made, optimizer, mesh
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from sampling.test_servers import alive, assert_gone, pids_in
 
-from jaxrl import distributed
+from jaxrl.parallel import processes
 from jaxrl.sampling.servers import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -280,7 +280,7 @@ def test_kubernetes(folder: Path) -> None:
         rule = job_spec["podFailurePolicy"]["rules"][0]
         assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "NotIn"
         assert (
-            distributed.TRY_AGAIN in rule["onExitCodes"]["values"] and 2 not in rule["onExitCodes"]["values"]
+            processes.TRY_AGAIN in rule["onExitCodes"]["values"] and 2 not in rule["onExitCodes"]["values"]
         )
         container = job_spec["template"]["spec"]["containers"][0]
         assert container["command"] == [".venv/bin/python", "launch/entry.py"]
@@ -389,7 +389,7 @@ def test_a_trainer_that_is_killed_wants_another_try(folder: Path) -> None:
     run = Run(folder, False)
     trainers = run.running()
     os.kill(trainers[0][0], signal.SIGKILL)
-    assert run.end(distributed.TRY_AGAIN).count("process 0 on 127.0.0.1 was ended by SIGKILL") == 1
+    assert run.end(processes.TRY_AGAIN).count("process 0 on 127.0.0.1 was ended by SIGKILL") == 1
     assert_gone(flat(trainers))
 
 

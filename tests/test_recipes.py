@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl import config, plan
-from jaxrl.analysis import token_budget
+from jaxrl.report.runs import token_budget
 from jaxrl.rewards import VERIFIERS
 
 RECIPES = Path(__file__).parents[1] / "recipes"

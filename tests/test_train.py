@@ -16,7 +16,7 @@ import pytest
 
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.models import hf
-from jaxrl.train import graceful_stop
+from jaxrl.parallel.signals import graceful_stop
 
 import tiny_run  # isort: skip
 

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from jaxrl import config
-from jaxrl.distributed import make_mesh, to_devices
 from jaxrl.grpo import packing
 from jaxrl.grpo import update as grpo
-from jaxrl.models import Config, Model, initialise, save
-from jaxrl.sampling.sampler import Prompt, Rollout
+from jaxrl.grpo.objective import Objective
+from jaxrl.models import Config, Model, initialize, save
+from jaxrl.parallel.mesh import make_mesh, to_devices
+from jaxrl.types import Prompt, Rollout
 
 SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"012"]
 
@@ -48,13 +49,14 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
     sizes = shape | {"rope_theta": 1e4, "norm_epsilon": 1e-6, "tied": True, "max_positions": 64}
     decoder = Config(family="qwen2", vocab_size=len(SYMBOLS), **sizes)  # type: ignore[arg-type]
     mesh, rng = make_mesh(), np.random.default_rng(0)
-    adam = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
-    optimizer = grpo.make_optimizer(learning_rate=3e-3, warmup_steps=0, updates_per_step=1, **adam)
+    adam = config.Optimizer(learning_rate=3e-3, warmup_steps=0, beta2=0.99, weight_decay=0.0)
+    optimizer = grpo.make_optimizer(adam, updates_per_step=1)
+    layout = packing.Layout(streams=(256,), buckets=(8,))
+    objective = Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
     update, _ = grpo.make_update(
-        decoder, optimizer, mesh, buckets=(8,), backend="xla", dtype="float32", remat="none", temperature=1.0,
-        chunk=64, clip_low=0.2, clip_high=0.2, dual_clip=10.0,
-    )  # fmt: skip
-    state = grpo.init_state(initialise(decoder, 0, scale=0.2), optimizer, mesh)
+        decoder, optimizer, mesh, layout, grpo.Numerics(logprob_chunk=64), objective
+    )
+    state = grpo.init_state(initialize(decoder, 0, scale=0.2), optimizer, mesh)
     for _ in range(150):
         examples = []
         for _ in range(32):
@@ -63,13 +65,9 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
             prompt = Prompt("", np.array([2, asked, 3], np.int32), "")
             answer = np.array([4, answered, 5, 1], np.int32)
             examples.append(Rollout(prompt, answer, np.zeros(4, np.float32), "stop", 0))
-        batch = packing.pack(
-            examples, np.ones(32, np.float32), devices=mesh.size, streams=(256,), buckets=(8,), on_policy=True,
-        )  # fmt: skip
+        batch = packing.pack(examples, np.ones(32, np.float32), mesh.size, layout, on_policy=True)
         state, _ = update(state, to_devices(batch, mesh))
-        jax.block_until_ready(
-            state
-        )  # collectives of steps that wait for each other can stall XLA's threads on a CPU
+        jax.block_until_ready(state)  # XLA on CPUs can stall on collectives of two updates at a time
     save(Model(decoder, state.params), folder)
     make_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))

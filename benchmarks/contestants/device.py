@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxrl.models import Config, Model, initialise, save
+from jaxrl.models import Config, Model, initialize, save
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 REPEATS = 20
@@ -26,7 +26,7 @@ def seconds(function, *arguments):
 
 for _ in sys.stdin:
     config, tokens = Config(**settings["model"]), settings["stream"]
-    save(Model(config, initialise(config, 0)), folder / "model", dtype=settings["dtype"])
+    save(Model(config, initialize(config, 0)), folder / "model", dtype=settings["dtype"])
     x, w, square = (
         jax.random.normal(jax.random.key(0), shape, settings["dtype"])
         for shape in ((tokens, config.width), (config.mlp_width, config.width), (settings["square"],) * 2)

@@ -9,11 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxrl.distributed import make_mesh, to_devices
+from jaxrl import config
 from jaxrl.grpo import packing
 from jaxrl.grpo import update as grpo
+from jaxrl.grpo.objective import Objective
 from jaxrl.models import attention, decoder, hf
-from jaxrl.sampling.sampler import Prompt, Rollout
+from jaxrl.parallel.mesh import make_mesh, to_devices
+from jaxrl.types import Prompt, Rollout
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 chunk, batch, mesh = settings["chunk"], np.load(folder / "batch.npz"), make_mesh()
@@ -24,28 +26,22 @@ for tokens, length, old in zip(batch["tokens"], batch["lengths"], batch["old_log
     rollouts.append(Rollout(prompt, tokens[first:length], old[first:length], "stop", 0))
 buckets = packing.bucket_lengths(settings["bucket"], longest)
 dense, attended = decoder.forward_flops(model.config)
-packed = packing.pack(
-    rollouts, batch["advantages"], devices=1, buckets=buckets,
-    streams=packing.stream_lengths(settings["stream"], buckets[-1], math.lcm(settings["bucket"], chunk)),
-    attention_cost=attended / dense,
-)  # fmt: skip
+streams = packing.stream_lengths(settings["stream"], buckets[-1], math.lcm(settings["bucket"], chunk))
+layout = packing.Layout(streams, buckets, attention_cost=attended / dense)
+packed = packing.pack(rollouts, batch["advantages"], 1, layout)
 executed = int(packed.micro_batches.sum()) * packed.tokens.shape[2]
 packed = to_devices(packed.replace(old_logprobs=packed.sampler_logprobs), mesh)
-optimizer = grpo.make_optimizer(
-    learning_rate=1e-6, warmup_steps=0, updates_per_step=1, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.1,
-    max_grad_norm=1.0,
-)  # fmt: skip
-update, score = grpo.make_update(
-    model.config, optimizer, mesh, buckets=buckets, dtype=settings["dtype"], remat=settings["remat"],
-    backend=attention.choose_backend(settings["backend"], settings["dtype"]), temperature=1.0, chunk=chunk,
-    clip_low=0.2, clip_high=0.28, dual_clip=1e9,
-)  # fmt: skip
+optimizer = grpo.make_optimizer(config.Optimizer(learning_rate=1e-6, warmup_steps=0), updates_per_step=1)
+backend = attention.choose_backend(settings["backend"], settings["dtype"])
+numerics = grpo.Numerics(settings["dtype"], settings["remat"], backend, logprob_chunk=chunk)
+objective = Objective(clip_low=0.2, clip_high=0.28, dual_clip=1e9)
+update, logprobs = grpo.make_update(model.config, optimizer, mesh, layout, numerics, objective)
 state = grpo.init_state(model.params, optimizer, mesh)
 del model  # the state owns the parameters now
 for request in sys.stdin:
     found = {}
     if request.strip() == "score":
-        jax.block_until_ready(score(state.params, packed))
+        jax.block_until_ready(logprobs(state.params, packed))
     else:
         traced = request.strip() == "profile"
         with jax.profiler.trace(settings["profile"]) if traced else nullcontext():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import chex
 import numpy as np
 
-Normalization = Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"]
+from jaxrl.types import Normalization
 
 
 def group_advantages(rewards: np.ndarray, epsilon: float = 1e-6, normalize_std: bool = True) -> np.ndarray:
@@ -26,11 +24,11 @@ def group_advantages(rewards: np.ndarray, epsilon: float = 1e-6, normalize_std: 
     chex.assert_rank(rewards, 2)
     if rewards.shape[1] == 1:
         return (rewards / (1 + epsilon if normalize_std else 1)).astype(np.float32)
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    centred[np.ptp(rewards, axis=1) == 0] = 0  # the mean of equal numbers may be off by a rounding
+    centered = rewards - rewards.mean(axis=1, keepdims=True)
+    centered[np.ptp(rewards, axis=1) == 0] = 0  # the mean of equal numbers may be off by a rounding
     if normalize_std:
-        centred /= rewards.std(axis=1, ddof=1, keepdims=True) + epsilon
-    return centred.astype(np.float32)
+        centered /= rewards.std(axis=1, ddof=1, keepdims=True) + epsilon
+    return centered.astype(np.float32)
 
 
 def token_weights(mask: np.ndarray, normalization: Normalization = "token_mean") -> np.ndarray:

@@ -1,22 +1,37 @@
-"""The policy objective: PPO's clipped surrogate with an asymmetric range and a bound on bad news."""
+"""The policy objective: PPO's clipped surrogate, an asymmetric clip range and a dual clip for negative advantages."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from jaxrl.arrays import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is maximized, as far as it is the same for all tokens; see `policy_objective`."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    temperature: float = 1.0  # of sampling: the policy is the distribution that was sampled from
 
 
 def policy_objective(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    weights: jax.Array,
+    logprobs: Float[Array, "..."],
+    old_logprobs: Float[Array, "..."],
+    advantages: Float[Array, "..."],
+    weights: Float[Array, "..."],
     *,
     clip_low: float,
     clip_high: float,
     dual_clip: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float[jax.Array, ""], dict[str, Float[jax.Array, ""]]]:
     """loss = sum_t w_t l_t, with r_t = exp(logp_t - old_t) and
 
         l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high))     (PPO, arXiv 1707.06347, eq. 7, with
@@ -26,7 +41,7 @@ def policy_objective(
     Args:
       logprobs, old_logprobs: [..., T] log-probabilities (nats) of the sampled tokens now and when sampled.
       advantages: [..., T].
-      weights: [..., T]; 0 leaves a token out. How they are normalised is how the loss is (see `token_weights`).
+      weights: [..., T]; 0 leaves a token out. They decide how the loss is averaged (see `token_weights`).
       clip_low, clip_high: the ratio's range is [1 - clip_low, 1 + clip_high].
       dual_clip: bound on the loss of a token with A < 0, in units of -A.
 
@@ -43,9 +58,11 @@ def policy_objective(
     loss = jnp.maximum(plain, clipped)
     bound = -advantages * dual_clip
     bounded = jnp.where(advantages < 0, jnp.minimum(loss, bound), loss)
-
     count = jnp.maximum(live.sum(), 1)
-    mean = lambda x: jnp.sum(jnp.where(live, x, 0.0)) / count  # noqa: E731
+
+    def mean(x: Array) -> jax.Array:
+        return jnp.sum(jnp.where(live, x, 0.0)) / count
+
     metrics = {
         "clip_fraction": mean(clipped > plain),
         "clip_fraction_lower": mean((loss > bound) & (advantages < 0)),

@@ -1,67 +1,96 @@
 """From rollouts to streams: which token of which sequence lies where, on which device.
 
-All of it is NumPy on the host, a pure function of the rollouts. Each device gets its own streams `[M, N]`; what
-becomes of a sequence (its weight, its advantage) is data in those streams, so the way they are cut changes nothing.
+All of it is NumPy on the host, a pure function of the rollouts. Each device gets its own streams `[M, N]`. `lay_out`
+decides where sequences lie, from their lengths alone; `fill` puts values there, one a sequence or one a token. What
+becomes of a sequence (its weight, its advantage) is data in the streams, so the way they are cut changes nothing.
+
+Shape letters: G devices, M streams (micro-batches) of a device, N tokens of a stream, S sequences of a stream,
+B sequences of a mini-batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import flax.struct
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
+from jaxrl.arrays import Array
 from jaxrl.grpo.advantages import sequence_weights
-from jaxrl.sampling.sampler import Rollout
+from jaxrl.types import Rollout
+
+MOST_BUCKETS = 32  # attention lengths: each is a branch of the compiled program
+STREAM_STEPS = 16  # stream lengths are this fraction of the longest apart: each is a program of its own
+WORTHWHILE = 0.98  # of the best cost so far: a shorter stream, which may have to be compiled, must save as much
 
 
-@flax.struct.dataclass
-class PackedBatch:
-    """One mini-batch as per-device streams. G devices, M micro-batches, N tokens, S segments."""
+class PackedBatch(flax.struct.PyTreeNode):
+    """One mini-batch as per-device streams."""
 
-    tokens: Any  # [G, M, N] int32: prompt and completion of each segment, one after another
-    positions: Any  # [G, M, N] int32: from 0 in each segment
-    starts: Any  # [G, M, S] int32: first token of each segment
-    buckets: Any  # [G, M, S] int32: attention length of each segment; -1 past the last
-    weights: Any  # [G, M, N] float32: of each completion token in the loss; 0 elsewhere
-    advantages: Any  # [G, M, N] float32
-    old_logprobs: Any  # [G, M, N] float32: under the policy before the step; not read when on_policy
-    sampler_logprobs: Any  # [G, M, N] float32: as the sampler gave them
-    micro_batches: Any  # [G] int32: streams in use, the rest of M is padding
-    on_policy: Any  # [G] bool: the weights are the ones that sampled, the ratio is 1 by definition
-    response_tokens: Any  # [G] float32: of the whole mini-batch, the sequences left out included
+    tokens: Int32[Array, "G M N"]  # prompt and completion of each sequence, one after another
+    positions: Int32[Array, "G M N"]  # from 0 in each sequence
+    starts: Int32[Array, "G M S"]  # first token of each sequence
+    buckets: Int32[Array, "G M S"]  # index of each sequence's attention length; -1 past the last
+    weights: Float32[Array, "G M N"]  # of each completion token in the loss; 0 elsewhere
+    advantages: Float32[Array, "G M N"]
+    old_logprobs: Float32[Array, "G M N"]  # under the policy before the step; not read when on_policy
+    sampler_logprobs: Float32[Array, "G M N"]  # as the sampler gave them
+    micro_batches: Int32[Array, " G"]  # streams in use, the rest of M is padding
+    on_policy: Bool[Array, " G"]  # the policy is the one that sampled, the ratio is 1 by definition
+    response_tokens: Float32[Array, " G"]  # of the whole mini-batch, the sequences left out included
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What streams may look like; the same for all batches of a run."""
+
+    streams: tuple[int, ...]  # tokens that a stream may hold, ascending; see `stream_lengths`
+    buckets: tuple[int, ...]  # attention lengths, ascending, none above streams[0]; see `bucket_lengths`
+    segments: int = 64  # S, sequences that a stream may hold
+    attention_cost: float = 0.0  # work of attending to one token, in units of a token's work in dense layers
 
 
 class Place(NamedTuple):
+    """Where a sequence lies."""
+
     device: int
     micro_batch: int
     start: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the sequences of one mini-batch lie."""
+
+    places: dict[int, Place]  # of each sequence that was not left out, by its index
+    prompts: Int[np.ndarray, " B"]  # tokens
+    responses: Int[np.ndarray, " B"]  # tokens
+    shape: tuple[int, int, int]  # G, M, N
+    starts: Int32[np.ndarray, "G M S"]
+    buckets: Int32[np.ndarray, "G M S"]
+    micro_batches: Int32[np.ndarray, " G"]
+
+
 def bucket_lengths(bucket: int, longest: int) -> tuple[int, ...]:
-    """Attention lengths: at most 32 multiples of `bucket`, evenly spaced; the last just holds `longest`."""
-    step = bucket * -(-longest // (32 * bucket))
+    """Attention lengths: at most MOST_BUCKETS multiples of `bucket`, evenly spaced; the last just holds `longest`."""
+    step = bucket * -(-longest // (MOST_BUCKETS * bucket))
     return (*range(step, longest, step), bucket * -(-longest // bucket))
 
 
 def stream_lengths(stream: int, longest: int, unit: int) -> tuple[int, ...]:
-    """What a stream may measure, so that little of the last one is padding: at most 9 multiples of `unit`.
+    """Lengths that a stream may have, so that little of the last one is padding.
 
-    They lie between half of `stream` and `stream`, and all hold `longest`.
+    They are multiples of `unit` between half of `stream` and `stream`, at most 9, and all hold `longest`.
     """
-    step = unit * -(-stream // (16 * unit))
+    step = unit * -(-stream // (STREAM_STEPS * unit))
     return tuple(n for n in range(stream, 0, -step) if n >= longest and 2 * n >= stream)[::-1]
 
 
-def plan(
-    lengths: Sequence[int],
-    devices: int,
-    streams: tuple[int, ...],
-    segments: int,
-    buckets: tuple[int, ...],
-    attention_cost: float,
-) -> tuple[int, list[Place]]:
+def place_sequences(lengths: Sequence[int], devices: int, layout: Layout) -> tuple[int, list[Place]]:
     """Places sequences so that the busiest device has the least to compute.
 
     That is its streams, padding included, and its attention. For each stream length: longest first, to the device with
@@ -71,46 +100,46 @@ def plan(
     Args:
       lengths: tokens of each sequence.
       devices: G.
-      streams: tokens that a stream may hold, ascending.
-      segments: S, sequences that a stream may hold.
-      buckets: attention lengths; the last is at most streams[0].
-      attention_cost: work of attending to one token, in units of the work of one token's dense layers.
+      layout: see `Layout`.
 
     Returns:
       the stream length N, and a place for each sequence.
+
+    Raises:
+      ValueError: if a stream cannot hold the longest sequence.
     """
-    rooms = np.array(buckets)[np.searchsorted(buckets, lengths)] if len(lengths) else np.zeros(0, int)
-    if rooms.max(initial=0) > streams[0]:
-        raise ValueError(f"streams of {streams[0]} tokens cannot hold attention over {rooms.max()}")
-    attention = attention_cost * rooms.astype(float) ** 2 / 2
-    best_cost, best = np.inf, (streams[-1], list[Place]())
-    for n in streams[::-1]:
+    buckets = np.array(layout.buckets)
+    rooms = buckets[np.searchsorted(buckets, lengths)] if len(lengths) else np.zeros(0, int)
+    if rooms.max(initial=0) > layout.streams[0]:
+        raise ValueError(f"streams of {layout.streams[0]} tokens cannot hold attention over {rooms.max()}")
+    attention = layout.attention_cost * rooms.astype(float) ** 2 / 2
+    best_cost, best = np.inf, (layout.streams[-1], list[Place]())
+    for n in layout.streams[::-1]:
         count = -(-sum(lengths) // (devices * n))
-        while (places := _fill(lengths, rooms, attention, devices, n, count, segments)) is None:
+        while (places := _into_streams(lengths, rooms, attention, (devices, count, n), layout)) is None:
             count += 1
         of_device = np.bincount([p.device for p in places], attention, devices)
         cost = count * n + of_device.max(initial=0)
-        if cost < 0.98 * best_cost:  # a shorter stream, which may have to be compiled, must be worth it
+        if cost < WORTHWHILE * best_cost:
             best_cost, best = cost, (n, places)
     return best
 
 
-def _fill(
+def _into_streams(
     lengths: Sequence[int],
-    rooms: np.ndarray,
-    attention: np.ndarray,
-    devices: int,
-    stream: int,
-    count: int,
-    segments: int,
+    rooms: Int[np.ndarray, " B"],
+    attention: Float[np.ndarray, " B"],
+    shape: tuple[int, int, int],
+    layout: Layout,
 ) -> list[Place] | None:
-    """Places all sequences in `count` streams a device, or says that they do not fit."""
+    """Places all sequences in streams of this shape [G, M, N], or returns None where they do not fit."""
+    devices, count, stream = shape
     places = [Place(0, 0, 0)] * len(lengths)
     used = np.zeros((devices, count), int)
     held = np.zeros((devices, count), int)
     work = np.zeros(devices)
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = (used + rooms[i] <= stream) & (held < segments)
+        fits = (used + rooms[i] <= stream) & (held < layout.segments)
         possible = fits.any(axis=1)
         if not possible.any():
             return None
@@ -123,16 +152,75 @@ def _fill(
     return places
 
 
+def lay_out(
+    prompts: Sequence[int],
+    responses: Sequence[int],
+    devices: int,
+    layout: Layout,
+    kept: Sequence[int] | None = None,
+) -> Placement:
+    """Decides where the sequences of a mini-batch lie.
+
+    Args:
+      prompts: [B] tokens of each sequence's prompt.
+      responses: [B] tokens of each completion.
+      devices: G.
+      layout: see `Layout`.
+      kept: indices of the sequences to place; all where None.
+
+    Returns:
+      a Placement. Its M is what the longest sequences there can be would take, so that a run has a shape for each
+      stream length and no more; what is computed depends on `micro_batches`.
+    """
+    chosen = list(range(len(prompts)) if kept is None else kept)
+    lengths = [prompts[i] + responses[i] for i in chosen]
+    stream, placed = place_sequences(lengths, devices, layout)
+    used = np.zeros(devices, np.int32)
+    for place in placed:
+        used[place.device] = max(used[place.device], place.micro_batch + 1)
+    most = -(-len(prompts) // (devices * min(layout.segments, stream // layout.buckets[-1])))
+    rows = max(most, int(used.max(initial=1)))
+    starts = np.zeros((devices, rows, layout.segments), np.int32)
+    buckets = np.full((devices, rows, layout.segments), -1, np.int32)
+    filled = np.zeros((devices, rows), int)
+    for place, length in sorted(zip(placed, lengths, strict=True)):  # in the order in which attention visits them
+        at = (*place[:2], filled[place[:2]])
+        starts[at], buckets[at] = place.start, np.searchsorted(layout.buckets, length)
+        filled[place[:2]] += 1
+    places = dict(zip(chosen, placed, strict=True))
+    shape = (devices, rows, stream)
+    return Placement(places, np.array(prompts, int), np.array(responses, int), shape, starts, buckets, used)
+
+
+def fill(
+    placement: Placement,
+    values: Sequence[np.ndarray] | np.ndarray,
+    dtype: type[np.generic] = np.float32,
+    prompts: bool = False,
+) -> Array:
+    """Puts values of sequences into streams, [G, M, N] of `dtype`, 0 where nothing lies.
+
+    Args:
+      placement: where sequences lie.
+      values: [B] one a sequence, for each token of its completion; or B arrays of one a token.
+      dtype: of the streams.
+      prompts: whether the values are of whole sequences, prompts included, and not of completions alone.
+    """
+    chex.assert_equal(len(values), len(placement.prompts))
+    streams = np.zeros(placement.shape, dtype)
+    for i, (device, micro_batch, start) in placement.places.items():
+        prompt, end = start + placement.prompts[i], start + placement.prompts[i] + placement.responses[i]
+        streams[device, micro_batch, start if prompts else prompt : end] = values[i]
+    return streams
+
+
 def pack(
     rollouts: Sequence[Rollout],
-    advantages: np.ndarray,
-    *,
+    advantages: Float[np.ndarray, " B"],
     devices: int,
-    streams: tuple[int, ...],
-    buckets: tuple[int, ...],
-    weights: np.ndarray | None = None,
-    segments: int = 64,
-    attention_cost: float = 0.0,
+    layout: Layout,
+    *,
+    weights: Float[np.ndarray, " B"] | None = None,
     on_policy: bool = False,
     skip_zero_advantage: bool = True,
 ) -> PackedBatch:
@@ -141,53 +229,31 @@ def pack(
     Args:
       rollouts: B sequences.
       advantages: [B] float32, one a sequence.
-      devices, streams, segments, buckets, attention_cost: see `plan`.
+      devices: G.
+      layout: see `Layout`.
       weights: [B] of each token of a sequence in the loss (see `sequence_weights`); None gives the token mean.
       on_policy: take the ratio as 1 (nothing has been updated since these were sampled).
       skip_zero_advantage: leave out sequences whose loss and gradient are exactly 0; the averages still count them.
 
     Returns:
-      a PackedBatch of NumPy arrays. M is what the longest sequences there can be would take, so that a run has a shape
-      for each stream length and no more; what is computed depends on `micro_batches`.
+      a PackedBatch of NumPy arrays.
     """
-    response = np.array([len(r.tokens) for r in rollouts])
-    weights = sequence_weights(response, "token_mean", 0) if weights is None else weights
+    prompts = [len(r.prompt.tokens) for r in rollouts]
+    responses = [len(r.tokens) for r in rollouts]
+    weights = sequence_weights(np.array(responses), "token_mean", 0) if weights is None else weights
     kept = [i for i in range(len(rollouts)) if advantages[i] != 0 or not skip_zero_advantage]
-    lengths = [len(rollouts[i].prompt.tokens) + len(rollouts[i].tokens) for i in kept]
-    stream, places = plan(lengths, devices, streams, segments, buckets, attention_cost)
-    used = np.zeros(devices, np.int32)
-    for place in places:
-        used[place.device] = max(used[place.device], place.micro_batch + 1)
-    most = -(-len(rollouts) // (devices * min(segments, stream // buckets[-1])))
-    rows = max(most, int(used.max(initial=1)))
-
-    def grid(dtype: Any, *shape: int, fill: int = 0) -> np.ndarray:
-        return np.full((devices, rows, *shape), fill, dtype)
-
-    batch = PackedBatch(
-        tokens=grid(np.int32, stream),
-        positions=grid(np.int32, stream),
-        starts=grid(np.int32, segments),
-        buckets=grid(np.int32, segments, fill=-1),
-        weights=grid(np.float32, stream),
-        advantages=grid(np.float32, stream),
-        old_logprobs=grid(np.float32, stream),
-        sampler_logprobs=grid(np.float32, stream),
-        micro_batches=used,
+    placement = lay_out(prompts, responses, devices, layout, kept)
+    whole = [np.concatenate([r.prompt.tokens, r.tokens]) for r in rollouts]
+    return PackedBatch(
+        tokens=fill(placement, whole, np.int32, prompts=True),
+        positions=fill(placement, [np.arange(len(ids)) for ids in whole], np.int32, prompts=True),
+        starts=placement.starts,
+        buckets=placement.buckets,
+        weights=fill(placement, weights),
+        advantages=fill(placement, advantages),
+        old_logprobs=np.zeros(placement.shape, np.float32),
+        sampler_logprobs=fill(placement, [r.logprobs for r in rollouts]),
+        micro_batches=placement.micro_batches,
         on_policy=np.full(devices, on_policy),
-        response_tokens=np.full(devices, response.sum(), np.float32),
+        response_tokens=np.full(devices, sum(responses), np.float32),
     )
-    filled = np.zeros((devices, rows), np.int32)
-    for (device, row, start), i, length in sorted(zip(places, kept, lengths, strict=True)):
-        rollout, at = rollouts[i], (device, row)  # in order of start, as attention goes through them
-        whole = slice(start, start + length)
-        completion = slice(start + len(rollout.prompt.tokens), start + length)
-        batch.tokens[at][whole] = np.concatenate([rollout.prompt.tokens, rollout.tokens])
-        batch.positions[at][whole] = np.arange(length)
-        batch.starts[at][filled[at]] = start
-        batch.buckets[at][filled[at]] = np.searchsorted(buckets, length)
-        batch.weights[at][completion] = weights[i]
-        batch.advantages[at][completion] = advantages[i]
-        batch.sampler_logprobs[at][completion] = rollout.logprobs
-        filled[at] += 1
-    return batch

@@ -1,16 +1,16 @@
 """The algorithm: `update(state, batch) -> (state, metrics)`, one jitted pure function over a device mesh.
 
 Parameters and Adam's moments are float32, sharded over `fsdp`. An update gathers the parameters once in the compute
-dtype, runs each device's own micro-batches without talking to anyone, and reduce-scatters the gradients once
-(ZeRO, arXiv 1910.02054). Devices may hold different segments and different numbers of micro-batches. Where the whole
+dtype, runs each device's own micro-batches without any collective, and reduce-scatters the gradients once (ZeRO,
+arXiv 1910.02054). Devices may hold different sequences and different numbers of micro-batches. Where the whole
 parameters do not fit, gather = "layer" moves both collectives into the scan over layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -18,15 +18,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jaxrl.distributed import BATCH_AXES, sharding_of, spec_of
-from jaxrl.grpo.agreement import ratio_histogram
+from jaxrl import config
 from jaxrl.grpo.logprobs import token_logprobs
-from jaxrl.grpo.objective import policy_objective
-from jaxrl.grpo.packing import PackedBatch
-from jaxrl.grpo.zero import Gather, make_weights
+from jaxrl.grpo.mismatch import ratio_histogram
+from jaxrl.grpo.objective import Objective, policy_objective
+from jaxrl.grpo.packing import Layout, PackedBatch
+from jaxrl.grpo.sharded_params import ShardedParams, make_sharded_params
 from jaxrl.models import decoder
-from jaxrl.models.attention import Backend, Segments, packed_attention
+from jaxrl.models.attention import Segments, packed_attention
+from jaxrl.parallel.mesh import BATCH_AXES, abstract_sharded
+from jaxrl.types import Backend, Dtype, Gather, Remat
 
 Metrics = dict[str, jax.Array]
 
@@ -35,126 +38,162 @@ Metrics = dict[str, jax.Array]
 class TrainState:
     """All that training carries from one update to the next."""
 
-    step: jax.Array  # [] int32: optimizer updates tried, the skipped ones included
+    step: Int32[Array, ""]  # optimizer updates tried, the skipped ones included: several a step of the run
     params: decoder.Params  # float32, sharded over fsdp
     opt_state: optax.OptState  # float32 moments, sharded like the parameters
 
 
-def make_optimizer(
-    *,
-    learning_rate: float,
-    warmup_steps: int,
-    updates_per_step: int,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    weight_decay: float,
-    max_grad_norm: float,
-) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """How the model is computed; results are the same up to rounding."""
+
+    dtype: Dtype = "float32"  # of the computation; losses, gradients and state are float32
+    remat: Remat = "none"
+    backend: Backend = "xla"
+    gather: Gather = "step"
+    logprob_chunk: int = 1024  # tokens whose logits exist at one time; divides the stream's
+
+
+class Update(Protocol):
+    """One optimizer update on one mini-batch."""
+
+    def __call__(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]: ...
+
+    def lower(self, state: TrainState, batch: PackedBatch) -> jax.stages.Lowered: ...
+
+
+class Logprobs(Protocol):
+    """Log-probabilities (nats) of a mini-batch's tokens, [G, M, N], without gradient."""
+
+    def __call__(self, params: decoder.Params, batch: PackedBatch) -> Float32[Array, "G M N"]: ...
+
+    def lower(self, params: decoder.Params, batch: PackedBatch) -> jax.stages.Lowered: ...
+
+
+class Functions(NamedTuple):
+    update: Update
+    logprobs: Logprobs
+
+
+def make_optimizer(section: config.Optimizer, updates_per_step: int) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) on every parameter behind global-norm clipping, linear warm-up, then constant.
 
     The rate is learning_rate * min(k / warmup_steps, 1) in rollout batch k = 0, 1, ...; all of a batch's updates
     share it, and the first batch only fills the moments.
     """
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    rate, warmup_steps = section.learning_rate, section.warmup_steps
+    warmup = optax.linear_schedule(0.0, rate, warmup_steps)
 
-    def schedule(count: jax.Array) -> jax.Array:
-        return warmup(count // updates_per_step) if warmup_steps else jnp.asarray(learning_rate)
+    def schedule(count: Int[Array, ""]) -> jax.Array:
+        return warmup(count // updates_per_step) if warmup_steps else jnp.asarray(rate)
 
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay),
+        optax.clip_by_global_norm(section.max_grad_norm),
+        optax.adamw(
+            schedule,
+            b1=section.beta1,
+            b2=section.beta2,
+            eps=section.epsilon,
+            weight_decay=section.weight_decay,
+        ),
     )
 
 
 def init_state(params: decoder.Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A state at step 0 with everything where `update` wants it. Takes `params` over."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(params, optimizer, mesh))
-    create = lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p))  # noqa: E731
-    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(
-        jax.device_put(params, shardings.params)
-    )
+
+    def create(p: decoder.Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p))
+
+    put = jax.device_put(params, shardings.params)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(put)
 
 
-def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(params: decoder.Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; `params` may be abstract."""
-    state = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
-    shard = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding_of(a.shape, mesh))  # noqa: E731
-    return jax.tree.map(shard, state)
+
+    def create(p: decoder.Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p))
+
+    return abstract_sharded(jax.eval_shape(create, params), mesh)
 
 
 def make_update(
-    config: decoder.Config,
+    model: decoder.Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    *,
-    buckets: tuple[int, ...],
-    backend: Backend,
-    dtype: str,
-    remat: decoder.Remat,
-    gather: Gather = "step",
-    temperature: float,
-    chunk: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-) -> tuple[
-    Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]], Callable[[Any, PackedBatch], jax.Array]
-]:
-    """Builds `update(state, batch) -> (state, metrics)` and `score(params, batch) -> old_logprobs [G, M, N]`.
+    layout: Layout,
+    numerics: Numerics,
+    objective: Objective,
+) -> Functions:
+    """Builds `update(state, batch) -> (state, metrics)` and `logprobs(params, batch) -> [G, M, N]`, jitted.
 
     `update` donates the state. It takes one AdamW step on sum(weights * token_loss) over all devices; if the
-    gradient norm is not finite it changes nothing but `step` and says so in the metrics.
+    gradient norm is not finite it changes nothing but `step`, and the metric `skipped` is 1.
+
+    Args:
+      model: what the parameters mean.
+      optimizer: see `make_optimizer`.
+      mesh: over ("data", "fsdp").
+      layout: of the batches; its attention lengths are static.
+      numerics: see `Numerics`.
+      objective: see `Objective`.
     """
+    shapes = decoder.abstract_params(model)
+    sharded = make_sharded_params(shapes, mesh.shape["fsdp"], numerics.dtype, numerics.gather)
+    device = _OnDevice(model, layout, numerics, objective, sharded)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(shapes, optimizer, mesh))
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
+    per_device, replicated = NamedSharding(mesh, P(BATCH_AXES)), NamedSharding(mesh, P())
+    in_specs = (specs, P(BATCH_AXES))
+    on_mesh = functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, check_vma=False)
 
-    shapes = jax.eval_shape(lambda: decoder.initialise(config, 0))
-    weights = make_weights(shapes, mesh.shape["fsdp"], dtype, gather)
-
-    def logprobs_of(params: decoder.Params, micro: PackedBatch) -> tuple[jax.Array, jax.Array]:
-        """Log-probabilities and entropies [N] of each token given those before it, in its segment."""
-        segments = Segments(micro.starts, micro.buckets)
-        attend = lambda q, k, v, _: (packed_attention(q, k, v, segments, buckets, backend), None)  # noqa: E731
-        params = weights.enter(params)
-        hidden, _ = decoder.forward(
-            config,
-            params,
-            micro.tokens,
-            micro.positions,
-            attend,
-            dtype=dtype,
-            remat=remat,
-            fetch=weights.fetch,
+    def update(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
+        grads, totals = on_mesh(device.gradients, out_specs=(specs, P()))(state.params, batch)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(norm)
+        keep = functools.partial(jax.tree.map, functools.partial(jnp.where, finite))
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(optax.apply_updates(state.params, updates), state.params),
+            opt_state=keep(opt_state, state.opt_state),
         )
-        targets = jnp.roll(micro.tokens, -1)
-        predicted = token_logprobs(
-            hidden, decoder.head(params), targets, temperature=temperature, chunk=chunk
-        )
-        return tuple(jnp.roll(x, 1) for x in predicted)  # type: ignore[return-value]  # the token's own index
+        return new, _averages(totals, batch.response_tokens[0]) | {"grad_norm": norm, "skipped": ~finite}
 
-    def loss_of(params: decoder.Params, micro: PackedBatch) -> tuple[jax.Array, dict[str, Metrics]]:
-        logprobs, entropy = logprobs_of(params, micro)
-        old = jnp.where(micro.on_policy, jax.lax.stop_gradient(logprobs), micro.old_logprobs)
-        loss, metrics = policy_objective(
-            logprobs, old, micro.advantages, micro.weights,
-            clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-        )  # fmt: skip
-        live = micro.weights != 0
-        count = live.sum().astype(jnp.float32)
-        difference = jnp.where(live, jnp.abs(old - micro.sampler_logprobs), 0.0)
-        sums = {name: metrics[name] * count for name in ("clip_fraction", "clip_fraction_lower", "approx_kl")}
-        sums |= {"loss": loss, "tokens": count, "sequences": jnp.sum(micro.buckets >= 0).astype(jnp.float32)}
-        sums |= {"entropy": jnp.sum(jnp.where(live, entropy, 0.0)), "logprob_diff_mean": difference.sum()}
-        sums |= {"ratio_histogram": ratio_histogram(old, micro.sampler_logprobs, live)}
-        peaks = {"ratio_max": metrics["ratio_max"], "logprob_diff_max": difference.max()}
-        return loss, {"sums": sums, "peaks": peaks}
+    def logprobs(params: decoder.Params, batch: PackedBatch) -> Float32[Array, "G M N"]:
+        return on_mesh(device.logprobs, out_specs=P(BATCH_AXES))(params, batch)
 
-    def gradients(params: decoder.Params, batch: PackedBatch) -> tuple[decoder.Params, Metrics]:
-        """On each device: gather, all own micro-batches, scatter. Metrics are summed over the mesh."""
+    return Functions(
+        jax.jit(
+            update,
+            in_shardings=(shardings, per_device),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        jax.jit(logprobs, in_shardings=(shardings.params, per_device), out_shardings=per_device),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnDevice:
+    """What one device computes, inside the shard_map: its parameters are shards, its batch [1, M, N]."""
+
+    model: decoder.Config
+    layout: Layout
+    numerics: Numerics
+    objective: Objective
+    sharded: ShardedParams
+
+    def gradients(self, params: decoder.Params, batch: PackedBatch) -> tuple[decoder.Params, Metrics]:
+        """Gathers, goes through the device's own micro-batches, scatters. Metrics are summed over the mesh."""
         own = jax.tree.map(lambda x: x[0], batch)
-        held = weights.hold(params)
-        gradient_of = jax.grad(loss_of, has_aux=True)
+        held = self.sharded.hold(params)
+        gradient_of = jax.grad(self._loss, has_aux=True)
+        Carry = tuple[decoder.Params, Metrics, Metrics]
 
-        def accumulate(m: jax.Array, carry: tuple) -> tuple:
+        def accumulate(m: Int[Array, ""], carry: Carry) -> Carry:
             total, sums, peaks = carry
             grads, metrics = gradient_of(held, _micro_batch(own, m))
             total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
@@ -165,66 +204,103 @@ def make_update(
             )
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), held)
-        of_one = jax.eval_shape(loss_of, held, _micro_batch(own, 0))[1]
+        of_one = jax.eval_shape(self._loss, held, _micro_batch(own, 0))[1]
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_one)
         carry = (zeros, blank["sums"], blank["peaks"])
-        total, sums, peaks = jax.lax.fori_loop(0, weights.rounds(own.micro_batches), accumulate, carry)
-        return weights.sum(total), jax.lax.psum(sums, BATCH_AXES) | jax.lax.pmax(peaks, BATCH_AXES)
+        total, sums, peaks = jax.lax.fori_loop(0, self.sharded.rounds(own.micro_batches), accumulate, carry)
+        return self.sharded.sum(total), jax.lax.psum(sums, BATCH_AXES) | jax.lax.pmax(peaks, BATCH_AXES)
 
-    def update(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
-        specs = jax.tree.map(lambda p: spec_of(p.shape, mesh), state.params)
-        grads, totals = jax.shard_map(
-            gradients, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=(specs, P()), check_vma=False
-        )(state.params, batch)
-        norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        fine = jnp.isfinite(norm)
-        keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, fine), new, old)  # noqa: E731
-        new = TrainState(
-            step=state.step + 1,
-            params=keep(optax.apply_updates(state.params, updates), state.params),
-            opt_state=keep(opt_state, state.opt_state),
+    def logprobs(self, params: decoder.Params, batch: PackedBatch) -> Float32[Array, "1 M N"]:
+        own = jax.tree.map(lambda x: x[0], batch)
+        held = self.sharded.hold(params)
+
+        def one(m: Int[Array, ""], out: Float32[Array, "M N"]) -> Float32[Array, "M N"]:
+            return out.at[m].set(self._logprobs(held, _micro_batch(own, m))[0])
+
+        rounds = self.sharded.rounds(own.micro_batches)
+        return jax.lax.fori_loop(0, rounds, one, jnp.zeros_like(own.weights))[None]
+
+    def _loss(self, held: decoder.Params, micro: MicroBatch) -> tuple[Float[Array, ""], dict[str, Metrics]]:
+        logprobs, entropy = self._logprobs(held, micro)
+        old = jnp.where(micro.on_policy, jax.lax.stop_gradient(logprobs), micro.old_logprobs)
+        loss, metrics = policy_objective(
+            logprobs,
+            old,
+            micro.advantages,
+            micro.weights,
+            clip_low=self.objective.clip_low,
+            clip_high=self.objective.clip_high,
+            dual_clip=self.objective.dual_clip,
         )
-        return new, _averages(totals, batch.response_tokens[0]) | {"grad_norm": norm, "skipped": ~fine}
+        live = micro.weights != 0
+        count = live.sum().astype(jnp.float32)
+        difference = jnp.where(live, jnp.abs(old - micro.sampler_logprobs), 0.0)
+        sums = {name: metrics[name] * count for name in ("clip_fraction", "clip_fraction_lower", "approx_kl")}
+        sums |= {"loss": loss, "tokens": count, "sequences": jnp.sum(micro.buckets >= 0).astype(jnp.float32)}
+        sums |= {"entropy": jnp.sum(jnp.where(live, entropy, 0.0)), "logprob_diff_mean": difference.sum()}
+        sums |= {"ratio_histogram": ratio_histogram(old, micro.sampler_logprobs, live)}
+        peaks = {"ratio_max": metrics["ratio_max"], "logprob_diff_max": difference.max()}
+        return loss, {"sums": sums, "peaks": peaks}
 
-    def score(params: decoder.Params, batch: PackedBatch) -> jax.Array:
-        def on_device(params: decoder.Params, batch: PackedBatch) -> jax.Array:
-            own = jax.tree.map(lambda x: x[0], batch)
-            held = weights.hold(params)
+    def _logprobs(
+        self, held: decoder.Params, micro: MicroBatch
+    ) -> tuple[Float32[Array, " N"], Float32[Array, " N"]]:
+        """Log-probabilities and entropies (nats) of each token given those before it in its sequence."""
+        segments = Segments(micro.starts, micro.buckets)
 
-            def one(m: jax.Array, out: jax.Array) -> jax.Array:
-                return out.at[m].set(logprobs_of(held, _micro_batch(own, m))[0])
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return packed_attention(q, k, v, segments, self.layout.buckets, self.numerics.backend), None
 
-            rounds = weights.rounds(own.micro_batches)
-            return jax.lax.fori_loop(0, rounds, one, jnp.zeros_like(own.weights))[None]
-
-        specs = jax.tree.map(lambda p: spec_of(p.shape, mesh), params)
-        return jax.shard_map(
-            on_device, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=P(BATCH_AXES), check_vma=False
-        )(params, batch)
-
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(shapes, optimizer, mesh))
-    per_device, replicated = NamedSharding(mesh, P(BATCH_AXES)), NamedSharding(mesh, P())
-    return (
-        jax.jit(
-            update,
-            in_shardings=(shardings, per_device),
-            out_shardings=(shardings, replicated),
-            donate_argnums=0,
-        ),
-        jax.jit(score, in_shardings=(shardings.params, per_device), out_shardings=per_device),
-    )
-
-
-def _micro_batch(own: PackedBatch, m: jax.Array | int) -> PackedBatch:
-    """Stream m of a device; what has no stream axis (the flags and counts) stays."""
-    at = lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False)  # noqa: E731
-    return jax.tree.map(lambda x: at(x) if x.ndim else x, own)
+        params = self.sharded.enter(held)
+        hidden, _ = decoder.forward(
+            self.model,
+            params,
+            micro.tokens,
+            micro.positions,
+            attend,
+            dtype=self.numerics.dtype,
+            remat=self.numerics.remat,
+            fetch=self.sharded.fetch,
+        )
+        logprobs, entropy = token_logprobs(
+            hidden,
+            decoder.head(params),
+            jnp.roll(micro.tokens, -1),
+            temperature=self.objective.temperature,
+            chunk=self.numerics.logprob_chunk,
+        )
+        return jnp.roll(logprobs, 1), jnp.roll(entropy, 1)  # at the token's own index
 
 
-def _averages(totals: Metrics, response_tokens: jax.Array) -> Metrics:
-    """Means from sums. Clip fractions are shares of all response tokens, as verl counts them: those left out
-    have a zero advantage and cannot be clipped. The others are means over the tokens that were trained on."""
+class MicroBatch(NamedTuple):
+    """One stream of a device; see `PackedBatch`."""
+
+    tokens: Int32[Array, " N"]
+    positions: Int32[Array, " N"]
+    starts: Int32[Array, " S"]
+    buckets: Int32[Array, " S"]
+    weights: Float32[Array, " N"]
+    advantages: Float32[Array, " N"]
+    old_logprobs: Float32[Array, " N"]
+    sampler_logprobs: Float32[Array, " N"]
+    on_policy: Bool[Array, ""]
+
+
+def _micro_batch(own: PackedBatch, m: Int[Array, ""] | int) -> MicroBatch:
+    """Stream m of a device's batch, whose arrays have lost their leading axis."""
+
+    def at(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(x, m, keepdims=False) if x.ndim else x
+
+    return MicroBatch(*(at(getattr(own, name)) for name in MicroBatch._fields))
+
+
+def _averages(totals: Metrics, response_tokens: Float32[Array, ""]) -> Metrics:
+    """Means from sums.
+
+    Clip fractions are shares of all response tokens, as verl counts them: tokens that were left out have a zero
+    advantage and cannot be clipped. The others are means over the tokens that were trained on.
+    """
     over_all = {name: totals[name] / response_tokens for name in ("clip_fraction", "clip_fraction_lower")}
     over_trained = {
         name: totals[name] / totals["tokens"] for name in ("approx_kl", "entropy", "logprob_diff_mean")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -24,8 +24,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl.errors import InputError
+from jaxrl.types import Backend
 
-Backend = Literal["xla", "cudnn", "cudnn_packed"]
 ROWS = 128  # queries that "xla" scores at one time
 
 

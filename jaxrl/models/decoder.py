@@ -9,15 +9,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-Params = dict[str, Any]
+from jaxrl.types import Remat
+
+Leaf = TypeVar("Leaf")
+
+
+class ParamTree(TypedDict, Generic[Leaf]):
+    """Something for each parameter; `layers` is stacked over layers where it holds arrays."""
+
+    embed: Leaf
+    layers: dict[str, Leaf]
+    norm: Leaf
+    head: NotRequired[Leaf]  # absent where the LM head is the embedding
+
+
+Params = ParamTree[jax.Array]
+Layer = dict[str, jax.Array]  # the parameters of one layer
 # (q [..., N, H, D], k [..., N, K, D], v [..., N, K, D], this layer's slice of `cache`) -> (out, kept), see `forward`
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-Remat = Literal["full", "attention", "none"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,8 @@ class Spec(NamedTuple):
     init: Literal["normal", "ones", "zeros"] = "normal"
 
 
-def declare(c: Config) -> dict[str, Any]:
-    """The table of parameters: initialisation, loading, saving and sharding all follow from it."""
+def declare(c: Config) -> ParamTree[Spec]:
+    """The table of parameters: initialization, loading, saving and sharding all follow from it."""
     layer = "model.layers.{}."
     heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layers = {
@@ -78,12 +92,19 @@ def declare(c: Config) -> dict[str, Any]:
         layers |= {
             f"{x}_norm": Spec(f"{layer}self_attn.{x}_norm.weight", (c.head_dim,), "ones") for x in ("q", "k")
         }
-    table: dict[str, Any] = {
+    table: ParamTree[Spec] = {
         "embed": Spec("model.embed_tokens.weight", (c.vocab_size, c.width)),
         "layers": layers,
         "norm": Spec("model.norm.weight", (c.width,), "ones"),
     }
-    return table if c.tied else table | {"head": Spec("lm_head.weight", (c.vocab_size, c.width))}
+    if not c.tied:
+        table["head"] = Spec("lm_head.weight", (c.vocab_size, c.width))
+    return table
+
+
+def specs(c: Config) -> list[Spec]:
+    """The declarations in the order of `jax.tree.leaves(params)`."""
+    return jax.tree.leaves(declare(c), is_leaf=lambda x: isinstance(x, Spec))
 
 
 def stacked_shape(spec: Spec, c: Config) -> tuple[int, ...]:
@@ -97,10 +118,10 @@ def forward_flops(c: Config) -> tuple[int, int]:
     return 2 * (c.layers * layer + c.width * c.vocab_size), 4 * c.layers * heads
 
 
-def initialise(c: Config, seed: int, dtype: str = "float32", scale: float = 0.02) -> Params:
-    """Random parameters: normal(0, scale) matrices, unit norms, zero biases (transformers' initialisation)."""
-    specs, tree = jax.tree.flatten(declare(c), is_leaf=lambda x: isinstance(x, Spec))
-    keys = jax.random.split(jax.random.key(seed), len(specs))
+def initialize(c: Config, seed: int, dtype: str = "float32", scale: float = 0.02) -> Params:
+    """Random parameters: normal(0, scale) matrices, unit norms, zero biases (transformers' initialization)."""
+    declared, tree = jax.tree.flatten(declare(c), is_leaf=lambda x: isinstance(x, Spec))
+    keys = jax.random.split(jax.random.key(seed), len(declared))
 
     def create(spec: Spec, key: jax.Array) -> jax.Array:
         shape = stacked_shape(spec, c)
@@ -108,7 +129,12 @@ def initialise(c: Config, seed: int, dtype: str = "float32", scale: float = 0.02
             return scale * jax.random.normal(key, shape, dtype)
         return (jnp.ones if spec.init == "ones" else jnp.zeros)(shape, dtype)
 
-    return jax.tree.unflatten(tree, map(create, specs, keys))
+    return jax.tree.unflatten(tree, map(create, declared, keys))
+
+
+def abstract_params(c: Config) -> Params:
+    """Shapes and dtypes of the parameters, in float32."""
+    return jax.eval_shape(lambda: initialize(c, 0))
 
 
 def head(params: Params) -> jax.Array:
@@ -126,7 +152,7 @@ def forward(
     cache: Any = None,
     dtype: str = "float32",
     remat: Remat = "none",
-    fetch: Callable[[Params], Params] | None = None,
+    fetch: Callable[[Layer], Layer] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder up to the final norm.
 
@@ -143,7 +169,7 @@ def forward(
       hidden states [..., N, D] in `dtype`, and what `attend` kept, stacked over layers.
     """
 
-    def layer(h: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
+    def layer(h: jax.Array, inputs: tuple[Layer, Any]) -> tuple[jax.Array, Any]:
         w, layer_cache = inputs
         w = jax.tree.map(lambda a: a.astype(dtype), fetch(w) if fetch else w)
         with jax.named_scope("attention"):
@@ -212,7 +238,7 @@ def _over_last(w: jax.Array, x: jax.Array) -> jax.Array:
     return w.reshape((1,) * (x.ndim - 1) + w.shape)
 
 
-def _qkv(c: Config, w: Params, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _qkv(c: Config, w: Layer, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v = (
         _linear(x, w[name], w.get(f"{name}_bias")).reshape(*x.shape[:-1], heads, c.head_dim)
         for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,9 +20,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, first_line
+from jaxrl.files import safetensors_header, write_atomically
 from jaxrl.models import decoder
 from jaxrl.models.decoder import Config, Params, Spec
+from jaxrl.parallel.mesh import sharding_of
 
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -73,8 +74,9 @@ def resolve(path: str | Path) -> Path:
             snapshot_download(str(path), allow_patterns=["*.safetensors*", "config.json", *_COMPANIONS])
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: no such folder, and the Hub did not have it: {reason}") from error
+        raise InputError(
+            f"{path}: no such folder, and the Hub did not have it: {first_line(error)}"
+        ) from error
 
 
 def read_config(folder: Path) -> Config:
@@ -151,8 +153,6 @@ def load(path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
     Raises:
       InputError: for a missing, truncated or incomplete file, naming it, or an unsupported architecture.
     """
-    from jaxrl.distributed import sharding_of
-
     folder = resolve(path)
     config = read_config(folder)
     tensors = _Tensors(folder)
@@ -188,7 +188,7 @@ def save(model: Model, path: str | Path, dtype: str | None = None) -> None:
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors"):
                     shutil.copyfile(file, folder / file.name)
-    _write_json(folder / "config.json", _config_json(model, dtype))
+    write_atomically(folder / "config.json", json.dumps(_config_json(model, dtype), indent=2))
     _write_safetensors(folder / "model.safetensors", model, np.dtype(dtype))
     for stale in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json")):
         stale.unlink()
@@ -263,19 +263,14 @@ def _view(body: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int
 
 def manifest(config: Config) -> list[tuple[str, tuple[int, ...]]]:
     """(Hugging Face name, shape) of every tensor of a checkpoint, in the order of `named_tensors`."""
-    return [(name, spec.shape) for spec in specs(config) for name in _names(spec, config)]
+    return [(name, spec.shape) for spec in decoder.specs(config) for name in _names(spec, config)]
 
 
 def named_tensors(config: Config, params: Params) -> Iterator[tuple[str, jax.Array]]:
     """(Hugging Face name, array) of every tensor of a checkpoint; a layer is sliced out only when it is asked for."""
-    for spec, array in zip(specs(config), jax.tree.leaves(params), strict=True):
+    for spec, array in zip(decoder.specs(config), jax.tree.leaves(params), strict=True):
         names = _names(spec, config)
         yield from ((name, array[i] if "{}" in spec.name else array) for i, name in enumerate(names))
-
-
-def specs(config: Config) -> list[Spec]:
-    """Declarations in the order of `jax.tree.leaves(params)`."""
-    return jax.tree.leaves(decoder.declare(config), is_leaf=lambda x: isinstance(x, Spec))
 
 
 def _names(spec: Spec, config: Config) -> list[str]:
@@ -283,18 +278,10 @@ def _names(spec: Spec, config: Config) -> list[str]:
 
 
 def _write_safetensors(path: Path, model: Model, dtype: np.dtype) -> None:
-    code = {np.dtype(t): name for name, t in _DTYPES.items()}[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in manifest(model.config):
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    header = safetensors_header(manifest(model.config), dtype.name, {"format": "pt"})
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(header)
         for _, array in named_tensors(model.config, model.params):
             file.write(np.asarray(array).astype(dtype).tobytes())
         file.flush()
@@ -344,9 +331,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
     return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2))
-    temporary.replace(path)

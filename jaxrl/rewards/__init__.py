@@ -12,11 +12,12 @@ functions shadow their modules as attributes of this package, so reach the other
 
 from collections.abc import Callable
 
-from jaxrl.rewards.equivalent import equivalent
+from jaxrl.rewards.deepscaler import equivalent
 from jaxrl.rewards.minerva import minerva
 from jaxrl.rewards.strict_boxed import strict_boxed
+from jaxrl.types import Verifier
 
-VERIFIERS: dict[str, Callable[[str, str], float]] = {
+VERIFIERS: dict[Verifier, Callable[[str, str], float]] = {
     "strict_boxed": strict_boxed,
     "minerva": minerva,
     "equivalent": equivalent,

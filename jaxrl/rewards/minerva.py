@@ -1,6 +1,6 @@
 r"""DAPO's own reward: the last `Answer: ...` line, compared after normalising both sides.
 
-The window, the `Answer:` pattern and the rewards are DAPO's (arXiv 2503.14476); the normalisation is
+The window, the `Answer:` pattern and the rewards are DAPO's (arXiv 2503.14476); the normalization is
 Minerva's (arXiv 2206.14858, appendix D) with DAPO's changes. Scores equal the reference's on every input,
 oddities included: words are removed wherever they occur ("issue" becomes "is"), `**Answer:** 5` keeps two
 asterisks and fails, and `\frac12` equals `\frac{1}{2}` while `\dfrac{1}{2}` equals neither.
@@ -54,17 +54,17 @@ _TEX_REWRITES = tuple(
 
 
 def minerva(response: str, ground_truth: str) -> float:
-    """+1.0 if the extracted answer equals the normalised `ground_truth`, else -1.0."""
-    return 1.0 if extract(response) == normalise(ground_truth) else -1.0
+    """+1.0 if the extracted answer equals the normalized `ground_truth`, else -1.0."""
+    return 1.0 if extract(response) == normalize(ground_truth) else -1.0
 
 
 def extract(response: str) -> str:
-    """The last answer in the window, normalised; `NO_ANSWER` if no line gives one."""
+    """The last answer in the window, normalized; `NO_ANSWER` if no line gives one."""
     answers = _ANSWER_LINE.findall(response[-WINDOW:])
-    return normalise(answers[-1] if answers else NO_ANSWER)
+    return normalize(answers[-1] if answers else NO_ANSWER)
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """One spelling for answers that differ in units, spacing, TeX shorthand or thousands separators."""
     return _join_thousands(_rewrite_tex(_remove_words(answer.rpartition("=")[2]))).strip()
 

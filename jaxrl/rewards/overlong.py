@@ -7,6 +7,6 @@ def overlong_penalty(length: int, max_tokens: int, buffer: int, factor: float) -
     Args:
       length: tokens of the answer, its end-of-sequence token included.
       max_tokens: that an answer may have.
-      buffer: the last tokens of that, which are penalised.
+      buffer: the last tokens of that, which are penalized.
     """
     return -factor * max(0, length - (max_tokens - buffer)) / buffer if buffer else 0.0

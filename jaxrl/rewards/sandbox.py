@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxrl.rewards import equivalence
+from jaxrl.rewards import latex_equality
 
 CPU_SECONDS = 2  # of one comparison, and at most one more; nearly all take milliseconds
 WALL_SECONDS = 30.0  # on a machine so busy that the CPU time does not come
@@ -29,7 +29,7 @@ os.register_at_fork(after_in_child=_idle.clear)  # two processes must not share 
 
 def same_value(given: str, truth: str, wall_seconds: float = WALL_SECONDS) -> bool:
     """`equivalence.same_value`, or False where that is too much work. Threads ask in parallel."""
-    if any(len(text) > equivalence.LONGEST or _depth(text) > equivalence.DEEPEST for text in (given, truth)):
+    if any(len(text) > latex_equality.LONGEST or _depth(text) > latex_equality.DEEPEST for text in (given, truth)):
         return False
     return _ask(given, truth, wall_seconds)
 
@@ -121,7 +121,7 @@ def serve() -> None:
         seconds, given, truth = json.loads(line)
         used = resource.getrusage(resource.RUSAGE_SELF)
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + seconds)
-        replies.write(b"1" if equivalence.same_value(given, truth) else b"0")
+        replies.write(b"1" if latex_equality.same_value(given, truth) else b"0")
 
 
 def _limit(which: int, value: int) -> None:

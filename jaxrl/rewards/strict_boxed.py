@@ -1,7 +1,7 @@
 r"""JustRL's training reward: the last `\boxed{...}` near the end must be the answer, character for character.
 
 This is the strict path of DAPO's verifier (arXiv 2503.14476; `strict_box_verify` in verl). Nothing is
-normalised: `\boxed{ 34 }`, `\boxed{34.0}` and `\boxed{3,400}` for 3400 all fail, which is what teaches a
+normalized: `\boxed{ 34 }`, `\boxed{34.0}` and `\boxed{3,400}` for 3400 all fail, which is what teaches a
 policy to end with one plain box.
 """
 

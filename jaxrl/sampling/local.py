@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.distributed import BATCH_AXES, local_copy, to_devices
 from jaxrl.errors import InputError
 from jaxrl.models import decoder
-from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.parallel.mesh import BATCH_AXES, local_copy, to_devices
+from jaxrl.types import Prompt, Rollout, SamplingParams
 
 BLOCK = 64  # decode steps between looks from the host, at most; also the shortest cache
 Request = tuple[int, int]  # (prompt, sample)

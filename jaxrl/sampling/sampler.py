@@ -1,55 +1,26 @@
-"""What a sampler is: token ids in, token ids and log-probabilities out."""
+"""What a sampler is: prompts in, token ids and log-probabilities out."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+from jaxrl.types import OnRollout, Prompt, Rollout, SamplingParams
 
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A problem, ready to be continued."""
-
-    id: str  # stable over a run; names the problem in rollout files
-    tokens: np.ndarray  # [T] int32: chat-templated prompt, generation prompt included
-    answer: str  # ground truth, as the verifier wants it
+if TYPE_CHECKING:
+    from jaxrl.models.decoder import Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """One sampled completion of a prompt."""
-
-    prompt: Prompt
-    tokens: np.ndarray  # [T] int32: completion ids; the end-of-sequence token, where sampled, is included
-    logprobs: np.ndarray  # [T] float32: log-probability (nats) of each id at the sampling temperature
-    finish_reason: Literal["stop", "length"]
-    version: int  # of the weights that sampled it; the oldest, where they changed on the way
-    score: float = float("nan")  # the verifier's, once scored
-    penalty: float = 0.0  # what the reward has beside the score, at most 0
-    server: str = ""  # that sampled it, where there are several
-
-    @property
-    def reward(self) -> float:
-        return self.score + self.penalty
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0: the whole vocabulary
-    max_tokens: int = 15_360
-    stop_ids: tuple[int, ...] = ()
+def unchanged(rollout: Rollout) -> Rollout:
+    """The `OnRollout` that does nothing."""
+    return rollout
 
 
 class Sampler(Protocol):
     """Anything that can be given weights and asked for completions."""
 
-    def publish(self, params: Any, version: int) -> None:
-        """Make `params` (the trainer's pytree) the weights of every later completion."""
+    def publish(self, params: Params, version: int) -> None:
+        """Makes `params` (the trainer's pytree) the weights of every later completion."""
 
     def generate(
         self,
@@ -57,11 +28,19 @@ class Sampler(Protocol):
         samples: int,
         params: SamplingParams,
         seed: tuple[int, ...],
-        each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+        on_rollout: OnRollout = unchanged,
         first: int = 0,
     ) -> list[list[Rollout]]:
-        """Returns `samples` rollouts for each prompt, `[P][G]`.
+        """Samples `samples` completions of each prompt.
 
-        The randomness of sample g of prompt p depends on (*seed, first + p, g) alone. `each` is called with each one
-        as it finishes, in any order; what it returns takes its place.
+        Args:
+          prompts: P of them.
+          samples: G, completions of each.
+          params: temperature, limits and stop tokens.
+          seed: with (first + p, g) all that the randomness of sample g of prompt p depends on.
+          on_rollout: called with each rollout as it finishes, in any order; what it returns takes its place.
+          first: position of the first prompt among all that share the seed.
+
+        Returns:
+          rollouts [P][G].
         """

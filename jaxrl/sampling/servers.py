@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -19,6 +18,7 @@ import httpx
 
 from jaxrl.errors import InputError
 from jaxrl.sampling.client import api_key
+from jaxrl.sampling.process_group import ProcessGroup, kill
 
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
@@ -33,51 +33,11 @@ ON_CPU = {
 }
 
 
-# ends a process group when this process is gone, however it went: its end of the pipe closes
-REAPER = 'read _; kill -s KILL -- -"$0"'
-
-
 FULL_MEMORY = 0.9  # share of a GPU that serves alone
 TRAINERS_MEMORY, SERVERS_MEMORY = 0.62, 0.3  # of one that trains too
 
 
-@dataclasses.dataclass
-class Group:
-    """A program and everything that it started: a process group of its own, which never outlives this process.
-
-    Attributes:
-      environment: what it gets beside this process's own.
-    """
-
-    arguments: list[str]
-    environment: dict[str, str]
-    log: Path | None = dataclasses.field(default=None, kw_only=True)
-    stdin: int = dataclasses.field(default=subprocess.DEVNULL, kw_only=True)
-
-    def start(self) -> None:
-        with contextlib.ExitStack() as stack:
-            out = stack.enter_context(self.log.open("a")) if self.log else None
-            self.process = subprocess.Popen(
-                self.arguments, stdout=out, stderr=subprocess.STDOUT if out else None, stdin=self.stdin,
-                env=self._all_environment(), start_new_session=True,
-            )  # fmt: skip
-        self._reaper = subprocess.Popen(
-            ["sh", "-c", REAPER, str(self.process.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-
-    def tell(self, number: int) -> None:
-        """Sends a signal to the program alone, not to what it started."""
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        kill([self])
-
-    def _all_environment(self) -> dict[str, str]:
-        return os.environ | self.environment
-
-
-class Server(Group):
+class Server(ProcessGroup):
     """A `vllm serve`."""
 
     def __init__(self, url: str, log: Path, arguments: list[str], environment: dict[str, str]):
@@ -106,24 +66,6 @@ class Server(Group):
         environment = super()._all_environment() | {"VLLM_API_KEY": api_key()}
         environment.pop("PYTHONPATH", None)  # the trainer's; vLLM has an environment of its own
         return environment
-
-
-def kill(groups: Sequence[Group], seconds: float = 10.0) -> None:
-    """Stops all of each: killing vLLM's API server alone leaves its engine alive for ever."""
-    groups = [group for group in groups if hasattr(group, "process")]
-    for group in groups:
-        group._reaper.kill()
-        group._reaper.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group.process.pid, signal.SIGTERM)
-            os.killpg(group.process.pid, signal.SIGCONT)  # one that was stopped could not end
-    deadline = time.monotonic() + seconds
-    for group in groups:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            group.process.wait(max(0.0, deadline - time.monotonic()))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group.process.pid, signal.SIGKILL)
-        group.process.wait()
 
 
 def command(
@@ -241,17 +183,17 @@ def gpus() -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Devices:
     """Where servers are to run: a GPU for each, or the CPU, and what vLLM has to be told."""
 
     gpus: Sequence[str] = ()
     options: Sequence[str] = ()
 
 
-CPU = Place()
+CPU = Devices()
 
 
-def place(count: int, trains: bool) -> Place:
+def choose_devices(count: int, trains: bool) -> Devices:
     """The last GPUs of this machine for `count` servers; a process that trains keeps the others to itself.
 
     Where there are too few, several share one, and so does the trainer, whose memory is then limited. Call it before
@@ -262,18 +204,18 @@ def place(count: int, trains: bool) -> Place:
         return CPU
     if trains and len(names) > count:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[:-count])
-        return Place(names[-count:])
+        return Devices(names[-count:])
     share = SERVERS_MEMORY if trains else FULL_MEMORY
     if trains:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(TRAINERS_MEMORY))
     on_one = -(-count // len(names))
     chosen = [names[i % len(names)] for i in range(count)]
-    return Place(chosen, ["--gpu-memory-utilization", f"{share / on_one:.3g}"])
+    return Devices(chosen, ["--gpu-memory-utilization", f"{share / on_one:.3g}"])
 
 
 @contextlib.contextmanager
 def running(
-    count: int, vllm: str, model: str, logs: Path, *, where: Place = CPU, limit: float = 600,
+    count: int, vllm: str, model: str, logs: Path, *, devices: Devices = CPU, limit: float = 600,
     say: Callable[[str], None] = print, options: Sequence[str] = (), **more: Any,
 ) -> Iterator[list[Server]]:  # fmt: skip
     """`count` servers that are ready, and are stopped on the way out, whatever the way; `more`: see `start`.
@@ -285,8 +227,8 @@ def running(
     try:
         for i in range(count):
             started.append(start(
-                vllm, model, logs / f"vllm_{i}.log", on_cpu=not where.gpus, options=[*where.options, *options],
-                environment={"CUDA_VISIBLE_DEVICES": where.gpus[i]} if where.gpus else {}, **more,
+                vllm, model, logs / f"vllm_{i}.log", on_cpu=not devices.gpus, options=[*devices.options, *options],
+                environment={"CUDA_VISIBLE_DEVICES": devices.gpus[i]} if devices.gpus else {}, **more,
             ))  # fmt: skip
         say(f"starting {count} vLLM servers; logs in {logs}")
         for server in started:

@@ -20,8 +20,8 @@ import numpy as np
 
 from jaxrl.errors import InputError
 from jaxrl.sampling.client import Client, ServerError, each
-from jaxrl.sampling.publish import Transport
-from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.sampling.transports.base import Transport
+from jaxrl.types import Prompt, Rollout, SamplingParams
 
 SUPPORTED = "0.32"  # the minor version whose routes these are
 PAUSE = {"keep": "keep", "drain": "wait"}  # what vLLM calls them

@@ -42,7 +42,7 @@ def register() -> None:
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict) -> None:
-            # the base class synchronises an accelerator, which a CPU has not
+            # the base class synchronizes an accelerator, which a CPU has not
             self.receive_weights(self.parse_update_info(update_info))
 
         def receive_weights(self, file) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from evals.generate import generate, read, runs
 from jaxrl.errors import InputError
-from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.types import Prompt, Rollout, SamplingParams
 
 PROMPTS = [Prompt(str(p), np.array([p], np.int32), f"answer {p}") for p in range(7)]
 SAMPLES = 5

@@ -29,9 +29,9 @@ def test_reference():
         mean = sum(row) / 5
         std = (sum((r - mean) ** 2 for r in row) / (5 - 1)) ** 0.5
         np.testing.assert_allclose(ours, [(r - mean) / (std + 0.125) for r in row], rtol=1e-6)
-    centred = group_advantages(rewards, normalize_std=False)
-    np.testing.assert_allclose(centred, rewards - rewards.mean(axis=1, keepdims=True), rtol=1e-6)
-    assert ours.dtype == centred.dtype == np.float32
+    centered = group_advantages(rewards, normalize_std=False)
+    np.testing.assert_allclose(centered, rewards - rewards.mean(axis=1, keepdims=True), rtol=1e-6)
+    assert ours.dtype == centered.dtype == np.float32
 
 
 @given(

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.grpo.advantages import sequence_weights
-from jaxrl.grpo.packing import PackedBatch, bucket_lengths, pack, plan, stream_lengths
-from jaxrl.sampling.sampler import Prompt, Rollout
+from jaxrl.grpo.packing import Layout, PackedBatch, bucket_lengths, pack, place_sequences, stream_lengths
+from jaxrl.types import Prompt, Rollout
 
 LONGEST = 20
 NORMALIZATIONS = ("token_mean", "sequence_mean", "sequence_sum", "dr_grpo")
@@ -30,7 +30,16 @@ class Case:
 
     def pack(self) -> PackedBatch:
         weights = sequence_weights(np.array([len(r.tokens) for r in self.rollouts]), self.normalization, 16)
-        return pack(**{k: v for k, v in vars(self).items() if k != "normalization"}, weights=weights)
+        layout = Layout(self.streams, self.buckets, self.segments, self.attention_cost)
+        return pack(
+            self.rollouts,
+            self.advantages,
+            self.devices,
+            layout,
+            weights=weights,
+            on_policy=self.on_policy,
+            skip_zero_advantage=self.skip_zero_advantage,
+        )
 
     def kept(self) -> list[int]:
         return [i for i, a in enumerate(self.advantages) if a or not self.skip_zero_advantage]
@@ -179,7 +188,7 @@ def test_stream_lengths(unit, longest, rest):
 
 def test_a_segment_that_fits_no_stream():
     with pytest.raises(ValueError, match="streams of 16 tokens cannot hold attention over 32"):
-        plan([20], 1, (16, 32), 8, (16, 32), 0.0)
+        place_sequences([20], 1, Layout((16, 32), (16, 32), 8))
 
 
 def longest_shapes(sequences: int, devices: int) -> int:
@@ -214,7 +223,9 @@ def test_little_is_computed_for_nothing(seed):
     devices, buckets = 16, bucket_lengths(512, 16_384)
     streams = stream_lengths(32_768, 16_384, 1024)
     assert streams == tuple(range(16_384, 32_769, 2048))
-    stream, places = plan(lengths.tolist(), devices, streams, 64, buckets, attended / dense)
+    stream, places = place_sequences(
+        lengths.tolist(), devices, Layout(streams, buckets, 64, attended / dense)
+    )
     attention, count = np.zeros(devices), np.zeros(devices, int)
     for place, length in zip(places, lengths, strict=True):
         attention[place.device] += attended * buckets[np.searchsorted(buckets, length)] ** 2 / 2

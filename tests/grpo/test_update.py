@@ -21,15 +21,26 @@ import numpy as np
 import optax
 import pytest
 import torch
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-from jaxrl.distributed import BATCH_AXES, sharding_of, to_devices
+from jaxrl import config
 from jaxrl.grpo import group_advantages
-from jaxrl.grpo.agreement import EDGES
-from jaxrl.grpo.packing import PackedBatch, bucket_lengths, pack
-from jaxrl.grpo.update import TrainState, abstract_state, init_state, make_optimizer, make_update
+from jaxrl.grpo.mismatch import EDGES
+from jaxrl.grpo.objective import Objective
+from jaxrl.grpo.packing import Layout, PackedBatch, bucket_lengths, pack
+from jaxrl.grpo.update import (
+    Logprobs,
+    Numerics,
+    TrainState,
+    Update,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    make_update,
+)
 from jaxrl.models import decoder
-from jaxrl.sampling.sampler import Prompt, Rollout
+from jaxrl.parallel.mesh import BATCH_AXES, mesh_over, sharding_of, to_devices
+from jaxrl.types import Prompt, Rollout
 
 # On 8 devices some parameters have no axis that divides (width 20, keys 12), on 4 and 2 all have one.
 SHAPE = {
@@ -39,12 +50,12 @@ SHAPE = {
 UNTIED = decoder.Config("qwen2", tied=False, **SHAPE)
 TIED = decoder.Config("qwen2", tied=True, **SHAPE)
 SEQUENCES, LONGEST, STREAM = 16, 16, 32
-BUCKETS = bucket_lengths(8, LONGEST)
+LAYOUT = Layout(streams=(STREAM,), buckets=bucket_lengths(8, LONGEST))
 TEMPERATURE, CLIP = 0.8, {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
-OPTIMIZER = {
-    "learning_rate": 0.01, "warmup_steps": 3, "updates_per_step": 2, "beta1": 0.9, "beta2": 0.95,
-    "epsilon": 1e-4, "weight_decay": 0.1, "max_grad_norm": 2.05,
-}  # fmt: skip
+OPTIMIZER = config.Optimizer(
+    learning_rate=0.01, warmup_steps=3, beta2=0.95, epsilon=1e-4, weight_decay=0.1, max_grad_norm=2.05
+)
+UPDATES_PER_STEP = 2
 UPDATES = 8
 
 
@@ -58,8 +69,8 @@ class MiniBatch(NamedTuple):
 class Trainer(NamedTuple):
     mesh: Mesh
     state: Any  # () -> TrainState
-    update: Any
-    score: Any
+    update: Update
+    logprobs: Logprobs
     traces: list[None]  # one entry each time `update` was traced
 
     def batch(self, mini: MiniBatch, stream: int = STREAM, **options: Any) -> PackedBatch:
@@ -68,13 +79,12 @@ class Trainer(NamedTuple):
             Rollout(r.prompt, r.tokens, o, "stop", 0)
             for r, o in zip(mini.rollouts, mini.old_logprobs, strict=True)
         ]
+        layout = dataclasses.replace(LAYOUT, streams=(stream,))
+        options = {"on_policy": mini.on_policy} | options
         packed, with_old = (
-            pack(
-                rollouts, mini.advantages, devices=self.mesh.size, streams=(stream,), buckets=BUCKETS,
-                **({"on_policy": mini.on_policy} | options),
-            )
+            pack(rollouts, mini.advantages, self.mesh.size, layout, **options)
             for rollouts in (mini.rollouts, old)
-        )  # fmt: skip
+        )
         return to_devices(packed.replace(old_logprobs=with_old.sampler_logprobs), self.mesh)
 
 
@@ -86,42 +96,41 @@ def with_gradients(optimizer: optax.GradientTransformation, traces: list) -> opt
         updates, inner = optimizer.update(grads, state[1], params)
         return updates, (grads, inner)
 
-    init = lambda params: (jax.tree.map(jnp.zeros_like, params), optimizer.init(params))  # noqa: E731
+    def init(params):
+        return jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+
     return optax.GradientTransformation(init, update)
 
 
-def trainer(devices=1, data=1, config=UNTIED, gather="step", remat="full", dtype="float32") -> Trainer:
-    return build(devices, data, config, gather, remat, dtype)
+def trainer(devices=1, data=1, model=UNTIED, gather="step", remat="full", dtype="float32") -> Trainer:
+    return build(devices, data, model, gather, remat, dtype)
 
 
 @functools.cache
-def build(devices, data, config, gather, remat, dtype) -> Trainer:
+def build(devices, data, model, gather, remat, dtype) -> Trainer:
     if jax.device_count() < devices:
         pytest.skip(f"needs {devices} devices")
-    shape = (data, devices // data)
-    mesh = jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:devices])
+    mesh = mesh_over(jax.devices()[:devices], data)
     traces: list[None] = []
-    optimizer = with_gradients(make_optimizer(**OPTIMIZER), traces)
-    update, score = make_update(
-        config, optimizer, mesh, buckets=BUCKETS, backend="xla", dtype=dtype, remat=remat,
-        gather=gather, temperature=TEMPERATURE, chunk=8, **CLIP,
-    )  # fmt: skip
-    state = lambda: init_state(to_jax(first_params(config)), optimizer, mesh)  # noqa: E731
-    return Trainer(mesh, state, update, score, traces)
+    optimizer = with_gradients(make_optimizer(OPTIMIZER, UPDATES_PER_STEP), traces)
+    numerics = Numerics(dtype=dtype, remat=remat, gather=gather, logprob_chunk=8)
+    objective = Objective(**CLIP, temperature=TEMPERATURE)
+    functions = make_update(model, optimizer, mesh, LAYOUT, numerics, objective)
+    return Trainer(mesh, lambda: init_state(to_jax(first_params(model)), optimizer, mesh), *functions, traces)
 
 
 @functools.cache
-def first_params(config):
+def first_params(model):
     """Norms and biases random too; the functions of this file never change them."""
     rng = np.random.default_rng(0)
 
     def create(spec):
-        shape = decoder.stacked_shape(spec, config)
+        shape = decoder.stacked_shape(spec, model)
         return np.float32(
             (spec.init == "ones") + (0.3 if len(spec.shape) > 1 else 0.1) * rng.normal(size=shape)
         )
 
-    return jax.tree.map(create, decoder.declare(config), is_leaf=lambda x: isinstance(x, decoder.Spec))
+    return jax.tree.map(create, decoder.declare(model), is_leaf=lambda x: isinstance(x, decoder.Spec))
 
 
 def to_jax(tree):
@@ -133,7 +142,7 @@ def to_numpy(tree):
 
 
 @functools.cache
-def minibatches(config) -> list[MiniBatch]:
+def minibatches(model) -> list[MiniBatch]:
     rng = np.random.default_rng(1)
 
     def one(k: int) -> MiniBatch:
@@ -148,7 +157,7 @@ def minibatches(config) -> list[MiniBatch]:
         for _ in range(SEQUENCES):
             prompt, completion = rng.integers(1, 6), rng.integers(1, LONGEST - 5)
             tokens = rng.integers(SHAPE["vocab_size"], size=prompt + completion).astype(np.int32)
-            logprobs, _ = reference_logprobs(config, first_params(config), tokens)
+            logprobs, _ = reference_logprobs(model, first_params(model), tokens)
             behind = logprobs[prompt - 1 :] + rng.normal(0, 0.5, completion)
             sampler = np.float32(behind + rng.normal(0, 0.01, completion))
             rollouts.append(Rollout(Prompt("", tokens[:prompt], ""), tokens[prompt:], sampler, "stop", 0))
@@ -159,9 +168,9 @@ def minibatches(config) -> list[MiniBatch]:
     return [one(k) for k in range(UPDATES)]
 
 
-def whole_logprobs(config, params, tokens):
+def whole_logprobs(model, params, tokens):
     """Log-probabilities of all tokens after each token of one sequence [T]: [T - 1, V]."""
-    return jax.nn.log_softmax(decoder.logits(config, params, tokens[None])[0, :-1] / TEMPERATURE)
+    return jax.nn.log_softmax(decoder.logits(model, params, tokens[None])[0, :-1] / TEMPERATURE)
 
 
 def padded(tokens):
@@ -170,40 +179,40 @@ def padded(tokens):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def reference_logprobs_padded(config, params, tokens):
-    logp = whole_logprobs(config, params, tokens)
+def reference_logprobs_padded(model, params, tokens):
+    logp = whole_logprobs(model, params, tokens)
     return logp[np.arange(LONGEST - 1), tokens[1:]], -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
-def reference_logprobs(config, params, tokens):
+def reference_logprobs(model, params, tokens):
     """Of tokens 1 ... T - 1 of a sequence, and the entropies of what they were drawn from."""
-    logprobs, entropy = reference_logprobs_padded(config, params, padded(tokens))
+    logprobs, entropy = reference_logprobs_padded(model, params, padded(tokens))
     return np.array(logprobs[: len(tokens) - 1]), np.array(entropy[: len(tokens) - 1])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.value_and_grad, argnums=1)
-def reference_loss(config, params, tokens, old, advantage, weights):
-    logprobs = whole_logprobs(config, params, tokens)[np.arange(LONGEST - 1), tokens[1:]]
+def reference_loss(model, params, tokens, old, advantage, weights):
+    logprobs = whole_logprobs(model, params, tokens)[np.arange(LONGEST - 1), tokens[1:]]
     ratio = jnp.exp(logprobs - old)
     high = jnp.minimum(ratio, 1 + CLIP["clip_high"])
     low = jnp.minimum(jnp.maximum(ratio, 1 - CLIP["clip_low"]), CLIP["dual_clip"])
     return jnp.sum(-advantage * weights * jnp.where(advantage >= 0, high, low))
 
 
-def reference_gradient(config, params, mini):
+def reference_gradient(model, params, mini):
     """(gradients, metrics), in float64 from one sequence to the next."""
     total = sum(len(r.tokens) for r in mini.rollouts)
     loss, grads = 0.0, jax.tree.map(lambda p: np.zeros(p.shape), params)
     rows = []  # of each trained token: A, old - sampler, new - old, entropy
     for rollout, advantage, old in zip(mini.rollouts, mini.advantages, mini.old_logprobs, strict=True):
         prompt, tokens = len(rollout.prompt.tokens), np.append(rollout.prompt.tokens, rollout.tokens)
-        now, entropy = (x[prompt - 1 :] for x in reference_logprobs(config, params, tokens))
+        now, entropy = (x[prompt - 1 :] for x in reference_logprobs(model, params, tokens))
         old = now if mini.on_policy else old
         whole_old, weights = np.zeros((2, LONGEST - 1), np.float32)
         whole_old[prompt - 1 : len(tokens) - 1] = old
         weights[prompt - 1 : len(tokens) - 1] = 1 / total
-        one, gradient = reference_loss(config, params, padded(tokens), whole_old, advantage, weights)
+        one, gradient = reference_loss(model, params, padded(tokens), whole_old, advantage, weights)
         loss += float(one)
         grads = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), grads, gradient)
         if advantage:
@@ -240,14 +249,14 @@ def assert_same_metrics(found, metrics):
 class Torch:
     """AdamW behind clipping, LambdaLR stepped once a rollout batch."""
 
-    def __init__(self, params, *, learning_rate, warmup_steps, updates_per_step, **options):
+    def __init__(self, params, o: config.Optimizer, updates_per_step: int):
         self.leaves, self.tree = jax.tree.flatten(params)
         self.leaves = [torch.tensor(leaf) for leaf in self.leaves]
-        self.max_norm, self.updates_per_step, self.count = options["max_grad_norm"], updates_per_step, 0
+        self.max_norm, self.updates_per_step, self.count = o.max_grad_norm, updates_per_step, 0
+        betas, warmup_steps = (o.beta1, o.beta2), o.warmup_steps
         self.optimizer = torch.optim.AdamW(
-            self.leaves, lr=learning_rate, betas=(options["beta1"], options["beta2"]),
-            eps=options["epsilon"], weight_decay=options["weight_decay"],
-        )  # fmt: skip
+            self.leaves, o.learning_rate, betas, o.epsilon, o.weight_decay
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda k: min(k / warmup_steps, 1.0) if warmup_steps else 1.0
         )
@@ -265,12 +274,12 @@ class Torch:
 
 
 @functools.cache
-def trajectory(config):
+def trajectory(model):
     """[(gradients, metrics, parameters afterwards)] of each update."""
-    params = first_params(config)
-    optimizer, steps = Torch(params, **OPTIMIZER), []
-    for mini in minibatches(config):
-        grads, metrics = reference_gradient(config, params, mini)
+    params = first_params(model)
+    optimizer, steps = Torch(params, OPTIMIZER, UPDATES_PER_STEP), []
+    for mini in minibatches(model):
+        grads, metrics = reference_gradient(model, params, mini)
         params = optimizer.step(grads)
         steps.append((grads, metrics, params))
     return steps
@@ -297,19 +306,19 @@ def gradients_of(trainer_, batch):
 
 
 @pytest.mark.parametrize(
-    ("devices", "data", "config", "gather"),
+    ("devices", "data", "model", "gather"),
     [
         (1, 1, UNTIED, "step"), (2, 1, TIED, "step"), (8, 1, UNTIED, "step"), (8, 2, UNTIED, "step"),
         (1, 1, UNTIED, "layer"), (2, 1, TIED, "layer"), (8, 1, UNTIED, "layer"), (8, 2, UNTIED, "layer"),
     ],
     ids=lambda value: value if isinstance(value, str | int) else ("tied" if value.tied else "untied"),
 )  # fmt: skip
-def test_follows_the_reference(devices, data, config, gather):
+def test_follows_the_reference(devices, data, model, gather):
     """Parameters along a trajectory of their own; gradients and metrics where it has come to."""
-    t = trainer(devices, data, config, gather)
+    t = trainer(devices, data, model, gather)
     state = t.state()
-    for k, (mini, (_, _, params)) in enumerate(zip(minibatches(config), trajectory(config), strict=True)):
-        grads, metrics = reference_gradient(config, to_numpy(state.params), mini)
+    for k, (mini, (_, _, params)) in enumerate(zip(minibatches(model), trajectory(model), strict=True)):
+        grads, metrics = reference_gradient(model, to_numpy(state.params), mini)
         state, found = t.update(state, t.batch(mini))
         assert_close(state.opt_state[0], grads, floor=1e-6)
         assert_close(state.params, params)
@@ -342,7 +351,7 @@ def test_two_processes_follow_the_reference(data, gather, tmp_path):
         minibatches(UNTIED), trajectory(UNTIED), steps, strict=True
     ):
         batch = t.batch(mini)
-        np.testing.assert_allclose(scores, t.score(state.params, batch), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores, t.logprobs(state.params, batch), rtol=1e-5, atol=1e-5)
         state, metrics = t.update(state, batch)
         assert_close(params, expected)
         assert_same_metrics(found, metrics)
@@ -350,8 +359,8 @@ def test_two_processes_follow_the_reference(data, gather, tmp_path):
 
 def test_parameters_divided_by_layer():
     """Eight layers on eight devices: norms and biases have no other axis to divide."""
-    config = dataclasses.replace(UNTIED, layers=8)
-    step, layer = (trainer(8, config=config, gather=gather) for gather in ("step", "layer"))
+    model = dataclasses.replace(UNTIED, layers=8)
+    step, layer = (trainer(8, model=model, gather=gather) for gather in ("step", "layer"))
     assert sharding_of(step.state().params["layers"]["mlp_norm"].shape, step.mesh).spec[0] == "fsdp"
     batch = step.batch(minibatches(UNTIED)[1])
     (one, a), (two, b) = gradients_of(step, batch), gradients_of(layer, batch)
@@ -368,7 +377,7 @@ def test_the_trajectory_has_everything_in_it():
     assert all(m["clip_fraction"] > 0.05 for m in off_policy)
     assert any(m["clip_fraction_lower"] > 0 for m in off_policy)
     norms = [m["grad_norm"] for m in metrics]
-    assert norms[4] == 0 and min(norms[:4]) < OPTIMIZER["max_grad_norm"] < max(norms), norms
+    assert norms[4] == 0 and min(norms[:4]) < OPTIMIZER.max_grad_norm < max(norms), norms
     assert_same_bits(params[1], first_params(UNTIED))  # the first rollout batch runs at 0, both updates of it
     moved = [a["norm"] - b["norm"] for a, b in zip(params[2:], params[1:], strict=False)]
     assert all(abs(m).min() > 1e-5 for m in moved)
@@ -381,13 +390,11 @@ def test_the_trajectory_has_everything_in_it():
 
 @pytest.mark.parametrize(("warmup_steps", "updates_per_step"), [(10, 4), (0, 4), (1, 1)])
 def test_optimizer_is_torchs(warmup_steps, updates_per_step):
-    options = {
-        "learning_rate": 1e-3, "warmup_steps": warmup_steps, "updates_per_step": updates_per_step,
-        "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0,
-    }  # fmt: skip
+    section = config.Optimizer(learning_rate=1e-3, warmup_steps=warmup_steps)
     rng = np.random.default_rng(0)
     params = {"matrix": np.float32(rng.normal(size=(3, 4))), "norm": np.ones(5, np.float32)}
-    reference, ours = Torch(params, **options), make_optimizer(**options)
+    reference = Torch(params, section, updates_per_step)
+    ours = make_optimizer(section, updates_per_step)
     ours_params, opt_state, step = to_jax(params), ours.init(to_jax(params)), jax.jit(ours.update)
     for k in range(12 * updates_per_step):
         before, size = ours_params, (0.02, 2.0)[k % 2]
@@ -408,7 +415,7 @@ def run(t, options=None, old_logprobs=False, updates=4):
     for mini in minibatches(UNTIED)[:updates]:
         batch = t.batch(mini, **(options or {}))
         if old_logprobs:
-            batch = batch.replace(old_logprobs=t.score(state.params, batch))
+            batch = batch.replace(old_logprobs=t.logprobs(state.params, batch))
         state, _ = t.update(state, batch)
     return to_numpy(state.params)
 
@@ -463,7 +470,7 @@ def test_gradients_are_summed_over_tokens_in_float32(gather):
 def test_score_is_the_log_probs_of_each_sequence(mesh):
     t, mini = trainer(*mesh), minibatches(UNTIED)[2]
     batch = t.batch(mini, skip_zero_advantage=False)
-    scores = np.asarray(t.score(t.state().params, batch))
+    scores = np.asarray(t.logprobs(t.state().params, batch))
     host, found = to_numpy(batch), 0
     assert scores.shape == host.tokens.shape and scores.dtype == np.float32
     for at in np.ndindex(host.starts.shape):
@@ -524,10 +531,10 @@ def test_not_finite_changes_nothing_but_step(mesh, what):
 def test_nothing_kept_only_decays(mesh):
     t, empty = trainer(*mesh), minibatches(UNTIED)[4]
     state = t.state()
-    for _ in range(OPTIMIZER["updates_per_step"] + 1):  # the last is the first with a rate above 0
+    for _ in range(UPDATES_PER_STEP + 1):  # the last is the first with a rate above 0
         state, metrics = t.update(state, t.batch(empty))
-    rate = OPTIMIZER["learning_rate"] / OPTIMIZER["warmup_steps"]
-    decayed = jax.tree.map(lambda p: p * (1 - rate * OPTIMIZER["weight_decay"]), first_params(UNTIED))
+    rate = OPTIMIZER.learning_rate / OPTIMIZER.warmup_steps
+    decayed = jax.tree.map(lambda p: p * (1 - rate * OPTIMIZER.weight_decay), first_params(UNTIED))
     assert_close(state.params, decayed, 1e-6)
     undefined = {"approx_kl", "entropy", "logprob_diff_mean"}  # means over no tokens
     assert {name for name, value in metrics.items() if np.isnan(value).any()} == undefined
@@ -560,11 +567,11 @@ def inside_loops(hlo: str) -> str:
 
 def compiled(t: Trainer, program: str) -> str:
     state, batch = t.state(), t.batch(minibatches(UNTIED)[1])
-    lowered = t.update.lower(state, batch) if program == "update" else t.score.lower(state.params, batch)
+    lowered = t.update.lower(state, batch) if program == "update" else t.logprobs.lower(state.params, batch)
     return lowered.compile().as_text()
 
 
-@pytest.mark.parametrize("program", ["update", "score"])
+@pytest.mark.parametrize("program", ["update", "logprobs"])
 def test_no_collective_runs_in_a_loop(program):
     hlo = compiled(trainer(8, 2), program)
     assert "all-gather" in hlo and "while" in hlo
@@ -575,7 +582,7 @@ def test_no_collective_runs_in_a_loop(program):
 
 def test_no_buffer_of_tokens_by_vocabulary():
     """Logits exist a chunk at a time; 72 is the vocabulary, 32 the stream, 8 the chunk."""
-    for program in ("update", "score"):
+    for program in ("update", "logprobs"):
         shapes = set(re.findall(r"\w+\[([\d,]+)\]", compiled(trainer(8, 2), program)))
         sizes = [set(map(int, shape.split(","))) for shape in shapes]
         assert any({72, 8} <= size for size in sizes)
@@ -605,8 +612,8 @@ def test_the_state_is_donated_and_stays_where_it_is():
 
 def test_abstract_state_is_the_states():
     t = trainer(8, 2)
-    optimizer = with_gradients(make_optimizer(**OPTIMIZER), [])
-    abstract = abstract_state(jax.eval_shape(lambda: decoder.initialise(UNTIED, 0)), optimizer, t.mesh)
+    optimizer = with_gradients(make_optimizer(OPTIMIZER, UPDATES_PER_STEP), [])
+    abstract = abstract_state(jax.eval_shape(lambda: decoder.initialize(UNTIED, 0)), optimizer, t.mesh)
     assert isinstance(abstract, TrainState)
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(t.state()), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype) and b.sharding.is_equivalent_to(a.sharding, b.ndim)
@@ -626,8 +633,8 @@ def test_nothing_moves_between_host_and_device():
     t = trainer(8, 2)
     state, batch = t.state(), t.batch(minibatches(UNTIED)[1])
     with jax.transfer_guard("disallow"):
-        old = t.score(state.params, batch)
+        old = t.logprobs(state.params, batch)
         state, metrics = t.update(state, batch.replace(old_logprobs=old))
         jax.block_until_ready((state, metrics))
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"(?i)disallowed"):
-        t.score(state.params, to_numpy(batch))  # the guard does guard
+        t.logprobs(state.params, to_numpy(batch))  # the guard does guard

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jaxrl import config
 from jaxrl.grpo import verl
 from jaxrl.grpo.advantages import sequence_weights
-from jaxrl.sampling.sampler import Prompt, Rollout
-from jaxrl.train import divided
+from jaxrl.prepare import divide
+from jaxrl.types import Prompt, Rollout
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -105,7 +105,7 @@ def test_a_recipe_divides_a_step(normalization: str) -> None:
         )
         for n in rng.integers(1, 30, 31)  # one prompt's last sample was refused
     ]
-    found = list(divided(recipe, rollouts))
+    found = list(divide(recipe, rollouts))
     assert len(found) == 2 and sorted(np.concatenate([chosen for chosen, _ in found])) == list(range(31))
     for chosen, weights in found:
         tokens = np.array([len(rollouts[i].tokens) for i in chosen])

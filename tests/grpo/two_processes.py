@@ -21,7 +21,7 @@ t = test_update.trainer(8, int(data), gather=gather)
 state, steps = t.state(), []
 for mini in test_update.minibatches(test_update.UNTIED):
     batch = t.batch(mini)
-    scores = t.score(state.params, batch)
+    scores = t.logprobs(state.params, batch)
     state, metrics = t.update(state, batch)
     steps.append(multihost_utils.process_allgather((state.params, metrics, scores), tiled=True))
 if rank == "0":

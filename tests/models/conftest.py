@@ -70,7 +70,7 @@ def checkpoint(reference_model: Callable, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def random_params() -> Callable[[Config], Params]:
-    """Like `initialise`, but biases and norms are random too and the matrices are large enough to matter."""
+    """Like `initialize`, but biases and norms are random too and the matrices are large enough to matter."""
 
     def build(config: Config) -> Params:
         rng = np.random.default_rng(0)

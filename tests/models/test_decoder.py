@@ -182,7 +182,7 @@ def test_rope(theta: float) -> None:
 
 def test_initialise() -> None:
     c = config("qwen3", vocab_size=400, width=64)
-    params = decoder.initialise(c, 0, scale=0.05)
+    params = decoder.initialize(c, 0, scale=0.05)
     specs = decoder.declare(c)
     for spec, leaf in zip(
         jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Spec)), jax.tree.leaves(params), strict=True
@@ -200,7 +200,7 @@ def test_initialise() -> None:
 
 def test_initialise_follows_seed_dtype_and_family() -> None:
     c = config("qwen2", layers=1)
-    one, same, other = (decoder.initialise(c, seed, "bfloat16") for seed in (0, 0, 1))
+    one, same, other = (decoder.initialize(c, seed, "bfloat16") for seed in (0, 0, 1))
     np.testing.assert_array_equal(one["embed"], same["embed"])
     assert not np.array_equal(one["embed"], other["embed"])
     assert {leaf.dtype for leaf in jax.tree.leaves(one)} == {jnp.dtype("bfloat16")}

@@ -41,7 +41,7 @@ def assert_same_bits(a: Params, b: Params) -> None:
 
 
 def zeros(config: hf.Config) -> Params:
-    shapes = jax.eval_shape(functools.partial(models.initialise, config, 0))
+    shapes = jax.eval_shape(functools.partial(models.initialize, config, 0))
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 

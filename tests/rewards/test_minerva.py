@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrl.rewards import minerva
-from jaxrl.rewards.minerva import NO_ANSWER, extract, normalise
+from jaxrl.rewards.minerva import NO_ANSWER, extract, normalize
 
 # fmt: off
 PIECES = (
@@ -151,7 +151,7 @@ def test_no_answer_line(response: str) -> None:
     ],
 )
 def test_normalise(answer: str, normal: str) -> None:
-    assert normalise(answer) == normal
+    assert normalize(answer) == normal
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import pytest
 
 from jaxrl import config
 from jaxrl.grpo import group_advantages
+from jaxrl.metrics import rollout_metrics
+from jaxrl.prepare import verifier
 from jaxrl.rewards.overlong import overlong_penalty
-from jaxrl.sampling.sampler import Prompt, Rollout
-from jaxrl.train import rollout_metrics, verifier
+from jaxrl.types import Prompt, Rollout
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from jax.sharding import AxisType
 from scipy import stats
 
 from jaxrl.errors import InputError
-from jaxrl.models import Config, hf, initialise
+from jaxrl.models import Config, hf, initialize
 from jaxrl.sampling import local
 from jaxrl.sampling.local import LocalSampler
-from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.types import Prompt, Rollout, SamplingParams
 
 SMOLLM2 = Path(os.environ.get("SMOLLM2", "models/smollm2-135m-instruct"))
 EOS = 1
@@ -30,7 +30,7 @@ TINY = Config(
 @pytest.fixture(scope="module")
 def params() -> Any:
     """Of a model that is neither sure nor indifferent, and ends one answer in twenty tokens or so."""
-    return initialise(TINY, 0, scale=0.3)
+    return initialize(TINY, 0, scale=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def test_decoding_never_copies_the_cache() -> None:
     sampler = LocalSampler(deep, dtype="float32", slots=8)
     _, decode = local._steps(deep, "float32", sampler._mesh, SAMPLING)
     slots = sampler._programs.empty(8, 384, 40)
-    memory = decode.lower(slots, initialise(deep, 0), np.int32(8), np.int32(64)).compile().memory_analysis()
+    memory = decode.lower(slots, initialize(deep, 0), np.int32(8), np.int32(64)).compile().memory_analysis()
     cache = 2 * slots.keys.nbytes
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < cache / 4

@@ -103,7 +103,7 @@ def test_gpus_are_divided(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")  # the user's own stays
-    place = servers.place(count, trains)
+    place = servers.choose_devices(count, trains)
     assert (list(place.gpus), list(place.options)) == (taken, options)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.7"
@@ -128,7 +128,7 @@ def test_each_server_gets_its_gpu_and_options(tmp_path: Path) -> None:
         '#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $@"\n'
     )  # and ends, which is said with what it printed
     program.chmod(0o755)
-    place = servers.Place(["3", "5"], ["--gpu-memory-utilization", "0.3"])
+    place = servers.Devices(["3", "5"], ["--gpu-memory-utilization", "0.3"])
     with pytest.raises(servers.InputError, match="stopped"), servers.running(
         2, str(program), "model", tmp_path, where=place, options=["--seed", "7"], dtype="bfloat16", max_tokens=0,
         chat=True, say=lambda _: None,

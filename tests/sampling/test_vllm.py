@@ -17,15 +17,15 @@ import tiny_run
 
 from jaxrl import config
 from jaxrl.errors import InputError
-from jaxrl.models import Model, initialise, load, save
+from jaxrl.models import Model, initialize, load, save
 from jaxrl.sampling import servers
-from jaxrl.sampling.ahead import Ahead
 from jaxrl.sampling.client import api_key
-from jaxrl.sampling.nccl import NCCL, Group
-from jaxrl.sampling.publish import Files
-from jaxrl.sampling.sampler import Prompt, Rollout, SamplingParams
+from jaxrl.sampling.prefetch import Ahead
+from jaxrl.sampling.transports.files import Files
+from jaxrl.sampling.transports.nccl import NCCL, Communicator
 from jaxrl.sampling.vllm import VLLMSampler
 from jaxrl.train import train
+from jaxrl.types import Prompt, Rollout, SamplingParams
 
 pytestmark = pytest.mark.vllm
 VLLM = os.environ.get("VLLM", ".venv-vllm/bin/vllm")
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
 def untied(model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
     folder = tmp_path_factory.mktemp("untied") / "base"
     config = dataclasses.replace(model[1].config, tied=False)
-    save(Model(config, initialise(config, 0)), folder)
+    save(Model(config, initialize(config, 0)), folder)
     return folder, load(folder)
 
 
@@ -78,7 +78,7 @@ def make_prompts(count: int, length: int = 9) -> list[Prompt]:
 
 def random_params(model: Model, seed: int):
     """Far from uniform, so that log-probs say whose they are."""
-    return initialise(model.config, seed, scale=0.1)
+    return initialize(model.config, seed, scale=0.1)
 
 
 def logprobs_of(model: Model, params, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
@@ -384,12 +384,12 @@ def test_nccl_without_a_gpu(
         sampler.publish(model[1].params, 0)
     joined = []
 
-    def join(self: Group, unique: bytes, world: int) -> None:
+    def join(self: Communicator, unique: bytes, world: int) -> None:
         joined.append((unique, world))
         threading.Event().wait()  # as NCCL does until all have joined
 
-    monkeypatch.setattr(Group, "unique_id", lambda: bytes(range(128)))
-    monkeypatch.setattr(Group, "__init__", join)
+    monkeypatch.setattr(Communicator, "unique_id", lambda: bytes(range(128)))
+    monkeypatch.setattr(Communicator, "__init__", join)
     began = time.monotonic()
     with pytest.raises(
         InputError, match=rf"{by_nccl.url}.*Cannot access accelerator device.*start the servers"

@@ -1,0 +1,161 @@
+"""jaxrl eval."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxrl import config
+from jaxrl.commands.options import positive, sampler_overrides
+from jaxrl.errors import InputError
+
+if TYPE_CHECKING:
+    from evals.judge import Judge
+    from jaxrl.sampling.servers import Devices
+
+HELP = "accuracy on benchmarks, or on a recipe's held-out problems"
+TAKES_OVERRIDES = True
+ONLY_BENCHMARKS = ("data", "samples", "judge", "judge_model", "judge_prompt", "judge_tail")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = "Hugging Face folder, Hub id, or run folder, whose newest checkpoint is exported first"
+    parser.add_argument("model", help=model)
+    parser.add_argument("--samplers", metavar="URL,URL", help="sample by these vLLM servers")
+    servers = "start N vLLM servers here, or all: one on each GPU"
+    parser.add_argument("--servers", type=_servers, metavar="N", help=servers)
+    parser.add_argument("--out", help="file (--recipe) or folder (--benchmarks) to write; has a default")
+    add = parser.add_argument_group("held-out problems").add_argument
+    add("--recipe", help="recipe with [data], [reward] and [eval]; default: the run's own")
+    add("--name", default="eval", help="label in the report, such as before or after")
+    add = parser.add_argument_group("benchmarks (docs/evaluation.md)").add_argument
+    add("--benchmarks", metavar="LIST", help="aime24,math500,..., all, or .toml files of your own")
+    add("--data", type=Path, metavar="DIR", help="local copies; default: from the Hub")
+    add("--samples", type=positive, default=0, help="responses to each problem; default: 32 or 4")
+    add("--protocol", choices=("default", "justrl_released"), default="default")
+    judge = "OpenAI-compatible endpoint of CompassVerifier-3B; or what to start it from"
+    add("--judge", metavar="URL|MODEL", help=judge)
+    add("--judge-model", default="", help="its name at a URL; default: the first one listed")
+    add("--judge-prompt", type=Path, metavar="FILE", help="another prompt for the judge")
+    add("--judge-tail", type=positive, help="characters of a response's end that the judge sees")
+
+
+def _servers(text: str) -> int:
+    if text != "all":
+        return positive(text)
+    from jaxrl.sampling import servers
+
+    return max(1, len(servers.gpus()))
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    (_on_benchmarks if args.benchmarks else _on_held_out)(args, overrides)
+
+
+def _on_held_out(args: argparse.Namespace, overrides: list[str]) -> None:
+    for name in ONLY_BENCHMARKS:
+        if getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is for benchmarks; add --benchmarks LIST")
+    run = Path(args.model) if (Path(args.model) / "recipe.toml").exists() else None
+    path = args.recipe or (run and run / "recipe.toml")
+    if not path:
+        raise InputError(
+            f"{args.model} is not a run folder; say what to evaluate on with --benchmarks LIST or --recipe FILE"
+        )
+    recipe = config.load(path, overrides + sampler_overrides(args.samplers, args.servers))
+    devices = _devices(recipe)
+    from evals import held_out
+    from jaxrl.export import export
+
+    step = export(run, run / "hf") if run else 0
+    model = run / "hf" if run else args.model
+    out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
+    held_out.evaluate(recipe, model, out, args.name, step, devices)
+
+
+def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.recipe:
+        raise InputError(
+            "--recipe is for held-out problems and --benchmarks for benchmarks; give one of them"
+        )
+    from evals import benchmarks, judge, suite
+    from jaxrl.models import hf
+    from jaxrl.sampling import servers
+    from jaxrl.sampling.client import api_key
+
+    chosen = benchmarks.select(args.benchmarks)
+    base = config.from_dict(suite.PROTOCOL)
+    more = overrides + sampler_overrides(args.samplers, args.servers)
+    recipe = config.from_command_line(base, more, "jaxrl eval MODEL --benchmarks LIST")
+    recipe = config.from_dict(config.to_dict(recipe), "command line")
+    if recipe.eval.samples != base.eval.samples:
+        raise InputError("--eval.samples is for held-out problems; benchmarks take --samples")
+    prompt = judge.read_prompt(args.judge_prompt) if args.judge_prompt else judge.PROMPT
+    devices = _devices(recipe)  # before JAX looks for GPUs
+    started = args.judge if args.judge and "://" not in args.judge else ""
+    judge_devices = servers.choose_devices(int(bool(started)), trains=recipe.rollout.engine == "local")
+    judge_folder = hf.resolve(started) if started else None
+    folder, out = _model_of(args.model, args.out)
+
+    @contextlib.contextmanager
+    def open_judge() -> Iterator[Judge]:
+        url, name, key = args.judge, args.judge_model, os.environ.get("JUDGE_API_KEY", "")
+        with contextlib.ExitStack() as stack:
+            if judge_folder:
+                name, key = started, api_key()
+                server = judge.server(recipe, judge_folder, name, out / "judge", judge_devices)
+                url = stack.enter_context(server)
+            yield judge.Judge(
+                url,
+                out / "judge.jsonl",
+                key=key,
+                model=name,
+                prompt=prompt,
+                tail=args.judge_tail or judge.TAIL,
+                released=args.protocol == "justrl_released",
+            )
+
+    with suite.alone(out):
+        results = suite.evaluate(
+            args.model,
+            folder,
+            chosen,
+            recipe,
+            out,
+            local=args.data,
+            samples=args.samples,
+            protocol=args.protocol,
+            judge=open_judge if args.judge else None,
+            devices=devices,
+        )
+    print((out / "results.md").read_text())
+    print(f"{len(results['benchmarks'])} benchmarks -> {out}")
+
+
+def _devices(recipe: config.Recipe) -> Devices:
+    """Where servers run that are started to evaluate: on all GPUs, while this process does with a CPU."""
+    from jaxrl.sampling import servers
+
+    if recipe.rollout.engine == "vllm" and recipe.sampler.transport == "files":
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    return servers.choose_devices(recipe.sampler.servers, trains=False)
+
+
+def _model_of(model: str, out: str | None) -> tuple[Path, Path]:
+    """The Hugging Face folder that is meant, exported first where it is a run's, and the folder for results."""
+    from jaxrl.export import export, run_of
+    from jaxrl.models import hf
+
+    path = Path(model)
+    if path.parent.name != "checkpoints" and not (path / "checkpoints").is_dir():
+        return hf.resolve(model), Path(out or Path("runs/benchmarks") / path.name)
+    run, step = run_of(path)
+    folder = run / "hf" if step is None else run / "benchmarks" / f"step_{step:06d}" / "hf"
+    step = export(path, folder)
+    return folder, Path(out or run / "benchmarks" / f"step_{step:06d}")

@@ -1,0 +1,54 @@
+"""Benchmarks, loaded and tokenized for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from evals import benchmarks
+from jaxrl import config, data
+from jaxrl.types import Prompt, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A benchmark, ready to be sampled."""
+
+    name: str
+    title: str
+    problems: list[benchmarks.Problem]
+    prompts: list[Prompt]
+    samples: int  # responses to each problem
+
+
+def load_tasks(
+    chosen: Mapping[str, benchmarks.Benchmark],
+    recipe: config.Recipe,
+    tokenizer: Tokenizer,
+    folder: Path | None,
+    samples: int,
+) -> list[Task]:
+    """Loads benchmarks.
+
+    Args:
+      chosen: by name.
+      recipe: with [data], which is put around each problem, and [eval].
+      tokenizer: the model's.
+      folder: with local copies of the benchmarks; None takes them from the Hub.
+      samples: responses to each problem; 0 takes each benchmark's own number. Greedy ones are all the same: one.
+
+    Raises:
+      InputError: if one cannot be read.
+    """
+    tasks = []
+    for name, benchmark in chosen.items():
+        problems = benchmarks.load(name, benchmark, folder)[: recipe.eval.problems or None]
+        encoded = data.encode(tokenizer, recipe.data, [problem.question for problem in problems])
+        prompts = [
+            Prompt(f"{name}.{i}", tokens, problem.answer)
+            for i, (problem, tokens) in enumerate(zip(problems, encoded, strict=True))
+        ]
+        count = (samples or benchmark.samples) if recipe.eval.temperature else 1
+        tasks.append(Task(name, benchmark.title or name, problems, prompts, count))
+    return tasks

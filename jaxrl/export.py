@@ -1,0 +1,50 @@
+"""A run's weights as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxrl.checkpoint import Checkpoints
+from jaxrl.errors import InputError
+from jaxrl.models import decoder, hf
+from jaxrl.parallel.mesh import abstract_sharded, make_mesh
+from jaxrl.types import Dtype, Say
+
+
+def run_of(source: Path) -> tuple[Path, int | None]:
+    """The run folder and the step that a path to a run or to one of its checkpoints means.
+
+    Raises:
+      InputError: if it is neither.
+    """
+    if source.parent.name == "checkpoints" and source.name.isdigit() and source.is_dir():
+        return source.parent.parent, int(source.name)
+    if (source / "checkpoints").is_dir():
+        return source, None
+    raise InputError(f"{source}: neither a run folder nor a checkpoint (RUN/checkpoints/N); check the path")
+
+
+def export(source: Path, out: Path, dtype: Dtype = "bfloat16", say: Say = print) -> int:
+    """Writes a checkpoint as a folder that transformers and vLLM load; returns its step.
+
+    Args:
+      source: a run folder, whose newest checkpoint is taken, or a checkpoint.
+      out: the folder to write.
+      dtype: of the weights.
+      say: prints a line.
+
+    Raises:
+      InputError: without a checkpoint.
+    """
+    run, step = run_of(source)
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    step = step if step is not None else checkpoints.latest()
+    if step is None:
+        raise InputError(f"{run}: has no checkpoint yet; train until the first one is written")
+    folder = hf.resolve(checkpoints.recipe(step).model.path)
+    model = hf.read_config(folder)
+    like = abstract_sharded(decoder.abstract_params(model), make_mesh())
+    params = checkpoints.restore_params(step, like)
+    hf.save(hf.Model(model, params, folder), out, dtype)
+    say(f"step {step} of {run} -> {out} ({dtype})")
+    return step

@@ -1,0 +1,122 @@
+"""The metrics of a step, from what its phases left behind. Arithmetic only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from jaxrl import config
+from jaxrl.grpo.mismatch import ratio_quantiles
+from jaxrl.hardware import HARDWARE
+from jaxrl.models import decoder
+from jaxrl.types import Groups
+
+MISMATCH = ("sampler/logprob_diff", "sampler/ratio")  # what compares sampler and trainer starts so
+
+Measured = Mapping[str, np.ndarray]  # an update's metrics, on the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is reported of a step."""
+
+    groups: Groups  # [P][G] that were trained on
+    refused: int  # prompts that the sampler refused
+    rewards: np.ndarray  # [P, G], penalties included
+    stale: bool  # whether older parameters sampled some
+    updates: Sequence[Measured]  # of each update, in order
+    sampling_seconds: float  # of this process, maybe during an earlier step
+    phases: dict[str, float]  # time/PHASE: seconds
+    seconds: float  # from the first phase to the last
+
+
+def step_metrics(
+    recipe: config.Recipe, model: decoder.Config, step: int, record: Record
+) -> dict[str, float]:
+    """All metrics of a step that follow from its record; `step` is 0 for the first."""
+    metrics = rollout_metrics(record.groups, record.rewards) | update_metrics(record.updates)
+    metrics |= record.phases | sampler_metrics(record, step)
+    if record.stale and recipe.sampler.correction == "none":  # the trainer's log-probs were not computed
+        metrics |= {name: np.nan for name in metrics if name.startswith(MISMATCH)}
+    metrics |= {"time/step": record.seconds, "perf/devices": float(jax.device_count())}
+    return metrics | performance(model, record)
+
+
+def rollout_metrics(groups: Groups, rewards: np.ndarray) -> dict[str, float]:
+    """Means over all rollouts of a step; rewards are [P, G], penalties included.
+
+    Correctness is the verifier's score alone; penalties do not change it.
+    """
+    flat = [rollout for group in groups for rollout in group]
+    lengths = np.array([len(r.tokens) for r in flat])
+    right = np.array([[rollout.score > 0 for rollout in group] for group in groups])
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/accuracy": float(right.mean()),
+        "groups/all_correct_fraction": float(right.all(axis=1).mean()),
+        "groups/all_wrong_fraction": float((~right).all(axis=1).mean()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": float(lengths.max()),
+        "response/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in flat])),
+    }
+
+
+def sampler_metrics(record: Record, step: int) -> dict[str, float]:
+    """How the step's batch was sampled; seconds are this process's."""
+    rollouts = [r for group in record.groups for r in group]
+    return {
+        "time/sampling": record.sampling_seconds,
+        "perf/sampling_tokens_per_second": sum(len(r.tokens) for r in rollouts) / record.sampling_seconds,
+        "sampler/refused": float(record.refused),
+        "sampler/staleness": float(step - np.mean([r.version for r in rollouts])),
+    }
+
+
+def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
+    """Means over a step's updates, weighted by trained tokens where they are means over tokens; maxima and counts."""
+
+    def values(name: str) -> np.ndarray:
+        return np.array([float(u[name]) for u in updates])
+
+    def mean(name: str) -> float:
+        trained = np.where(tokens > 0, values(name) * tokens, 0)
+        return float(np.sum(trained) / tokens.sum()) if tokens.sum() else np.nan
+
+    tokens = values("tokens")
+    ratios = np.sum([u["ratio_histogram"] for u in updates], axis=0)
+    low, median, high = ratio_quantiles(ratios, (0.01, 0.5, 0.99))
+    return {
+        "policy/entropy": mean("entropy"),
+        "update/loss": float(values("loss").mean()),
+        "update/grad_norm": float(values("grad_norm").mean()),
+        "update/clip_fraction": float(np.nanmean(values("clip_fraction"))),
+        "update/clip_fraction_lower": float(np.nanmean(values("clip_fraction_lower"))),
+        "update/approx_kl": mean("approx_kl"),
+        "update/ratio_max": float(values("ratio_max").max()),
+        "update/skipped": float(values("skipped").sum()),
+        "update/tokens": float(tokens.sum()),
+        "update/sequences": float(values("sequences").sum()),
+        "sampler/logprob_diff_mean": mean("logprob_diff_mean"),
+        "sampler/logprob_diff_max": float(values("logprob_diff_max").max()),
+        "sampler/ratio_p01": low,
+        "sampler/ratio_p50": median,
+        "sampler/ratio_p99": high,
+    }
+
+
+def performance(model: decoder.Config, record: Record) -> dict[str, float]:
+    """Tokens a second of the whole step, and the update's model FLOPs over the devices' peak where it is known."""
+    lengths = np.array([len(r.prompt.tokens) + len(r.tokens) for g in record.groups for r in g], float)
+    metrics = {"perf/tokens_per_second": float(lengths.sum() / record.seconds)}
+    kind = jax.devices()[0].device_kind
+    peak = next((hardware.flops for name, hardware in HARDWARE.items() if name in kind), None)
+    if peak:
+        dense, attended = decoder.forward_flops(model)
+        forward = dense * lengths.sum() + attended * (lengths**2).sum() / 2
+        share = sum(float(u["sequences"]) for u in record.updates) / len(lengths)
+        seconds = record.phases["time/update"]
+        metrics["perf/mfu"] = float(3 * forward * share / (seconds * peak * jax.device_count()))
+    return metrics

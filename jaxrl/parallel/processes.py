@@ -1,0 +1,184 @@
+"""The processes of a run: joining them, waiting for them with a limit, and noticing that one is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxrl.errors import TRY_AGAIN, InputError, RunError
+from jaxrl.types import Say
+
+LEFT = "left"
+_hosts: list[str] = []
+
+
+def start(say: Say = print) -> None:
+    """Joins the other processes of the run if JAXRL_COORDINATOR (host:port), JAXRL_PROCESSES and JAXRL_PROCESS are set.
+
+    Every process takes all devices that it can see. Call it before anything else that uses JAX.
+
+    Raises:
+      InputError: if some of the three are missing or malformed.
+      RunError: if the other processes do not come.
+    """
+    names = ("JAXRL_COORDINATOR", "JAXRL_PROCESSES", "JAXRL_PROCESS")
+    values = [os.environ.get(name, "") for name in names]
+    if not any(values):
+        return
+    coordinator, count, index = values
+    if not (":" in coordinator and count.isdigit() and index.isdigit() and int(index) < int(count)):
+        given = ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
+        raise InputError(f"{given}: give all three, as host:port, a number, and a number below it")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            int(count),
+            int(index),
+            cluster_detection_method="deactivate",
+            initialization_timeout=300,
+            shutdown_timeout_seconds=30,
+            coordinator_bind_address=_bind_address(coordinator),
+        )
+    except RuntimeError as error:
+        raise RunError(f"process {index} of {count} could not join at {coordinator}: {error}") from None
+    devices = jax.local_devices()
+    _client().key_value_set(f"jaxrl/host/{index}", socket.gethostname())
+    _hosts.extend(_client().blocking_key_value_get(f"jaxrl/host/{i}", 60_000) for i in range(int(count)))
+    say(f"process {index} of {count} on {_hosts[int(index)]}: {len(devices)} x {devices[0].device_kind}")
+
+
+def _bind_address(coordinator: str) -> str | None:
+    """The address at which process 0 listens: the coordinator's own.
+
+    It is None (all interfaces) where that host resolves its own name to a loopback address, as Debian does: no other
+    host would reach that.
+    """
+    host = coordinator.rpartition(":")[0]
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return None
+    return None if address.startswith("127.") and host not in (address, "localhost") else coordinator
+
+
+def chief() -> bool:
+    """Whether this is process 0, which alone writes to the disk, prints, and calls the sampling servers."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str, seconds: float) -> None:
+    """Waits on the host for all processes; a collective would wait for ever.
+
+    Raises:
+      RunError: naming the processes that did not come in time.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        _client().wait_at_barrier(f"jaxrl/{name}", int(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        late = re.findall(r"^\d+$", str(error).partition("timed out task names:")[2], re.MULTILINE)
+        raise RunError(f"{name}: {_names(map(int, late))} did not come within {seconds:.0f} s") from None
+
+
+@contextmanager
+def lookout(say: Say, silence: float = 20.0) -> Iterator[None]:
+    """Ends this process with TRY_AGAIN when another one has not been heard of for `silence` seconds.
+
+    A collective would wait for it for ever, and JAX's own heartbeat does not say which process is missing.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    leaving, me, client = threading.Event(), jax.process_index(), _client()
+
+    def watch() -> None:
+        heard = dict.fromkeys(range(jax.process_count()), ("", time.monotonic()))
+        for beat in itertools.count():
+            try:
+                client.key_value_set(f"jaxrl/alive/{me}", str(beat), allow_overwrite=True)
+                alive = client.key_value_dir_get("jaxrl/alive/")
+                beats = {int(key.rpartition("/")[2]): value for key, value in alive}
+            except jax.errors.JaxRuntimeError:  # process 0 keeps them, so it is the one that is gone
+                beats = dict.fromkeys(range(1, jax.process_count()), LEFT)
+            now = time.monotonic()
+            heard = {
+                i: last if beats.get(i, last[0]) == last[0] != LEFT else (beats.get(i, LEFT), now)
+                for i, last in heard.items()
+            }
+            gone = [i for i, (_, when) in heard.items() if i != me and now - when > silence]
+            if gone:
+                say(
+                    f"{_names(gone)} has not been heard of for {silence:.0f} s, and this run ends. "
+                    "The same command goes on from the last checkpoint"
+                )
+                sys.stdout.flush()
+                os._exit(TRY_AGAIN)
+            if leaving.wait(2):
+                return
+
+    thread = threading.Thread(target=watch, name="lookout", daemon=True)
+    thread.start()
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # a collective failed because a peer is gone; `watch` will report which one
+        thread.join(silence + 10)
+        raise
+    finally:
+        leaving.set()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"jaxrl/alive/{me}", LEFT, allow_overwrite=True)
+
+
+def _names(processes: Iterable[int]) -> str:
+    """Processes with the names of their hosts."""
+    return " and ".join(f"process {i} on {_hosts[i]}" for i in processes) or "some process"
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def exchange(mine: bytes) -> list[bytes]:
+    """Sends each process's bytes to all; returns those of every process in order."""
+    if jax.process_count() == 1:
+        return [mine]
+    sizes = multihost_utils.process_allgather(np.array(len(mine)))
+    received = []
+    for i, size in enumerate(sizes):
+        is_source = i == jax.process_index()
+        part = np.frombuffer(mine, np.uint8) if is_source else np.zeros(size, np.uint8)
+        received.append(np.asarray(multihost_utils.broadcast_one_to_all(part, is_source)).tobytes())
+    return received
+
+
+class _Client(Protocol):
+    """JAX's client of the coordination service, which has no public name; a barrier with a limit needs it."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None: ...
+
+
+def _client() -> _Client:
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    assert client is not None
+    return client

@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM: the step under way is finished and saved."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from jaxrl.errors import TRY_AGAIN
+from jaxrl.types import Say
+
+
+class Stop:
+    """Whether the run is to end after this step, and with which exception.
+
+    Attributes:
+      armed: whether a step is under way that can be finished and saved; before, a signal stops at once.
+      asked: whether a signal has come.
+      reason: what to raise; SystemExit(TRY_AGAIN) has schedulers start the run again.
+    """
+
+    armed = asked = False
+    reason: BaseException = SystemExit(TRY_AGAIN)
+
+    def arm(self) -> None:
+        """Signals now wait for the end of a step. Raises `reason` if one came before and a library swallowed it."""
+        self.armed = True
+        if self.asked:
+            raise self.reason
+
+
+@contextmanager
+def graceful_stop(say: Say) -> Iterator[Stop]:
+    """Once armed, the first Ctrl-C or SIGTERM lets the step finish and be saved; any other stops at once.
+
+    Raises:
+      KeyboardInterrupt: after Ctrl-C.
+      SystemExit: with TRY_AGAIN, after SIGTERM.
+    """
+    stop = Stop()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        at_once, stop.asked = stop.asked or not stop.armed, True
+        if number == signal.SIGINT:
+            stop.reason = KeyboardInterrupt()
+        if at_once:
+            raise stop.reason
+        say("finishing this step and saving it; again to stop at once (the last checkpoint is kept)")
+
+    def unraisable(error: sys.UnraisableHookArgs) -> None:
+        if error.exc_value is not stop.reason:  # where it cannot be raised, `arm` raises it later
+            hook(error)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)

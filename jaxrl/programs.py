@@ -1,0 +1,71 @@
+"""The jitted programs of a recipe for a model and a mesh, and the shapes that they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import optax
+from jax.sharding import Mesh
+
+from jaxrl import config
+from jaxrl.grpo import packing
+from jaxrl.grpo import update as grpo
+from jaxrl.grpo.objective import Objective
+from jaxrl.models import attention, decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What runs on the devices of the trainer."""
+
+    model: decoder.Config
+    mesh: Mesh
+    layout: packing.Layout
+    optimizer: optax.GradientTransformation
+    update: grpo.Update
+    logprobs: grpo.Logprobs
+
+    def init_state(self, params: decoder.Params) -> grpo.TrainState:
+        """The state at step 0. Takes `params` over."""
+        return grpo.init_state(params, self.optimizer, self.mesh)
+
+    def abstract_state(self) -> grpo.TrainState:
+        """Shapes, dtypes and shardings of the state, for a restore."""
+        return grpo.abstract_state(decoder.abstract_params(self.model), self.optimizer, self.mesh)
+
+
+def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh) -> Programs:
+    """
+    Args:
+      recipe: what to compute.
+      model: of the policy.
+      mesh: over ("data", "fsdp").
+
+    Raises:
+      InputError: for an attention backend that cannot run here.
+    """
+    layout = layout_of(recipe, model)
+    numerics = grpo.Numerics(
+        dtype=recipe.model.dtype,
+        remat=recipe.model.remat,
+        backend=attention.choose_backend(recipe.model.attention, recipe.model.dtype),
+        gather=recipe.mesh.gather,
+        logprob_chunk=recipe.packing.logprob_chunk,
+    )
+    loss = recipe.loss
+    objective = Objective(loss.clip_low, loss.clip_high, loss.dual_clip, recipe.rollout.temperature)
+    optimizer = grpo.make_optimizer(recipe.optimizer, recipe.updates_per_step)
+    functions = grpo.make_update(model, optimizer, mesh, layout, numerics, objective)
+    return Programs(model, mesh, layout, optimizer, *functions)
+
+
+def layout_of(recipe: config.Recipe, model: decoder.Config) -> packing.Layout:
+    """What the recipe's streams may look like."""
+    p = recipe.packing
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
+    buckets = packing.bucket_lengths(p.bucket_tokens, longest)
+    unit = math.lcm(p.bucket_tokens, p.logprob_chunk)
+    streams = packing.stream_lengths(p.stream_tokens, buckets[-1], unit)
+    dense, attended = decoder.forward_flops(model)
+    return packing.Layout(streams, buckets, p.segments, attended / dense)

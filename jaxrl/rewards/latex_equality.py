@@ -1,0 +1,314 @@
+r"""When two answers are the same to the lenient graders: one spelling after normalization, or one value to sympy.
+
+The rules are those of the grader that DeepScaleR trained with and JustRL's benchmarks use, oddities included.
+It joins two older ones: the spelling of the MATH data set (arXiv 2103.03874) and the sympy comparison of PRM800K
+(arXiv 2305.20050). docs/grading.md tells what a person has to know of them.
+
+`same_spelling` is quick on any text. `same_value` is not: LaTeX and algebra can take for ever, so call it by
+`jaxrl.rewards.sandbox`, which limits it.
+"""
+
+import ast
+import cmath
+import functools
+import math
+import re
+
+from jaxrl.rewards.strict_boxed import BOX, group_from
+
+LONGEST = 1000  # characters; the longest reference answer of nine benchmarks has 210
+DEEPEST = 12  # brackets; pylatexenc takes twice as long for each one that nothing closes
+MOST_LETTERS = 2
+LARGEST_EXPONENT = 300
+
+BOX_COMMAND = r"\boxed"
+_TEXT = re.compile(r"^\\text\{(.+?)\}$")
+
+
+def last_box(text: str) -> str | None:
+    r"""What the last box holds; None if there is none, or `\boxed` is not followed by braces that balance."""
+    start = text.rfind(BOX_COMMAND)
+    return group_from(text, start + len(BOX)) if start >= 0 and text.startswith(BOX, start) else None
+
+
+def reference(ground_truth: str) -> str | None:
+    """The reference answer, which may come in a box."""
+    return last_box(ground_truth) if BOX_COMMAND in ground_truth else ground_truth
+
+
+def same_spelling(given: str, truth: str) -> bool:
+    return spelling(given) == spelling(truth)
+
+
+def spelling(answer: str) -> str:
+    """The answer without TeX's choices of size, spacing and shorthand, units or a short left side as in `x=5`."""
+    answer = answer.strip()
+    if enclosed := _TEXT.search(answer):
+        answer = enclosed[1].strip()
+    try:
+        return _respell(answer)
+    except ValueError:
+        return answer
+
+
+def _respell(text: str) -> str:
+    for old, new in (
+        ("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""), (r"\right", ""),
+        (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", ""),
+    ):  # fmt: skip
+        text = text.replace(old, new)
+    text, *units = text.split(r"\text{ ")
+    if len(units) > 1:
+        raise ValueError("not a single unit")
+    text = text.replace(r"\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    if text.startswith("."):
+        text = "0" + text
+    sides = text.split("=")
+    if len(sides) == 2 and len(sides[0]) <= 2:
+        text = sides[1]
+    text = _brace_fractions(_brace_roots(text).replace(" ", ""))
+    if text == "0.5":
+        return r"\frac{1}{2}"
+    return re.sub(r"\A(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)\Z", r"\\frac{\1}{\2}", text)
+
+
+def _brace_roots(text: str) -> str:
+    r"""\sqrt2 -> \sqrt{2}"""
+    head, *tails = text.split(r"\sqrt")
+    if not all(tails):
+        raise ValueError("a root of nothing")
+    return head + "".join(r"\sqrt" + (t if t[0] == "{" else "{" + t[0] + "}" + t[1:]) for t in tails)
+
+
+def _brace_fractions(text: str) -> str:
+    r"""\frac12 -> \frac{1}{2}, and \frac1{23} -> \frac{1}{23}; nothing at all if one of them lacks an argument."""
+    out, *tails = text.split(r"\frac")
+    for tail in tails:
+        if not tail:
+            raise ValueError("a fraction of nothing")
+        if tail[0] != "{":
+            if len(tail) == 1:
+                return text
+            tail = "{" + tail[0] + "}" + (tail[1:] if tail[1] == "{" else "{" + tail[1] + "}" + tail[2:])
+        out += r"\frac" + tail
+    return out
+
+
+# Removed one after the other, also within words.
+_UNITS = tuple(
+    re.compile(unit + r"(es)?(s)? *(\^[0-9]+)?")
+    for unit in (
+        "degree", "cm", "centimeter", "meter", "mile", "second", "minute", "hour",
+        "day", "week", "month", "year", "foot", "feet", "inch", "yard",
+    )
+)  # fmt: skip
+_WORDS = (
+    (r"\%", "%"), (r"\$", "$"), ("$", ""), ("%", ""), (" or ", " , "), (" and ", " , "),
+    ("million", "*10^6"), ("billion", "*10^9"), ("trillion", "*10^12"),
+)  # fmt: skip
+# What latex2text writes for symbols, in the words of sympy's parser.
+_SYMBOLS = str.maketrans({"√": "sqrt", "π": "pi", "∞": "inf", "∪": "U", "·": "*", "×": "*"})
+
+
+def same_value(given: str, truth: str) -> bool:
+    """Whether the answers are one text once LaTeX is read, or element by element the same number or formula."""
+    given, truth = canonical(given), canonical(truth)
+    if given == truth:
+        return True
+    if not given:
+        return False
+    ours, theirs = elements(given), elements(truth)
+    if len(ours) != len(theirs) or (len(theirs) > 1 and (given[0], given[-1]) != (truth[0], truth[-1])):
+        return False
+    return all(map(_same_element, ours, theirs))
+
+
+def canonical(answer: str) -> str:
+    """Plain text in lower case: without units, dollars, percent signs, spaces or braces, integers as digits."""
+    if enclosed := _TEXT.search(answer):
+        answer = enclosed[1]
+    for old, new in _WORDS:
+        answer = answer.replace(old, new)
+    for unit in _UNITS:
+        answer = unit.sub("", answer)
+    answer = re.sub(r"\^ *\\circ", "", answer)
+    if answer.startswith("{") and answer.endswith("}"):
+        answer = answer[1:-1]
+    answer = re.sub(r",\\! *", "", answer)
+    if (number := _float(answer)) is not None and _is_integral(number):
+        answer = str(round(number))
+    if "\\" in answer:
+        answer = _plain_text(answer)
+    answer = re.sub("- *", "-", answer)
+    answer = re.sub("([0-9]) +([0-9])", r"\1+\2", answer)  # mixed numbers: 7 3/4 is 7+3/4
+    answer = answer.replace(" ", "").replace("{", "").replace("}", "").lower()
+    return str(int(float(answer.replace(",", "")))) if _is_integer(answer) else answer
+
+
+def _plain_text(latex: str) -> str:
+    from pylatexenc.latex2text import LatexNodes2Text
+
+    text = latex.replace(r"\tfrac", r"\frac").replace(r"\dfrac", r"\frac")
+    text = text.replace(r"\frac", r" \frac")  # keeps the whole part of a mixed number apart
+    try:
+        return LatexNodes2Text().latex_to_text(text).translate(_SYMBOLS).strip()
+    except Exception:  # what it cannot read stays as it is
+        return latex
+
+
+def elements(text: str) -> list[str]:
+    """What stands between the commas of `(1,2)`, `[0,1)` and the like; anything else is one element."""
+    text = _join_thousands(text)
+    if len(text) > 2 and text[0] in "()[]" and text[-1] in "()[]" and not set("()[]") & set(text[1:-1]):
+        return [element.strip() for element in text[1:-1].split(",")]
+    return [text] if text else []
+
+
+def _same_element(given: str, truth: str) -> bool:
+    fraction = r"^-?[0-9]+.?/0*[1-9][0-9]*.?$"
+    if re.search(fraction, given) and re.search(fraction, truth):
+        return given == truth  # 2/4 is not reduced, so it is not 1/2
+    if _is_integer(given) != _is_integer(truth):
+        return False  # an integer has to be worked out, not left as 2+3
+    plain = r"0|-?[1-9][0-9]*"
+    if re.fullmatch(plain, given) and re.fullmatch(plain, truth):
+        return given == truth
+    difference = f"({truth})-({given})"
+    return _may_be_parsed(difference) and _is_zero(difference.replace("^", "**"))
+
+
+def _may_be_parsed(expression: str) -> bool:
+    """The reference's own guard: few letters, since words are not formulas, and no exponent beyond one digit."""
+    letters = {c for c in expression.replace("sqrt", "").replace("frac", "") if c.isalpha()}
+    return len(letters) <= MOST_LETTERS and not re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]", expression)
+
+
+def _join_thousands(text: str) -> str:
+    while (joined := re.sub(r"(\d),(\d\d\d)($|\D)", r"\1\2\3", text)) != text:
+        text = joined
+    return text
+
+
+def _is_integer(text: str) -> bool:
+    number = _float(_join_thousands(text))
+    return number is not None and _is_integral(number)
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _is_integral(number: float) -> bool:
+    return math.isfinite(number) and abs(number - round(number)) <= 1e-7
+
+
+class Refused(Exception):
+    """The expression is not plain arithmetic of a size that a float can hold."""
+
+
+def _is_zero(expression: str) -> bool:
+    """Whether sympy simplifies the expression to zero.
+
+    What the parser makes of it is Python; only the arithmetic that `_Numeric` knows is ever evaluated, and
+    sympy sees none that differs from zero at a point: nearly all wrong answers end here, unharmful.
+    """
+    import sympy
+    from sympy.parsing import sympy_parser
+
+    rules = (*sympy_parser.standard_transformations, sympy_parser.implicit_multiplication_application)
+    try:
+        code = sympy_parser.stringify_expr(expression, {}, _names(), rules)
+        tree = ast.parse(code.strip(), mode="eval")
+        for point in (0.61803, 2.71043):  # on both sides of 1, so that high powers show
+            number = _Numeric(point)
+            value = number.of(tree.body)
+            if not abs(value) <= 1e-9 * number.largest:
+                return False
+        return sympy.simplify(eval(compile(tree, "<answer>", "eval"), _names())) == 0
+    except Exception:  # whatever sympy trips over is not equal, as in the reference
+        return False
+
+
+@functools.cache
+def _names() -> dict:
+    """What a word in an expression may mean, if it is not a symbol."""
+    import sympy
+
+    return {"__builtins__": {}} | {name: getattr(sympy, name) for name in sympy.__all__}
+
+
+class _Numeric:
+    """Evaluates parsed text in floats, with some value for each symbol."""
+
+    def __init__(self, point: float):
+        self.point, self.largest = point, 1.0
+        self.symbols: dict[str, float] = {}
+
+    def of(self, node: ast.expr) -> complex:
+        try:
+            value = self._value(node)
+        except (ArithmeticError, ValueError) as error:
+            raise Refused from error
+        if not cmath.isfinite(value):
+            raise Refused
+        self.largest = max(self.largest, abs(value))
+        # A rounding error must not choose the branch of a root.
+        return value.real if abs(value.imag) <= 1e-12 * abs(value) else value
+
+    def _value(self, node: ast.expr) -> complex:
+        match node:
+            case ast.UnaryOp(ast.USub(), operand):
+                return -self.of(operand)
+            case ast.UnaryOp(ast.UAdd(), operand):
+                return self.of(operand)
+            case ast.BinOp(left, ast.Add(), right):
+                return self.of(left) + self.of(right)
+            case ast.BinOp(left, ast.Sub(), right):
+                return self.of(left) - self.of(right)
+            case ast.BinOp(left, ast.Mult(), right):
+                return self.of(left) * self.of(right)
+            case ast.BinOp(left, ast.Div(), right):
+                return self.of(left) / self.of(right)
+            case ast.BinOp(left, ast.Pow(), right):
+                return self._power(self.of(left), self.of(right))
+            case ast.Name("pi"):
+                return math.pi
+            case ast.Name("I"):
+                return 1j
+            case ast.Call(ast.Name("Symbol"), [ast.Constant(str(name))], []):
+                return self.symbols.setdefault(name, self.point * (1 + len(self.symbols) / 3))
+            case ast.Call(
+                ast.Name("Integer" | "Float" | "Number"), [ast.Constant(str(number) | int(number))], []
+            ):
+                return float(number)
+            case ast.Call(ast.Name("Integer"), [number], []):  # an integer in an integer: repeating decimals
+                return self.of(number)
+            case ast.Call(ast.Name("Rational"), [above, below], []):
+                return self.of(above) / self.of(below)
+            case ast.Call(ast.Name("sqrt"), [argument], []):
+                return cmath.sqrt(self.of(argument))
+            case ast.Call(ast.Name("ln"), [argument], []):
+                return cmath.log(self.of(argument))
+            case ast.Call(ast.Name("factorial"), [argument], []):
+                return math.gamma(_real(self.of(argument)) + 1)
+            case ast.Call(ast.Name("factorial2"), [argument], []):
+                n = _real(self.of(argument))
+                return math.prod(range(int(n), 0, -2)) if n in range(301) else _refuse()
+        return _refuse()
+
+    def _power(self, base: complex, exponent: complex) -> complex:
+        value = base**exponent
+        if abs(exponent) > LARGEST_EXPONENT or (value == 0 and base != 0):
+            raise Refused
+        return value
+
+
+def _real(value: complex) -> float:
+    return value.real if complex(value).imag == 0 else _refuse()
+
+
+def _refuse() -> float:
+    raise Refused

@@ -1,0 +1,217 @@
+"""Opening a run: everything that a recipe names, loaded and checked, and then what has to be closed again."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrl import config, data
+from jaxrl.checkpoint import Checkpoints
+from jaxrl.errors import InputError
+from jaxrl.files import write_atomically
+from jaxrl.grpo.update import TrainState
+from jaxrl.marking import make_marker
+from jaxrl.metrics import Record, step_metrics
+from jaxrl.models import decoder, hf
+from jaxrl.parallel import processes
+from jaxrl.parallel.mesh import make_mesh
+from jaxrl.programs import Programs, build_programs
+from jaxrl.sampling.across_processes import Shared
+from jaxrl.sampling.open import open_sampler
+from jaxrl.sampling.servers import Devices
+from jaxrl.telemetry.profile import Compilations, Profile, resources
+from jaxrl.telemetry.progress import Progress
+from jaxrl.telemetry.rollouts import write_rollouts
+from jaxrl.telemetry.timer import Phase, Timer, watchdog
+from jaxrl.telemetry.trackers import Tracker, finite, open_trackers
+from jaxrl.types import Detokenize, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
+
+# Evaluates what the run's sampler holds, after so many steps.
+Evaluate = Callable[["Run", int], None]
+# Loads what an evaluation asks, before anything is opened.
+LoadEvaluation = Callable[[config.Recipe, Tokenizer], Evaluate]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a recipe names, loaded and checked. Nothing is written, and nothing has to be closed."""
+
+    recipe: config.Recipe
+    directory: Path  # the run folder
+    folder: Path  # the model's Hugging Face folder
+    model: decoder.Config
+    mesh: Mesh
+    programs: Programs
+    tokenizer: Tokenizer
+    detokenize: Detokenize  # without special tokens
+    mark: OnRollout  # gives a rollout its score and penalty
+    prompts: Sequence[Prompt]  # all there are; see `batch`
+    sampling: SamplingParams
+    evaluate: Evaluate | None
+    compilations: Compilations
+    began: float  # time.monotonic()
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of a step: a function of the seed and the step alone."""
+        r = self.recipe
+        return data.batch(self.prompts, r.run.seed, step, r.rollout.prompts, r.data.order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An open run."""
+
+    setup: Setup
+    start: int  # steps that were done before
+    sampler: Shared
+    checkpoints: Checkpoints
+    trackers: Sequence[Tracker]
+    progress: Progress
+    timer: Timer
+    profile: Profile
+    say: Say
+
+    @property
+    def recipe(self) -> config.Recipe:
+        return self.setup.recipe
+
+    def sample(self, step: int) -> list[list[Rollout]]:
+        """Samples this process's share of a step, marked as it comes; maybe during an earlier step, in a thread."""
+
+        def on_rollout(rollout: Rollout) -> Rollout:
+            self.progress.sampled(step, rollout)
+            return self.setup.mark(rollout)
+
+        seed, samples = (self.recipe.run.seed, step), self.recipe.rollout.samples
+        return self.sampler.generate(self.setup.batch(step), samples, self.setup.sampling, seed, on_rollout)
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Times a phase of a step and shows it."""
+        with self.timer(name):
+            self.progress.phase(name.replace("_", " "))
+            yield
+
+    def log(self, step: int, record: Record) -> None:
+        """Reports a step: trackers, rollout files, progress."""
+        run, metrics = self.recipe.run, step_metrics(self.recipe, self.setup.model, step, record)
+        metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
+        if step == self.start:
+            metrics["time/first_step"] = time.monotonic() - self.setup.began
+        for tracker in self.trackers:
+            tracker.log(step, finite(metrics))
+        if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
+            decode = self.setup.tokenizer.decode
+            write_rollouts(self.setup.directory, step, record.groups, decode, run.rollouts_keep)
+        self.progress.step_done(step, metrics)
+
+    def evaluate(self, steps: int) -> None:
+        """Evaluates what the sampler holds after so many steps, where the recipe wants that during training."""
+        if self.setup.evaluate:
+            self.setup.evaluate(self, steps)
+
+
+def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say) -> Setup:
+    """Loads and checks what the recipe names.
+
+    Args:
+      recipe: the run's.
+      load_evaluation: what evaluates during training; needed where `eval.every` is set.
+      say: prints a line.
+
+    Raises:
+      InputError: for whatever cannot be used.
+    """
+    began = time.monotonic()
+    if recipe.run.compilation_cache:
+        cache = Path(recipe.run.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    compilations = Compilations()
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
+    folder = hf.resolve(recipe.model.path)
+    model = hf.read_config(folder)
+    tokenizer = data.load_tokenizer(str(folder))
+    detokenize = data.detokenizer(tokenizer)
+    prompts = data.load_prompts(recipe.data, tokenizer)
+    say(prompts.summary())
+    evaluate = None
+    if recipe.eval.every:
+        if not load_evaluation:
+            raise InputError(
+                f"eval.every = {recipe.eval.every}, and nothing evaluates; set it to 0, or give train an evaluation, "
+                "such as evals.in_training.load"
+            )
+        evaluate = load_evaluation(recipe, tokenizer)
+    r = recipe.rollout
+    return Setup(
+        recipe=recipe,
+        directory=Path(recipe.run.directory),
+        folder=folder,
+        model=model,
+        mesh=mesh,
+        programs=build_programs(recipe, model, mesh),
+        tokenizer=tokenizer,
+        detokenize=detokenize,
+        mark=make_marker(recipe, detokenize),
+        prompts=prompts.prompts,
+        sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, hf.stop_ids(folder)),
+        evaluate=evaluate,
+        compilations=compilations,
+        began=began,
+    )
+
+
+def resume(setup: Setup, checkpoints: Checkpoints, say: Say) -> tuple[int, TrainState]:
+    """The steps done and the state after them: from the newest checkpoint, or else 0 and the model folder's weights.
+
+    Raises:
+      InputError: if another recipe wrote the checkpoint, or it or the model cannot be read.
+    """
+    if not checkpoints.latest():
+        return 0, setup.programs.init_state(hf.load(setup.folder, mesh=setup.mesh).params)
+    start, state = checkpoints.resume(setup.recipe, setup.programs.abstract_state(), say)
+    if start < setup.recipe.run.steps:
+        say(f"going on from step {start}")
+    return start, state
+
+
+def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
+    """The checkpoints of the recipe's run folder, which is made if missing."""
+    directory = Path(recipe.run.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    section = recipe.checkpoint
+    return Checkpoints(directory / "checkpoints", section.keep_last, section.keep_every)
+
+
+@contextmanager
+def open_run(
+    setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say
+) -> Iterator[Run]:
+    """Opens sampler, trackers and progress of a run that goes on from `start`; all of it ends with the context.
+
+    Args:
+      setup: see `load`.
+      checkpoints: closed last: whatever happens, a write under way is finished.
+      start: steps done.
+      devices: where started vLLM servers run.
+      say: prints a line.
+    """
+    recipe, directory, chief = setup.recipe, setup.directory, processes.chief()
+    if chief:
+        write_atomically(directory / "recipe.toml", config.to_toml(recipe))
+    timer = Timer()
+    with (
+        closing(checkpoints),
+        open_sampler(recipe, setup.folder, setup.model, setup.mesh, say, devices) as sampler,
+        Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
+        open_trackers(directory, start, recipe.run.tensorboard, enabled=chief) as trackers,
+        closing(Profile(directory / "profile", start, recipe.run.profile)) as profile,
+        watchdog(timer, print),
+    ):
+        yield Run(setup, start, sampler, checkpoints, trackers, progress, timer, profile, say)

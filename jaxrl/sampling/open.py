@@ -1,0 +1,129 @@
+"""The sampler that a recipe asks for, with the vLLM servers that are started for it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrl import config
+from jaxrl.models import decoder
+from jaxrl.parallel import processes
+from jaxrl.parallel.mesh import local_mesh
+from jaxrl.sampling import servers
+from jaxrl.sampling.across_processes import Follower, Shared
+from jaxrl.sampling.local import LocalSampler
+from jaxrl.sampling.sampler import Sampler
+from jaxrl.sampling.transports.base import Transport
+from jaxrl.sampling.transports.files import Files
+from jaxrl.sampling.transports.nccl import NCCL
+from jaxrl.sampling.vllm import VLLMSampler
+from jaxrl.types import Say
+
+
+@contextmanager
+def open_sampler(
+    recipe: config.Recipe,
+    folder: Path,
+    model: decoder.Config,
+    mesh: Mesh,
+    say: Say,
+    devices: servers.Devices = servers.CPU,
+) -> Iterator[Shared]:
+    """The recipe's sampler; vLLM servers that are started for it end with the context.
+
+    With several processes, each samples its share of the prompts in process; only the first calls vLLM servers.
+
+    Args:
+      recipe: with [rollout] and [sampler].
+      folder: the model's Hugging Face folder, from which servers start.
+      model: its config.
+      mesh: of the trainer, over which the in-process sampler decodes.
+      say: prints a line.
+      devices: where started servers run.
+
+    Raises:
+      InputError: for a server that cannot be used.
+      RunError: for a server that does not start or answer.
+    """
+    with open_own_sampler(recipe, folder, model, mesh, say, devices) as own:
+        yield Shared(own, jax.process_count() if recipe.rollout.engine == "local" else 1)
+
+
+@contextmanager
+def open_own_sampler(
+    recipe: config.Recipe,
+    folder: Path,
+    model: decoder.Config,
+    mesh: Mesh,
+    say: Say,
+    devices: servers.Devices = servers.CPU,
+) -> Iterator[Sampler]:
+    """This process's part of `open_sampler`."""
+    if recipe.rollout.engine == "local":
+        here = local_mesh() if jax.process_count() > 1 else mesh
+        yield LocalSampler(model, dtype=recipe.model.dtype, slots=recipe.rollout.slots, mesh=here)
+        return
+    with ExitStack() as stack:
+        transport = _open_transport(recipe, model, stack)
+        if processes.chief():
+            yield _open_vllm(recipe, folder, transport, say, devices, stack)
+        else:
+            yield Follower(transport)
+
+
+def _open_transport(recipe: config.Recipe, model: decoder.Config, stack: ExitStack) -> Transport:
+    section, dtype = recipe.sampler, recipe.model.dtype
+    if section.transport == "nccl":
+        return NCCL(model, dtype, section.publish_seconds)
+    run = Path(recipe.run.directory).absolute()
+    published = Path(section.folder) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
+    stack.callback(shutil.rmtree, published, ignore_errors=True)
+    return Files(model, published, dtype, section.publish_seconds)
+
+
+def _open_vllm(
+    recipe: config.Recipe,
+    folder: Path,
+    transport: Transport,
+    say: Say,
+    devices: servers.Devices,
+    stack: ExitStack,
+) -> VLLMSampler:
+    section, started = recipe.sampler, dict[str, servers.Server]()
+    if section.servers:
+        running = servers.running(
+            section.servers,
+            section.vllm,
+            str(folder),
+            Path(recipe.run.directory).absolute() / "servers",
+            dtype=recipe.model.dtype,
+            backend=transport.backend,
+            max_tokens=recipe.max_tokens,
+            devices=devices,
+            options=section.vllm_options,
+            say=say,
+        )
+        started = {server.url: server for server in stack.enter_context(running)}
+
+    def restart(url: str, unwell: float) -> bool:
+        return url in started and started[url].restart(unwell)
+
+    sampler = VLLMSampler(
+        section.urls or list(started),
+        transport,
+        concurrency=section.concurrency,
+        limit=section.request_seconds,
+        publish_limit=section.publish_seconds,
+        patience=section.patience_seconds,
+        on_update=section.on_update,
+        restart=restart,
+        say=say,
+    )
+    stack.callback(sampler.close)
+    return sampler

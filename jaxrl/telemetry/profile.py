@@ -1,0 +1,54 @@
+"""What a process uses: memory, open files, compilations; and a trace of some steps."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import jax
+
+
+def resources() -> dict[str, float]:
+    """This process's resident memory, open files and, where the backend reports it, its first device's peak memory."""
+    held = {
+        "perf/host_bytes": float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
+        "perf/open_files": float(len(list(Path("/proc/self/fd").iterdir()))),
+    }
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return held | ({} if peak is None else {"perf/device_bytes_peak": float(peak)})
+
+
+class Compilations:
+    """Counts the programs that this process compiled, or took from the compilation cache."""
+
+    def __init__(self) -> None:
+        self._count, self._seen = 0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self._count += event == "/jax/core/compile/backend_compile_duration"
+
+    def new(self) -> int:
+        """The number since the last call."""
+        new, self._seen = self._count - self._seen, self._count
+        return new
+
+
+class Profile:
+    """Traces `steps` steps, from the second on: the first one compiles. Read it with XProf or TensorBoard."""
+
+    def __init__(self, folder: Path, first: int, steps: int):
+        self._folder, self._first, self._last = folder, first + 1, first + steps
+        self._running = False
+
+    def begin(self, step: int) -> None:
+        if self._running and step > self._last:
+            self.close()
+        elif step == self._first <= self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

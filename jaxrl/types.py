@@ -1,0 +1,91 @@
+"""What all parts share: the records of a rollout, the recipe's lists of names, callbacks and protocols. NumPy only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+JsonObject: TypeAlias = dict[str, Any]  # parsed JSON or TOML of another program, whose fields are checked one by one
+
+# Each list of names that a recipe chooses from, written once: config.py checks against it, a module implements it.
+Verifier = Literal["strict_boxed", "minerva", "equivalent"]
+Normalization = Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"]
+Order = Literal["shuffle", "copies", "replacement"]
+Engine = Literal["local", "vllm"]
+TransportName = Literal["files", "nccl"]
+OnUpdate = Literal["keep", "drain"]
+Correction = Literal["none", "truncated", "masked"]
+Dtype = Literal["bfloat16", "float32"]
+Backend = Literal["xla", "cudnn", "cudnn_packed"]  # of packed attention
+Remat = Literal["full", "attention", "none"]
+Gather = Literal["step", "layer"]
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A problem, ready to be continued."""
+
+    id: str  # stable over a run; names the problem in rollout files
+    tokens: Int32[np.ndarray, " T"]  # chat-templated prompt, generation prompt included
+    answer: str  # ground truth, as the verifier wants it
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One sampled completion of a prompt."""
+
+    prompt: Prompt
+    tokens: Int32[np.ndarray, " T"]  # completion ids; the end-of-sequence token, where sampled, is included
+    logprobs: Float32[np.ndarray, " T"]  # log-probability (nats) of each id at the sampling temperature
+    finish_reason: FinishReason
+    version: int  # of the model weights that sampled it; the oldest, where they changed on the way
+    score: float = float("nan")  # the verifier's mark, +1 or -1, once marked
+    penalty: float = 0.0  # what is added to the score, at most 0
+    server: str = ""  # that sampled it, where there are several
+
+    @property
+    def reward(self) -> float:
+        return self.score + self.penalty
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: the whole vocabulary
+    max_tokens: int = 15_360
+    stop_ids: tuple[int, ...] = ()
+
+
+Groups = Sequence[Sequence[Rollout]]  # [P][G]: the rollouts of each prompt
+Say = Callable[[str], None]  # prints a line for people
+Detokenize = Callable[[np.ndarray], str]  # token ids [T] to text
+OnRollout = Callable[[Rollout], Rollout]  # called with each rollout as it finishes; what it returns takes its place
+
+
+def silent(_: str) -> None:
+    """A `Say` that prints nothing: every process but the first has nothing to add."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    name_or_path: str
+    chat_template: str | None
+    eos_token_id: int | None
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool = True
+    ) -> Mapping[str, list[list[int]]]: ...
+
+    def decode(self, token_ids: np.ndarray, *, skip_special_tokens: bool = False) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: list[list[dict[str, str]]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> list[str]: ...

@@ -1,0 +1,153 @@
+"""A run of two processes with two devices each, by the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import metrics, weights
+
+from jaxrl.parallel import processes
+from jaxrl.parallel.processes import TRY_AGAIN
+from jaxrl.sampling.servers import free_port
+
+import tiny_run  # isort: skip
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
+
+
+def start(recipe: Path) -> list[subprocess.Popen]:
+    shared = {
+        "JAXRL_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "JAXRL_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "2",
+    }
+    return [tiny_run.jaxrl("train", recipe, JAXRL_PROCESS=str(i), **shared) for i in range(2)]
+
+
+def outputs(processes: list[subprocess.Popen], limit: float = 300) -> list[str]:
+    try:
+        return [process.communicate(timeout=limit)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def complete(recipe: Path) -> str:
+    processes = start(recipe)
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    return said[0]
+
+
+def wait_for(path: Path, count: int = 1) -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_same_weights(one: Path, two: Path, folder: Path) -> None:
+    for a, b in zip(weights(one, folder / "one"), weights(two, folder / "two"), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    complete(tiny_run.write_recipe(folder, base, **benchmark(folder)))
+    return folder / "run"
+
+
+def benchmark(folder: Path) -> dict[str, Any]:
+    """What has a recipe evaluate on a benchmark at its beginning and end."""
+    (folder / "mine.toml").write_text(f'[digits]\npath = "{folder}/problems.jsonl"\nsamples = 8\n')
+    return {"eval.benchmarks": str(folder / "mine.toml"), "eval.every": 100}
+
+
+def test_two_processes_sample_and_train_as_one(undisturbed: Path, base: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2} | benchmark(tmp_path))
+    outputs([tiny_run.jaxrl("train", recipe, JAX_NUM_CPU_DEVICES="4")])
+    one, two = metrics(tmp_path / "run"), metrics(undisturbed)
+    assert len(two) == 6
+    for name in ("reward/mean", "response/length_mean", "update/sequences"):  # the same rollouts
+        assert one[0][name] == two[0][name]
+    assert two[0]["update/grad_norm"] == pytest.approx(one[0]["update/grad_norm"], rel=1e-5)
+    assert two[0]["policy/entropy"] == pytest.approx(one[0]["policy/entropy"], rel=1e-5)
+    scores = [
+        json.loads((run / "eval" / "benchmarks" / "step_000000.json").read_text()) | {"seconds": 0}
+        for run in (tmp_path / "run", undisturbed)
+    ]
+    assert scores[0] == scores[1] and scores[0]["benchmarks"]["digits"]["samples"] == 8
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_kill_9_of_a_process_is_noticed_and_changes_no_bit(
+    killed: int, undisturbed: Path, base: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base)
+    processes = start(recipe)
+    wait_for(tmp_path / "run" / "metrics.jsonl", count=3)
+    processes[killed].kill()
+    began = time.monotonic()
+    other = processes[1 - killed]
+    said = outputs([other], limit=60)[0]
+    assert time.monotonic() - began < 60, said
+    if killed:
+        assert other.returncode == TRY_AGAIN, said
+        host = os.uname().nodename
+        assert f"process {killed} on {host} has not been heard of for 20 s" in said and "same command" in said
+    else:  # jax ends whoever loses the coordinator, and asks nobody
+        assert other.returncode == -signal.SIGABRT and "the JAX distributed service detected fatal" in said
+    outputs(processes)
+    assert "going on from step" in complete(recipe)
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(undisturbed: Path, base: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"checkpoint.every": 100})
+    processes = start(recipe)
+    wait_for(tmp_path / "run" / "metrics.jsonl", count=2)
+    processes[1].send_signal(signal.SIGTERM)  # one is enough, wherever it arrives
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [TRY_AGAIN] * 2, said
+    assert "stopped after step" in said[0]
+    assert "going on from step" in complete(recipe)
+    assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address", "bound"),
+    [
+        ("10.0.0.1:9000", "10.0.0.1", "10.0.0.1:9000"),
+        ("node1:9000", "10.0.0.1", "node1:9000"),
+        ("node1:9000", "127.0.1.1", None),
+        ("localhost:9000", "127.0.0.1", "localhost:9000"),
+        ("127.0.0.1:9000", "127.0.0.1", "127.0.0.1:9000"),
+    ],
+)
+def test_the_coordinator_listens_where_it_is_called(
+    coordinator: str, address: str, bound: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.socket, "gethostbyname", lambda host: address)
+    assert processes._bind_address(coordinator) == bound
+
+
+def test_one_that_does_not_come(base: Path, tmp_path: Path) -> None:
+    process = tiny_run.jaxrl(
+        "train", tiny_run.write_recipe(tmp_path, base), JAXRL_COORDINATOR="here", JAXRL_PROCESS="0"
+    )
+    said = outputs([process])[0]
+    assert process.returncode == 2 and "JAXRL_PROCESSES=''" in said and "give all three" in said

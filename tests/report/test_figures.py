@@ -1,0 +1,118 @@
+"""The figures and the summary of a run, against numbers computed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from jaxrl.errors import InputError
+from jaxrl.report.figures import report
+from jaxrl.report.runs import smooth
+
+
+def make_run(folder: Path, steps: int = 40, **missing: None) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for step in range(steps):
+        row = {
+            "step": step,
+            "reward/mean": -0.5 + step / steps + rng.normal(0, 0.05),
+            "policy/entropy": 1 - step / 100,
+        }
+        row |= {"response/length_mean": 100 + step, "update/clip_fraction": 0.01, "update/grad_norm": 0.3}
+        row |= {"time/sample": 1.0, "time/update": 3.0, "time/step": 4.0}
+        rows.append(row | missing)
+    rows[3 % steps]["policy/entropy"] = None  # as a step without a trained token writes it
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluation(folder: Path, name: str, step: int, accuracy: float) -> None:
+    (folder / "eval").mkdir(exist_ok=True)
+    result = {"name": name, "step": step, "accuracy": accuracy, "ci95": [accuracy - 0.02, accuracy + 0.02]}
+    (folder / "eval" / f"{name}.json").write_text(json.dumps(result | {"problems": 500, "samples": 8}))
+
+
+def benchmarked(folder: Path, step: int, score: float) -> None:
+    (folder / "eval" / "benchmarks").mkdir(parents=True, exist_ok=True)
+    measured = {"pass@1": score, "ci95": [score - 0.1, score + 0.1]}
+    found = {name: {"title": name.upper()} | measured for name in ("aime24", "aime25", "amc23")}
+    result = {"step": step, "seconds": 9.0, "benchmarks": found, "average": measured}
+    (folder / "eval" / "benchmarks" / f"step_{step}.json").write_text(json.dumps(result))
+
+
+def colors(path: Path) -> int:
+    return len(np.unique(matplotlib.image.imread(path).reshape(-1, 4), axis=0))
+
+
+def test_every_figure_is_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    evaluation(run, "before", 0, 0.2)
+    evaluation(run, "after", 40, 0.9)
+    written = report([run])
+    assert {p.name for p in written} == {
+        "training.png", "reward.png", "entropy.png", "length.png", "clip_fraction.png", "grad_norm.png", "time.png",
+        "accuracy.png", "summary.md", "report.html",
+    }  # fmt: skip
+    assert all(p.parent == run / "report" for p in written)
+    assert all(colors(p) > 20 for p in written if p.suffix == ".png")
+
+
+def test_a_second_run_changes_the_figures(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", steps=30)
+    alone = matplotlib.image.imread(report([one], tmp_path / "a")[1])
+    both = matplotlib.image.imread(report([one, two], tmp_path / "b")[1])
+    assert alone.shape == both.shape and (alone != both).any()
+
+
+def test_summary_has_the_means_and_the_evaluations(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    evaluation(run, "before", 0, 0.2)
+    text = report([run])[-2].read_text()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, last = (np.mean([row["reward/mean"] for row in part]) for part in (rows[:4], rows[-4:]))
+    assert f"| reward/mean | {first:.4g} | {last:.4g} |" in text
+    assert f"| policy/entropy | {np.mean([1, 0.99, 0.98]):.4g} |" in text  # the fourth is missing
+    assert "| before | 0 | 0.200 | 0.180 to 0.220 | 500 x 8 |" in text
+    assert "| update | 120.0 | 75.0% |" in text
+    assert "hours a point of accuracy" not in text  # of one evaluation
+
+
+def test_benchmarks_have_a_figure_and_rows(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
+    for step, score in ((0, 0.25), (20, 0.5), (40, 0.75)):
+        benchmarked(run, step, score)
+    written = report([run, other])  # of which one was not evaluated
+    (figure,) = [p for p in written if p.name == "benchmarks.png"]
+    one = matplotlib.image.imread(figure)
+    assert one.shape[1] == round(3 * 4.5 * 130) and colors(figure) > 20
+    right = one[one.shape[0] // 2 :, one.shape[1] // 3 :]  # the fourth, an average, is alone in its row
+    assert (right == 1).all()
+    text = written[-2].read_text()
+    assert "| benchmark, rule only | step 0 | step 40 |" in text
+    for name in ("AIME24", "AMC23", "Average"):
+        assert f"| {name} | 25.0% (15.0% to 35.0%) | 75.0% (65.0% to 85.0%) |" in text
+    benchmarked(other, 40, 0.1)
+    report([run, other])
+    assert (matplotlib.image.imread(figure) != one).any()
+
+
+def test_runs_without_some_metrics_are_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1, **{"update/clip_fraction": None})  # type: ignore[arg-type]
+    assert len(report([run])) == 9  # no accuracy.png
+
+
+def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"metrics\.jsonl: no metrics"):
+        report([tmp_path])
+
+
+def test_smooth_is_the_unbiased_average() -> None:
+    values = np.array([1.0, np.nan, 3.0])
+    expected = [1.0, 1.0, (0.9 * 0.1 * 1 + 0.1 * 3) / (0.9 * 0.1 + 0.1)]
+    np.testing.assert_allclose(smooth(values), expected)

@@ -1,0 +1,412 @@
+"""The report's page: what it holds, without a browser and, where Chromium is installed, in one."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxrl import config
+from jaxrl.report.figures import COLORS, PANELS, SUMMARY
+from jaxrl.report.html import render, spans
+from jaxrl.report.runs import read_run, smooth
+from jaxrl.telemetry.rollouts import write_rollouts
+from jaxrl.types import Prompt, Rollout
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+VOCABULARY = ["", "two", " plus", " é😀", HOSTILE, "\n", "\\boxed{", "4", "}", " end"]
+
+
+def make_run(folder: Path, steps: int = 40, groups: int = 3, recipe: str = "[run]\nseed = 7\n") -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(steps)
+    rows = [
+        {"step": i, "reward/mean": i / steps, "policy/entropy": 1 - 0.8 * i / steps + rng.normal(0, 0.01),
+         "response/length_mean": 100.0 + i, "update/grad_norm": float(rng.lognormal()), "time/sample": 1.0,
+         "time/update": 3.0, "time/step": 4.5}
+        for i in range(steps)
+    ]  # fmt: skip
+    rows[0]["time/first_step"] = 60.0
+    rows[3]["policy/entropy"] = None  # type: ignore[assignment]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.toml").write_text(recipe)
+    (folder / "eval").mkdir()
+    for step, accuracy in ((0, 0.2), (20, 0.5), (40, 0.8)):
+        result = {"name": "step", "step": step, "accuracy": accuracy}
+        result |= {"ci95": [accuracy - 0.1, accuracy + 0.05], "problems": 50, "samples": 8}
+        (folder / "eval" / f"step_{step}.json").write_text(json.dumps(result))
+    (folder / "eval" / "benchmarks").mkdir()
+    for step in (0, 40):
+        score = {
+            "title": "AIME 2024",
+            "pass@1": 0.25 + step / 100,
+            "ci95": [0.2, 0.7],
+            "length_mean": 100 + step,
+        }
+        other = {"title": "AMC 2023", "pass@1": 0.5, "ci95": [0.4, 0.6]}
+        result = {"step": step, "benchmarks": {"aime24": score, "amc23": other}, "average": score}
+        (folder / "eval" / "benchmarks" / f"step_{step}.json").write_text(json.dumps(result))
+    for step in (0, 20):
+        made = [[rollout(f"p{step}-{p}", g, step) for g in range(8)] for p in range(groups)]
+        write_rollouts(folder, step, made, lambda ids: "".join(VOCABULARY[i] for i in ids))
+    return folder
+
+
+def rollout(problem: str, sample: int, step: int) -> Rollout:
+    """Of eight, the first three are right and the last is cut short."""
+    tokens = np.array([1, 2, 3, 4, 5, 6, 7, 8] + [9] * sample, np.int32)
+    logprobs = -np.arange(len(tokens), dtype=np.float32) / 4
+    prompt = Prompt(problem, np.array([1, 4], np.int32), "<b>4</b>")
+    finish = "length" if sample == 7 else "stop"
+    score, penalty = 1.0 if sample < 3 else -1.0, -0.25 if sample == 7 else 0.0
+    return Rollout(prompt, tokens, logprobs, finish, step, score, penalty)  # type: ignore[arg-type]
+
+
+class Scripts(HTMLParser):
+    """The scripts of a page by id, and its attributes that name a resource."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts: dict[str, str] = {}
+        self.resources: list[str] = []
+        self._script: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.resources += [v or "" for k, v in attributes if k in ("src", "href", "srcset", "data")]
+        if tag == "script":
+            self._script = values.get("id") or f"script {len(self.scripts)}"
+            self.scripts[self._script] = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script:
+            self.scripts[self._script] += data
+
+    def unpacked(self, name: str) -> Any:
+        return json.loads(gzip.decompress(base64.b64decode(self.scripts[f"packed-{name}"])))
+
+
+def page_of(*runs: Path, megabytes: int = 100) -> tuple[Path, Scripts, str]:
+    path = runs[0] / "report.html"
+    text = render([read_run(run) for run in runs], [*COLORS[: len(runs)]], PANELS, SUMMARY, megabytes)
+    path.write_text(text, encoding="utf-8")
+    return path, Scripts(text), text
+
+
+def test_curves_and_rollouts_come_back_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    _, page, _ = page_of(run)
+    (curves,), (rollouts,) = page.unpacked("curves"), page.unpacked("rollouts")
+    assert curves["metrics"]["step"] == list(range(1, 41))
+    assert curves["metrics"]["policy/entropy"][3] is None
+    assert curves["metrics"]["reward/mean"][13] == 13 / 40
+    assert [e["accuracy"] for e in curves["evaluations"]] == [0.2, 0.5, 0.8]
+    assert [b["scores"]["average"]["pass@1"] for b in curves["benchmarks"]] == [0.25, 0.65]
+    assert rollouts["prompts"][0] == ["p0-0", "two" + HOSTILE, "<b>4</b>"] and len(rollouts["prompts"]) == 6
+    assert len(rollouts["rows"]) == 48
+    step, prompt, sample, score, truncated, version, tokens, mean, text, lengths, costs, reward = rollouts[
+        "rows"
+    ][31]
+    assert reward == -1.25
+    assert (step, prompt, sample, score, truncated, version, tokens) == (21, 3, 7, -1.0, 1, 20, 15)
+    assert [ord(c) - 32 for c in lengths] == [len(VOCABULARY[i]) for i in [1, 2, 3, 4, 5, 6, 7, 8] + [9] * 7]
+    assert [ord(c) - 32 for c in costs] == [25 * i for i in range(15)] and mean == -1.75
+    assert text.startswith("two plus é😀</script>")
+
+
+def test_nothing_in_a_run_is_markup_and_nothing_is_fetched(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    run = make_run(tmp_path / evil, recipe=f"[data]\nsuffix = {json.dumps(HOSTILE)}\n")
+    _, page, text = page_of(run)
+    assert len(page.scripts) == 5 and page.resources == ["#checks"]  # a warning's link, and no source
+    assert HOSTILE not in text and evil not in text
+    assert html.escape(evil) in text and "owned" in text  # shown, as text
+    without_data = re.sub(r'<script type="text/plain".*?</script>', "", text, flags=re.S)
+    assert "http" not in re.sub("http-equiv", "", without_data)
+    assert "default-src 'none'" in text
+
+
+def test_the_recipe_is_compared_with_justrl(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", recipe="[rollout]\nsamples = 4\n")
+    _, _, text = page_of(one, two)
+    table = text[text.index('<table id="differences">') :].split("</table>")[0]
+    rows = [re.sub(r"<.*?>|\s", " ", row).split() for row in table.split("<tr>")[2:]]
+    assert rows == [["run.seed", "1", "7", "same"], ["rollout.samples", "8", "same", "4"]]
+    assert config.to_toml(config.load(two / "recipe.toml")).splitlines()[1] in html.unescape(text)
+
+
+def test_warnings_are_shown_with_their_rules(tmp_path: Path) -> None:
+    _, _, text = page_of(make_run(tmp_path / "run"))
+    assert "⚠ entropy collapse</a>" in text and "under half of the first tenth" in html.unescape(text)
+
+
+@pytest.mark.parametrize("limit, steps, shown", [(1, 70, 64), (10, 70, 70)])
+def test_what_is_left_out_is_said(limit: int, steps: int, shown: int, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", groups=1)
+    row = json.loads((run / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
+    for step in range(steps):
+        line = json.dumps(row | {"step": step, "completion": row["completion"] + "x" * 9000}) + "\n"
+        (run / "rollouts" / f"step_{step:06d}.jsonl").write_text(line * 8)
+    _, page, text = page_of(run, megabytes=limit)
+    (rollouts,) = page.unpacked("rollouts")
+    found = {r[0] for r in rollouts["rows"]}
+    assert len(found) == shown and {1, steps} <= found
+    note = re.search(r"data-note>(.*?)</p>", text, re.S).group(1)  # type: ignore[union-attr]
+    cut = f"of {steps} steps stored" in note
+    assert cut == (limit == 1) and ("--rollouts 6 takes in all" in note) == cut
+    assert len(rollouts["rows"]) == (shown * 2 if cut else shown * 8)  # 15.6 kB a step: two of 9.8 kB
+
+
+def test_a_run_without_vocabulary_or_rollouts_has_a_page(tmp_path: Path) -> None:
+    old, bare = make_run(tmp_path / "old"), make_run(tmp_path / "bare")
+    (old / "rollouts" / "vocabulary.json").unlink()
+    shutil.rmtree(bare / "rollouts")
+    _, page, text = page_of(old, bare)
+    first, second = page.unpacked("rollouts")
+    assert first["rows"][0][9] == "" and second["rows"] == []
+    assert "tokens are not shaded" in text and "bare: no stored rollouts" in text
+
+
+def test_a_run_without_a_recipe_is_not_called_justrl(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "recipe.toml").write_text("")
+    assert "JustRL's in every key" in page_of(run)[2]
+    (run / "recipe.toml").unlink()
+    text = page_of(run)[2]
+    assert "in every key" not in text and "run has no recipe.toml that this version takes" in text
+
+
+@given(st.lists(st.sampled_from(["a", "ab", " a", "\ufffd", "", "é"])), st.sampled_from(["", "é", "😀", "x"]))
+def test_spans_cover_the_completion(pieces: list[str], extra: str) -> None:
+    text = extra.join(pieces).replace("\ufffd", "")
+    lengths = spans(text, pieces)
+    assert sum(lengths) == (len(text) if pieces else 0) and min(lengths, default=0) >= 0
+
+
+def test_spans_of_tokens_that_decode_otherwise_alone() -> None:
+    assert spans("a 😀 b", ["a", " ", "\ufffd", "\ufffd", " b"]) == [1, 1, 0, 0, 3]
+    assert spans("two words", ["two", "words"]) == [3, 6]  # a decoder that drops the space of a first token
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if not all(programs):
+        pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[test]'")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(programs[1])) as driver:
+        yield Page(driver)
+
+
+class Page:
+    """A browser's page, by CSS selectors."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, path: Path) -> None:
+        self.driver.get_log("performance")
+        self.driver.get(path.resolve().as_uri())
+        self.until("return document.documentElement.dataset.ready === 'yes'")
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def until(self, script: str) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, 60, 0.05).until(lambda driver: driver.execute_script(script))
+
+    def find(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return self.find(selector).get_attribute("textContent")
+
+    def choose(self, selector: str, value: str) -> None:
+        self.find(f'{selector} option[value="{value}"]').click()
+
+    def traces(self, selector: str) -> list[dict[str, Any]]:
+        """Data of the lines as the library was given them; none that it did not draw."""
+        drawn = self.js("return document.querySelectorAll(arguments[0] + ' .trace').length", selector)
+        data = self.js("return document.querySelector(arguments[0]).data", selector)
+        assert drawn == len(data)
+        return data
+
+    def count(self, expected: int) -> None:
+        """Waits for the list to say so many rollouts."""
+        self.until(f"return document.getElementById('page').textContent.endsWith('· {expected} rollouts')")
+
+    def choose_rollout(self, n: int) -> dict[str, str]:
+        self.driver.find_elements("css selector", "#list button")[n].click()
+        return {key: self.text(f"#{key}") for key in ("facts", "prompt", "answer", "completion")}
+
+
+@pytest.mark.browser
+def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one", groups=9), make_run(tmp_path / "two", steps=30, groups=1)
+    browser.open(page_of(one, two)[0])
+
+    rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    expected = smooth(
+        np.array([np.nan if r["policy/entropy"] is None else r["policy/entropy"] for r in rows])
+    )
+    raw, smoothed, *others = browser.traces('[data-metric="policy/entropy"]')
+    np.testing.assert_allclose(smoothed["y"], expected, rtol=1e-4)  # the page's average is the figures'
+    assert raw["y"][3] is None and len(others) == 2
+    browser.js(
+        "let s = document.getElementById('smoothing'); s.value = 0; s.dispatchEvent(new Event('input'))"
+    )
+    assert len(browser.traces('[data-metric="reward/mean"]')) == 2  # a line a run, as measured
+    browser.find('#runs [value="1"]').click()
+    assert [t["name"] for t in browser.traces('[data-metric="reward/mean"]')] == ["one"]
+    browser.find('#runs [value="1"]').click()
+
+    browser.choose("#metric", "time/update")
+    assert browser.traces("#any")[0]["y"] == [3.0] * 40
+    browser.find("#log").click()
+    assert browser.js("return document.getElementById('any')._fullLayout.yaxis.type") == "log"
+    held_out = browser.traces("#held-out")[0]
+    assert held_out["x"] == [0, 20, 40] and held_out["y"] == [0.2, 0.5, 0.8]
+    np.testing.assert_allclose(held_out["error_y"]["arrayminus"], 0.1)
+    phases = {t["name"]: t["y"] for t in browser.traces("#time")}
+    assert phases["update"] == [3.0] * 39 and phases["other"] == [0.5] * 39  # the first step is left out
+    scores = browser.traces("#scores")
+    assert [t["name"] for t in scores] == ["one", "two"] and scores[0]["y"] == [0.25, 0.65]
+    np.testing.assert_allclose(scores[0]["error_y"]["array"], [0.45, 0.05])
+    browser.choose("#benchmark", "amc23")
+    assert browser.traces("#scores")[1]["y"] == [0.5, 0.5]
+    browser.choose("#benchmark", "aime24")
+    browser.choose("#measure", "length_mean")
+    assert browser.traces("#scores")[0]["y"] == [100, 140]
+    browser.choose("#timed", "1")
+    assert len(browser.traces("#time")[0]["y"]) == 29
+
+    browser.count(144)
+    assert "score -1, reward -1.25, 15 tokens" in browser.choose_rollout(7)["facts"]
+    first = browser.choose_rollout(0)
+    assert "step 1, problem p0-0, sample 1: score 1, 8 tokens" in first["facts"]
+    assert first["prompt"] == "two" + HOSTILE and first["answer"] == "<b>4</b>"
+    assert first["completion"] == f"two plus é😀{HOSTILE}\n\\boxed{{4}}"
+    tokens = browser.driver.find_elements("css selector", "#completion span")
+    assert [t.get_attribute("textContent") for t in tokens] == VOCABULARY[1:9]
+    assert [t.get_attribute("title")[:14] for t in tokens[:2]] == ["log-prob 0.00,", "log-prob -0.25"]
+    strengths = [
+        float(s) for s in re.findall(r"[\d.]+(?=\))", " ".join(t.get_attribute("style") for t in tokens))
+    ]
+    assert len(strengths) == 7 and strengths == sorted(strengths) and strengths[0] > 0
+    browser.find("#shade").click()
+    assert not browser.driver.find_elements("css selector", "#completion span")
+    assert browser.text("#completion") == first["completion"]
+    browser.find("#shade").click()
+
+    browser.find("#on").click()
+    assert browser.find("#page").text.startswith("page 2 of 3") and browser.find("#back").is_enabled()
+    browser.find("#on").click()
+    assert not browser.find("#on").is_enabled()
+    assert len(browser.driver.find_elements("css selector", "#list button")) == 44
+    browser.find("#back").click()
+    for outcome, count in (("right", 54), ("wrong", 90), ("truncated", 18), ("", 144)):
+        browser.choose("#outcome", outcome)
+        browser.count(count)
+    browser.find("#from").send_keys("2")
+    browser.count(72)
+    assert browser.choose_rollout(0)["facts"].strip("✓ ").startswith("step 21")
+    browser.find("#to").send_keys("20")
+    browser.count(0)
+    assert "No rollout passes" in browser.find("#detail").text
+    for box in ("#from", "#to"):
+        browser.js(
+            "arguments[0].value = ''; arguments[0].dispatchEvent(new Event('input'))", browser.find(box)
+        )
+    browser.count(144)
+    browser.find("#search").send_keys("END END END end end end end")
+    browser.count(18)  # the longest of each group, whatever the case
+    browser.find("#search").clear()
+    browser.find("#search").send_keys("\\boxed{4}")  # a text, not a pattern
+    browser.count(144)
+    browser.choose("#of", "1")
+    browser.count(16)
+
+    before = browser.js("return getComputedStyle(document.body).backgroundColor")
+    theme = browser.js("return document.documentElement.dataset.theme")
+    browser.find("#theme").click()
+    assert browser.js("return document.documentElement.dataset.theme") != theme
+    assert browser.js("return getComputedStyle(document.body).backgroundColor") != before
+
+    assert "owned" not in browser.driver.title
+    assert browser.driver.get_log("browser") == []  # no error, nothing blocked
+    events = [json.loads(e["message"])["message"] for e in browser.driver.get_log("performance")]
+    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert {url.split(":")[0] for url in asked} == {"file"} and len(asked) == 1
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1400, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_takes_the_systems_scheme_and_fits_the_window(
+    scheme: str, width: int, browser: Page, tmp_path: Path
+) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+    browser.open(page_of(make_run(tmp_path / "run"))[0])
+    assert browser.js("return document.documentElement.dataset.theme") == scheme
+    light = browser.js("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert light == (scheme == "light")
+    assert browser.js("return document.documentElement.scrollWidth <= innerWidth")
+    assert browser.js("return document.querySelector('.chart svg').getBoundingClientRect().width") > 250
+
+
+@pytest.mark.browser
+def test_a_hostile_text_would_not_run_even_as_markup(browser: Page, tmp_path: Path) -> None:
+    browser.open(page_of(make_run(tmp_path / "run"))[0])
+    browser.js("document.getElementById('detail').innerHTML = arguments[0]", HOSTILE)
+    browser.js("const s = document.createElement('script'); s.textContent = \"document.title = 'owned'\"; "
+               "document.body.append(s)")  # fmt: skip
+    assert "owned" not in browser.driver.title
+    browser.driver.get_log("browser")  # what the policy refused is not the next test's error
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_run_of_4000_steps_and_20000_rollouts(browser: Page, tmp_path: Path) -> None:
+    from benchmarks import report as benchmark
+
+    run = tmp_path / "long"
+    benchmark.make_run(run)
+    path, _, _ = page_of(run)
+    assert path.stat().st_size < 20e6
+    browser.open(path)
+    browser.until("return document.getElementById('page').textContent.endsWith('20,480 rollouts')")
+    assert len(browser.traces('[data-metric="reward/mean"]')[0]["y"]) == 4000
+    search = (
+        "const began = performance.now(); document.getElementById('search').value = arguments[0]; list();"
+    )
+    milliseconds = browser.js(search + "return performance.now() - began", "therefore we have")
+    assert milliseconds < 2000
+    assert 0 < browser.js("return found.length") < 20_480
+    assert browser.js("return document.querySelectorAll('#list button').length") == 50
+    print(f"search: {milliseconds:.0f} ms")
