@@ -1,4 +1,4 @@
-"""GRPO: advantages, objective, log-probabilities, packing, and the update that they make up."""
+"""GRPO: advantages, objective, log-probabilities, packing, and the update that joins them."""
 
 from jaxrl.grpo.advantages import group_advantages, sequence_weights, token_weights
 from jaxrl.grpo.logprobs import token_logprobs

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import chex
 import numpy as np
+from jaxtyping import Float32, Float64
+from numpy.typing import ArrayLike
 
 from jaxrl.types import Normalization
 
 
-def group_advantages(rewards: np.ndarray, epsilon: float = 1e-6, normalize_std: bool = True) -> np.ndarray:
+def group_advantages(
+    rewards: ArrayLike, epsilon: float = 1e-6, normalize_std: bool = True
+) -> Float32[np.ndarray, "P G"]:
     """A_i = (r_i - mean(r)) / (std(r) + epsilon) within each group (DeepSeekMath, arXiv 2402.03300, section 4.1).
 
     Args:
-      rewards: [P, G], a row a prompt.
+      rewards: [P, G], one row for each prompt.
       epsilon: added to the standard deviation.
       normalize_std: False gives r_i - mean(r) (Dr. GRPO, arXiv 2503.20783, eq. 3).
 
@@ -25,13 +29,14 @@ def group_advantages(rewards: np.ndarray, epsilon: float = 1e-6, normalize_std: 
     if rewards.shape[1] == 1:
         return (rewards / (1 + epsilon if normalize_std else 1)).astype(np.float32)
     centered = rewards - rewards.mean(axis=1, keepdims=True)
-    centered[np.ptp(rewards, axis=1) == 0] = 0  # the mean of equal numbers may be off by a rounding
+    # the mean of equal numbers may be off by a rounding
+    centered[np.ptp(rewards, axis=1) == 0] = 0
     if normalize_std:
         centered /= rewards.std(axis=1, ddof=1, keepdims=True) + epsilon
     return centered.astype(np.float32)
 
 
-def token_weights(mask: np.ndarray, normalization: Normalization = "token_mean") -> np.ndarray:
+def token_weights(mask: ArrayLike, normalization: Normalization = "token_mean") -> Float32[np.ndarray, "B T"]:
     """Weights w such that the loss is sum(w * token_loss).
 
     Args:
@@ -52,8 +57,14 @@ def token_weights(mask: np.ndarray, normalization: Normalization = "token_mean")
     return (mask * scale[:, None]).astype(np.float32)
 
 
-def sequence_weights(lengths: np.ndarray, normalization: Normalization, max_length: int) -> np.ndarray:
-    """The weight of each token of a sequence, [B] float64, from response lengths [B]; see `token_weights`."""
+def sequence_weights(
+    lengths: ArrayLike, normalization: Normalization, max_length: int
+) -> Float64[np.ndarray, " B"]:
+    """The weight of each token of a sequence, from response lengths [B]; see `token_weights`.
+
+    Raises:
+      ValueError: for an unknown normalization.
+    """
     lengths = np.asarray(lengths, np.float64)
     count = len(lengths)
     if normalization == "token_mean":

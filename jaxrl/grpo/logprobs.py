@@ -1,4 +1,7 @@
-"""Log-probabilities and entropies of tokens without ever holding the logits of a sequence."""
+"""Log-probabilities and entropies of tokens without ever holding the logits of a sequence.
+
+Shape letters: N tokens of a stream, D width of the model, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,30 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
+
+from jaxrl.arrays import Array
 
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float, chunk: int
-) -> tuple[jax.Array, jax.Array]:
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    *,
+    temperature: float,
+    chunk: int,
+) -> tuple[Float32[jax.Array, " N"], Float32[jax.Array, " N"]]:
     """log softmax(h W^T / temperature)[target] and the softmax's entropy, for each token.
 
     Args:
-      hidden: [N, D], in the compute dtype.
-      head: [V, D], in float32: cast chunk by chunk, so that its gradient is summed over chunks in float32.
-      targets: [N] int32.
+      hidden: in the compute dtype.
+      head: in float32: cast chunk by chunk, so that its gradient is summed over chunks in float32.
+      targets: token ids.
       temperature: of sampling; the policy is the distribution that was sampled from.
       chunk: tokens whose [chunk, V] logits exist at one time, recomputed in the backward pass; divides N.
 
     Returns:
-      log-probabilities [N] and entropies [N], float32, nats. The entropy carries no gradient.
+      log-probabilities and entropies in nats. The entropy carries no gradient.
     """
     chex.assert_rank([hidden, head, targets], [2, 2, 1])
     chex.assert_is_divisible(hidden.shape[0], chunk)

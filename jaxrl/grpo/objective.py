@@ -23,10 +23,10 @@ class Objective:
 
 
 def policy_objective(
-    logprobs: Float[Array, "..."],
-    old_logprobs: Float[Array, "..."],
-    advantages: Float[Array, "..."],
-    weights: Float[Array, "..."],
+    logprobs: Float[Array, " ..."],
+    old_logprobs: Float[Array, " ..."],
+    advantages: Float[Array, " ..."],
+    weights: Float[Array, " ..."],
     *,
     clip_low: float,
     clip_high: float,

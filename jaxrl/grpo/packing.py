@@ -25,7 +25,9 @@ from jaxrl.types import Rollout
 
 MOST_BUCKETS = 32  # attention lengths: each is a branch of the compiled program
 STREAM_STEPS = 16  # stream lengths are this fraction of the longest apart: each is a program of its own
-WORTHWHILE = 0.98  # of the best cost so far: a shorter stream, which may have to be compiled, must save as much
+WORTHWHILE = (
+    0.98  # of the best cost so far: a shorter stream, which may have to be compiled, must save as much
+)
 
 
 class PackedBatch(flax.struct.PyTreeNode):
@@ -183,7 +185,9 @@ def lay_out(
     starts = np.zeros((devices, rows, layout.segments), np.int32)
     buckets = np.full((devices, rows, layout.segments), -1, np.int32)
     filled = np.zeros((devices, rows), int)
-    for place, length in sorted(zip(placed, lengths, strict=True)):  # in the order in which attention visits them
+    for place, length in sorted(
+        zip(placed, lengths, strict=True)
+    ):  # in the order in which attention visits them
         at = (*place[:2], filled[place[:2]])
         starts[at], buckets[at] = place.start, np.searchsorted(layout.buckets, length)
         filled[place[:2]] += 1

@@ -1,4 +1,4 @@
-"""When sharded parameters are gathered, and when their gradients are summed (ZeRO, arXiv 1910.02054).
+"""Gathers sharded parameters and sums their gradients, once an update or layer by layer (ZeRO, arXiv 1910.02054).
 
 Everything here runs inside a shard_map over ("data", "fsdp"), on one device's shards.
 """
@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
 from jaxrl.models.decoder import Layer, Params, ParamTree
 from jaxrl.parallel.mesh import BATCH_AXES, sharded_axis
@@ -36,31 +37,31 @@ class ShardedParams:
     gather: Gather
 
     def hold(self, shards: Params) -> Params:
-        """What stays on the device during the whole update."""
+        """Parameters that stay on the device during the whole update."""
         return self._gather(shards, self.axes) if self.gather == "step" else shards
 
     def enter(self, held: Params) -> Params:
-        """Parameters for `decoder.forward`, all whole but what `fetch` completes."""
+        """Parameters for `decoder.forward`, whole except for what `fetch` completes."""
         if self.gather == "step":
             return held
-        # layers that are divided by layer are gathered now, the others in `fetch`
+        # parameters that are divided along the layer axis are gathered now, the others in `fetch`
         now = {name: axis if axis == 0 else -1 for name, axis in self.axes["layers"].items()}
         return self._gather(held, {**self.axes, "layers": now})
 
     def fetch(self, layer: Layer) -> Layer:
-        """One layer's parameters, whole, of the slice that the scan over layers has."""
+        """Completes the parameters of one layer, a slice in the scan over layers."""
         if self.gather == "step":
             return layer
         return {name: self._whole(shard, self.axes["layers"][name] - 1) for name, shard in layer.items()}
 
-    def rounds(self, micro_batches: jax.Array) -> jax.Array:
-        """How often this device goes through the loop; past its own micro-batches it works on padding."""
+    def rounds(self, micro_batches: Int[jax.Array, ""]) -> Int[jax.Array, ""]:
+        """Iterations of this device's loop; past its own micro-batches it works on padding."""
         return micro_batches if self.gather == "step" else jax.lax.pmax(micro_batches, "fsdp")
 
     def sum(self, grads: Params) -> Params:
-        """Sums over the mesh; each device keeps its shard."""
+        """Sums gradients over the mesh; each device keeps its shard."""
 
-        def reduce(g: jax.Array, axis: int) -> jax.Array:
+        def reduce(g: Float[jax.Array, " ..."], axis: int) -> Float[jax.Array, " ..."]:
             if axis < 0:
                 return jax.lax.psum(g, BATCH_AXES)
             if self.gather == "step":
@@ -80,12 +81,13 @@ class ShardedParams:
 
 
 def make_sharded_params(shapes: Params, parts: int, dtype: str, gather: Gather) -> ShardedParams:
-    """
+    """Decides which axis of each parameter is sharded.
+
     Args:
       shapes: abstract parameters.
       parts: devices that share them.
       dtype: of the computation.
-      gather: when they are whole.
+      gather: when they are gathered, see `ShardedParams`.
     """
 
     def axis_of(p: jax.Array) -> int:
@@ -96,16 +98,20 @@ def make_sharded_params(shapes: Params, parts: int, dtype: str, gather: Gather) 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _all_gather(shard: jax.Array, axis: int, dtype: str) -> jax.Array:
+def _all_gather(shard: Float[jax.Array, " ..."], axis: int, dtype: str) -> Float[jax.Array, " ..."]:
     """Sends shards in `dtype`; the gradient comes back summed in float32."""
     return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _all_gather_forward(shard: jax.Array, axis: int, dtype: str) -> tuple[jax.Array, None]:
+def _all_gather_forward(
+    shard: Float[jax.Array, " ..."], axis: int, dtype: str
+) -> tuple[Float[jax.Array, " ..."], None]:
     return _all_gather(shard, axis, dtype), None
 
 
-def _all_gather_backward(axis: int, dtype: str, _: None, g: jax.Array) -> tuple[jax.Array]:
+def _all_gather_backward(
+    axis: int, _: str, __: None, g: Float[jax.Array, " ..."]
+) -> tuple[Float32[jax.Array, " ..."]]:
     return (jax.lax.psum_scatter(g.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),)
 
 

@@ -71,6 +71,8 @@ class Logprobs(Protocol):
 
 
 class Functions(NamedTuple):
+    """What `make_update` builds."""
+
     update: Update
     logprobs: Logprobs
 
@@ -100,7 +102,13 @@ def make_optimizer(section: config.Optimizer, updates_per_step: int) -> optax.Gr
 
 
 def init_state(params: decoder.Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A state at step 0 with everything where `update` wants it. Takes `params` over."""
+    """A state at step 0 with everything where `update` wants it.
+
+    Args:
+      params: float32, whole or sharded; they belong to the state afterwards.
+      optimizer: see `make_optimizer`.
+      mesh: over ("data", "fsdp").
+    """
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(params, optimizer, mesh))
 
     def create(p: decoder.Params) -> TrainState:
@@ -165,13 +173,9 @@ def make_update(
     def logprobs(params: decoder.Params, batch: PackedBatch) -> Float32[Array, "G M N"]:
         return on_mesh(device.logprobs, out_specs=P(BATCH_AXES))(params, batch)
 
+    takes, gives = (shardings, per_device), (shardings, replicated)
     return Functions(
-        jax.jit(
-            update,
-            in_shardings=(shardings, per_device),
-            out_shardings=(shardings, replicated),
-            donate_argnums=0,
-        ),
+        jax.jit(update, in_shardings=takes, out_shardings=gives, donate_argnums=0),
         jax.jit(logprobs, in_shardings=(shardings.params, per_device), out_shardings=per_device),
     )
 

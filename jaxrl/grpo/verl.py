@@ -6,28 +6,30 @@ same. For R ranks, B sequences of a rank's mini-batch, n_m sequences and T_m res
 
     L = 1/R sum_r sum_m (n_m / B) (sum of m's token losses) / T_m,   so a token of m weighs n_m / (R B T_m).
 
-All of it is host code over lengths; what is trained on how many devices is another matter.
+All of it is host code over lengths, whatever devices the run has: verl's ranks exist in these weights alone.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int
 
 Part = tuple[int, int, list[tuple[int, int]]]  # sum, count, (index, length) of its items
 
 
-def divide(lengths: Sequence[int], ranks: int, minibatches: int, tokens: int) -> list[list[list[np.ndarray]]]:
-    """The sequences of each micro-batch, by mini-batch and rank.
+def divide(
+    lengths: Sequence[int], ranks: int, minibatches: int, tokens: int
+) -> list[list[list[Int[np.ndarray, " _"]]]]:
+    """Divides a step's sequences into micro-batches, by mini-batch and rank.
 
     Args:
       lengths: tokens of each sequence of a step, prompt included.
-      ranks: that the sequences are dealt to, as many to each.
-      minibatches: that a rank's share is cut into.
-      tokens: that a micro-batch may hold.
+      ranks: get equally many sequences.
+      minibatches: of each rank's sequences.
+      tokens: largest number in a micro-batch.
 
     Returns:
       indices into `lengths`. Where sequences cannot be dealt evenly, some mini-batches have one less.
@@ -40,17 +42,20 @@ def divide(lengths: Sequence[int], ranks: int, minibatches: int, tokens: int) ->
         own = [[i for i in share[first : first + size] if i < len(lengths)] for share in shares]
         totals = [sum(lengths[i] for i in rank) for rank in own]
         count = max(1, max(min(len(rank), -(-t // tokens)) for rank, t in zip(own, totals, strict=True)))
-        found.append([[np.array(rank, int)[part] for part in partition([lengths[i] for i in rank], count)]
-                      for rank in own])  # fmt: skip
+        parts = [partition([lengths[i] for i in rank], count) for rank in own]
+        micro_batches = zip((np.array(rank, int) for rank in own), parts, strict=True)
+        found.append([[rank[part] for part in of_rank] for rank, of_rank in micro_batches])
     return found
 
 
-def weights(micro_batches: list[list[np.ndarray]], response: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sequences of a mini-batch [B] and the weight of each one's tokens [B] float64, by rank and micro-batch.
+def weights(
+    micro_batches: list[list[Int[np.ndarray, " _"]]], response: Int[np.ndarray, " S"]
+) -> tuple[Int[np.ndarray, " B"], Float64[np.ndarray, " B"]]:
+    """The sequences of a mini-batch and the weight of each one's tokens, by rank and micro-batch.
 
     Args:
       micro_batches: one mini-batch of `divide`.
-      response: [all sequences of the step] response tokens.
+      response: response tokens of all sequences of the step.
     """
     sequences = max(sum(map(len, rank)) for rank in micro_batches)
     parts = [part for rank in micro_batches for part in rank if len(part)]
@@ -59,9 +64,14 @@ def weights(micro_batches: list[list[np.ndarray]], response: np.ndarray) -> tupl
 
 
 def partition(lengths: Sequence[int], parts: int, equal: bool = False) -> list[list[int]]:
-    """Indices in `parts` sets of about equal sums, by the largest differencing method (Karmarkar and Karp, 1982).
+    """Divides indices into sets of about equal sums, by the largest differencing method (Karmarkar and Karp, 1982).
 
-    Ties are broken as in verl, whose sets these are. `equal`: sets of the same size, which `parts` has to allow.
+    Ties are broken as in verl, so the sets are the same.
+
+    Args:
+      lengths: to be summed.
+      parts: number of sets.
+      equal: whether all sets have the same size; `parts` then divides the number of lengths.
     """
     ascending = sorted((n, i) for i, n in enumerate(lengths))
     step = parts if equal else 1
@@ -77,13 +87,13 @@ def partition(lengths: Sequence[int], parts: int, equal: bool = False) -> list[l
 
 
 class _State:
-    """A partition of some of the items; the one whose sums are the furthest apart goes first."""
+    """A partition of some of the items. The one with the largest spread sorts first."""
 
-    def __init__(self, items: list[tuple[int, int]], count: int):
+    def __init__(self, items: list[tuple[int, int]], count: int) -> None:
         single: list[Part] = [(n, 1, [(i, n)]) for i, n in items]
         self.parts = sorted([*single, *[(0, 0, [])] * (count - len(items))], reverse=True)
 
-    def __lt__(self, other: Any) -> bool:
+    def __lt__(self, other: _State) -> bool:
         if self.spread != other.spread:
             return self.spread > other.spread
         return self.parts[0] > other.parts[0]
@@ -93,6 +103,6 @@ class _State:
         return self.parts[0][0] - self.parts[-1][0]
 
     def merge(self, other: _State) -> None:
-        """The largest of one with the smallest of the other."""
+        """Joins the largest set of one with the smallest of the other, and so on."""
         pairs = zip(self.parts, reversed(other.parts), strict=True)
         self.parts = sorted(((a + c, b + d, x + y) for (a, b, x), (c, d, y) in pairs), reverse=True)

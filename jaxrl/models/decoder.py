@@ -1,7 +1,10 @@
 """One decoder for Qwen2, Qwen3 and Llama: a config, a table of parameters, and pure functions over a pytree.
 
-Weights keep Hugging Face's orientation, [out, in]; the layers of a kind are stacked on a leading axis L and
-scanned. Shape letters: N tokens, L layers, D width, H query heads, K key/value heads, V vocabulary.
+Matrices keep Hugging Face's orientation, [out, in]; the layers' parameters of one name are stacked on a leading axis L,
+over which the layers are scanned.
+
+Shape letters: B rows ("*B": any leading axes), N tokens, L layers, D width, H query heads, K key/value heads,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
+from typing import Any, Generic, Literal, NotRequired, Protocol, TypedDict, TypeVar  # noqa: TID251  # `Cache`
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int, Shaped
 
+from jaxrl.arrays import Array
 from jaxrl.types import Remat
 
 Leaf = TypeVar("Leaf")
@@ -30,8 +35,28 @@ class ParamTree(TypedDict, Generic[Leaf]):
 
 Params = ParamTree[jax.Array]
 Layer = dict[str, jax.Array]  # the parameters of one layer
-# (q [..., N, H, D], k [..., N, K, D], v [..., N, K, D], this layer's slice of `cache`) -> (out, kept), see `forward`
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Cache = Any  # a pytree that only `attend` understands
+
+
+class Attend(Protocol):
+    """Attention of one layer: packed, dense, or against a cache.
+
+    Args:
+      q, k, v: queries, keys and values.
+      cache: this layer's slice of the cache that `forward` was given.
+
+    Returns:
+      the output, and what to keep of this layer; `forward` stacks it over layers.
+    """
+
+    def __call__(
+        self,
+        q: Float[jax.Array, "*B N H head_dim"],
+        k: Float[jax.Array, "*B N K head_dim"],
+        v: Float[jax.Array, "*B N K head_dim"],
+        cache: Cache,
+        /,
+    ) -> tuple[Float[jax.Array, "*B N H head_dim"], Cache]: ...
 
 
 @dataclass(frozen=True)
@@ -60,16 +85,21 @@ class Config:
         return self.family == "qwen3"
 
 
-class Spec(NamedTuple):
+@dataclass(frozen=True)
+class Spec:
     """One parameter. `name` is Hugging Face's; with '{}' for the layer, the array is stacked over layers."""
 
     name: str
     shape: tuple[int, ...]  # of one layer
     init: Literal["normal", "ones", "zeros"] = "normal"
 
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
 
 def declare(c: Config) -> ParamTree[Spec]:
-    """The table of parameters: initialization, loading, saving and sharding all follow from it."""
+    """The table of parameters, from which initialization, loading, saving and sharding follow."""
     layer = "model.layers.{}."
     heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     layers = {
@@ -103,12 +133,12 @@ def declare(c: Config) -> ParamTree[Spec]:
 
 
 def specs(c: Config) -> list[Spec]:
-    """The declarations in the order of `jax.tree.leaves(params)`."""
-    return jax.tree.leaves(declare(c), is_leaf=lambda x: isinstance(x, Spec))
+    """The table's entries in the order of `jax.tree.leaves(params)`."""
+    return jax.tree.leaves(declare(c))
 
 
 def stacked_shape(spec: Spec, c: Config) -> tuple[int, ...]:
-    return (c.layers, *spec.shape) if "{}" in spec.name else spec.shape
+    return (c.layers, *spec.shape) if spec.stacked else spec.shape
 
 
 def forward_flops(c: Config) -> tuple[int, int]:
@@ -120,7 +150,7 @@ def forward_flops(c: Config) -> tuple[int, int]:
 
 def initialize(c: Config, seed: int, dtype: str = "float32", scale: float = 0.02) -> Params:
     """Random parameters: normal(0, scale) matrices, unit norms, zero biases (transformers' initialization)."""
-    declared, tree = jax.tree.flatten(declare(c), is_leaf=lambda x: isinstance(x, Spec))
+    declared, tree = jax.tree.flatten(declare(c))
     keys = jax.random.split(jax.random.key(seed), len(declared))
 
     def create(spec: Spec, key: jax.Array) -> jax.Array:
@@ -137,39 +167,41 @@ def abstract_params(c: Config) -> Params:
     return jax.eval_shape(lambda: initialize(c, 0))
 
 
-def head(params: Params) -> jax.Array:
-    """The LM head, [V, D]."""
+def head(params: Params) -> Float[jax.Array, "V D"]:
+    """The LM head."""
     return params["head"] if "head" in params else params["embed"]
 
 
 def forward(
     config: Config,
     params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
+    tokens: Int[Array, "*B N"],
+    positions: Int[Array, "*B N"],
     attend: Attend,
     *,
-    cache: Any = None,
+    cache: Cache = None,
     dtype: str = "float32",
     remat: Remat = "none",
     fetch: Callable[[Layer], Layer] | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float[jax.Array, "*B N D"], Cache]:
     """Runs the decoder up to the final norm.
 
     Args:
-      tokens: [..., N] int32.
-      positions: [..., N] int32, from 0 in each sequence.
-      attend: what attention means here: packed, dense or against a cache.
+      tokens: token ids.
+      positions: from 0 in each sequence.
+      attend: attention of one layer.
       cache: pytree with a leading layer axis, handed to `attend` slice by slice, or None.
       dtype: of the computation; norms, rotations and softmax are float32 inside.
       remat: what the backward pass recomputes.
-      fetch: makes one layer's parameters of what `params["layers"]` holds a slice of; as they are by default.
+      fetch: makes a layer's parameters of its slice of `params["layers"]`; None takes the slice as it is.
 
     Returns:
-      hidden states [..., N, D] in `dtype`, and what `attend` kept, stacked over layers.
+      hidden states in `dtype`, and what `attend` kept, stacked over layers.
     """
 
-    def layer(h: jax.Array, inputs: tuple[Layer, Any]) -> tuple[jax.Array, Any]:
+    def layer(
+        h: Float[jax.Array, "*B N D"], inputs: tuple[Layer, Cache]
+    ) -> tuple[Float[jax.Array, "*B N D"], Cache]:
         w, layer_cache = inputs
         w = jax.tree.map(lambda a: a.astype(dtype), fetch(w) if fetch else w)
         with jax.named_scope("attention"):
@@ -185,35 +217,45 @@ def forward(
     if remat != "none":
         # packed_attention names what its backward pass needs beside q, k and v
         policies = jax.checkpoint_policies
-        save = (
-            policies.save_only_these_names("attention") if remat == "attention" else policies.nothing_saveable
-        )
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=save)  # type: ignore[assignment]
+        only_attention = policies.save_only_these_names("attention")
+        save = only_attention if remat == "attention" else policies.nothing_saveable
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=save)
     h, kept = jax.lax.scan(layer, params["embed"][tokens].astype(dtype), (params["layers"], cache))
     return rms_norm(h, params["norm"].astype(dtype), config.norm_epsilon), kept
 
 
-def dense_attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
-    """Causal attention within each row of [B, N, heads, D]; keeps keys and values (a prefill)."""
+def dense_attend(
+    q: Float[jax.Array, "B N H head_dim"],
+    k: Float[jax.Array, "B N K head_dim"],
+    v: Float[jax.Array, "B N K head_dim"],
+    _: None,
+) -> tuple[Float[jax.Array, "B N H head_dim"], tuple[jax.Array, jax.Array]]:
+    """Causal attention within each row; keeps keys and values (a prefill)."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True), (k, v)
 
 
-def logits(config: Config, params: Params, tokens: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Next-token logits of whole rows, for checks and small models: [B, N] -> [B, N, V] float32."""
+def logits(
+    config: Config, params: Params, tokens: Int[Array, "B N"], dtype: str = "float32"
+) -> Float32[jax.Array, "B N V"]:
+    """Next-token logits of whole rows, for tests and small models."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
     hidden, _ = forward(config, params, tokens, positions, dense_attend, dtype=dtype)
     return jnp.einsum("...d,vd->...v", hidden, head(params).astype(dtype), preferred_element_type=jnp.float32)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+def rms_norm(
+    x: Float[jax.Array, "*B D"], weight: Float[jax.Array, " D"], epsilon: float
+) -> Float[jax.Array, "*B D"]:
     """Root-mean-square norm over the last axis (arXiv 1910.07467), computed in float32."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     return _in_float32(jnp.multiply, (x32 * scale).astype(x.dtype), weight)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding of [..., N, heads, D], halves convention (arXiv 2104.09864), computed in float32."""
+def rope(
+    x: Float[jax.Array, "*B N heads head_dim"], positions: Int[Array, "*B N"], theta: float
+) -> Float[jax.Array, "*B N heads head_dim"]:
+    """Rotary embedding, halves convention (arXiv 2104.09864), computed in float32."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     positions = positions[..., None, None].astype(jnp.float32)
@@ -223,22 +265,30 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def _linear(
+    x: Float[jax.Array, "*B inner"],
+    w: Float[jax.Array, "outer inner"],
+    bias: Float[jax.Array, " outer"] | None = None,
+) -> Float[jax.Array, "*B outer"]:
     y = jnp.einsum("...i,oi->...o", x, w)
     return y if bias is None else _in_float32(jnp.add, y, bias)
 
 
-def _in_float32(op: Callable[..., jax.Array], x: jax.Array, w: jax.Array) -> jax.Array:
-    """op([..., D], [D]) in x's dtype: the same bits, but the gradient of w sums over tokens in float32."""
+def _in_float32(
+    op: Callable[[jax.Array, jax.Array], jax.Array], x: Float[jax.Array, "*B D"], w: Float[jax.Array, " D"]
+) -> Float[jax.Array, "*B D"]:
+    """op(x, w) in x's dtype: the same bits, but the gradient of w sums over tokens in float32."""
     return op(x.astype(jnp.float32), _over_last(w, x).astype(jnp.float32)).astype(x.dtype)
 
 
-def _over_last(w: jax.Array, x: jax.Array) -> jax.Array:
-    """[D] with as many leading axes as x: ranks are never promoted silently."""
+def _over_last(w: Float[jax.Array, " D"], x: Shaped[Array, " ..."]) -> Float[jax.Array, "*ones D"]:
+    """Gives w as many axes as x has: ranks are never promoted silently."""
     return w.reshape((1,) * (x.ndim - 1) + w.shape)
 
 
-def _qkv(c: Config, w: Layer, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _qkv(
+    c: Config, w: Layer, x: Float[jax.Array, "*B N D"], positions: Int[Array, "*B N"]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v = (
         _linear(x, w[name], w.get(f"{name}_bias")).reshape(*x.shape[:-1], heads, c.head_dim)
         for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: config.json in both dialects, safetensors, tokenizer files carried along.
+"""Reads and writes Hugging Face folders: config.json in both dialects, safetensors, copies of the tokenizer's files.
 
 Loading maps the files into memory and copies each device's slice of each parameter straight out of them; saving
 streams one tensor at a time. Neither imports torch nor holds a second copy of the model on the host.
@@ -13,18 +13,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float32, Shaped, UInt8
+from numpy.typing import ArrayLike
 
 from jaxrl.errors import InputError, first_line
 from jaxrl.files import safetensors_header, write_atomically
 from jaxrl.models import decoder
-from jaxrl.models.decoder import Config, Params, Spec
+from jaxrl.models.decoder import Cache, Config, Params, Spec
 from jaxrl.parallel.mesh import sharding_of
+from jaxrl.types import JsonObject
 
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -33,29 +35,29 @@ _COMPANIONS = ("*token*", "vocab.*", "merges.txt", "chat_template*", "generation
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A config, its parameters, and where the files that travel with them are."""
+    """A config, its parameters, and the folder of the files that go with them."""
 
     config: Config
     params: Params
     folder: Path | None = None  # the Hugging Face folder it came from: tokenizer, generation config
 
     @property
-    def forward(self):
+    def forward(self) -> functools.partial[tuple[jax.Array, Cache]]:
         """`decoder.forward` for this config: (params, tokens, positions, attend, ...) -> (hidden, kept)."""
         return functools.partial(decoder.forward, self.config)
 
-    def logits(self, params: Params, tokens: Any) -> jax.Array:
-        """Next-token logits in float32, [..., N] int -> [..., N, V]; whole rows, for checks and small models."""
-        tokens = jnp.asarray(tokens, jnp.int32)
-        rows = jnp.atleast_2d(tokens)
-        return _logits(self.config, params, rows).reshape(*tokens.shape, self.config.vocab_size)
+    def logits(self, params: Params, tokens: ArrayLike) -> Float32[jax.Array, "... N V"]:
+        """Next-token logits of whole rows, [N] or [B, N] token ids; for tests and small models."""
+        ids = jnp.asarray(tokens, jnp.int32)
+        rows = jnp.atleast_2d(ids)
+        return _logits(self.config, params, rows).reshape(*ids.shape, self.config.vocab_size)
 
 
 _logits = jax.jit(decoder.logits, static_argnums=0)
 
 
 def resolve(path: str | Path) -> Path:
-    """A local folder as it is, a Hub id downloaded.
+    """Returns a local folder as it is; downloads a Hub id.
 
     Raises:
       InputError: if it is neither.
@@ -64,26 +66,23 @@ def resolve(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise InputError(
-            f"{path}: no such model folder; give a Hugging Face folder or a Hub id such as org/name"
-        )
+        remedy = "give a Hugging Face folder or a Hub id such as org/name"
+        raise InputError(f"{path}: no such model folder; {remedy}")
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.safetensors*", "config.json", *_COMPANIONS]
     try:
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.safetensors*", "config.json", *_COMPANIONS])
-        )
-    except Exception as error:
-        raise InputError(
-            f"{path}: no such folder, and the Hub did not have it: {first_line(error)}"
-        ) from error
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
+    except Exception as error:  # of the Hub's client, its HTTP library or the disk
+        reason = first_line(error)
+        raise InputError(f"{path}: no such folder, and the Hub did not have it: {reason}") from error
 
 
 def read_config(folder: Path) -> Config:
     """Reads config.json, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
     Raises:
-      InputError: if it is missing, of another architecture, or asks for something this decoder does not do.
+      InputError: if it is missing, of another architecture, or has a feature that the decoder lacks.
     """
     path = folder / "config.json"
     raw = _read_json(path)
@@ -104,37 +103,51 @@ def read_config(folder: Path) -> Config:
     if any(refused.values()):
         features = ", ".join(feature for feature, present in refused.items() if present)
         raise InputError(f"{path}: {features} is not supported; only the plain {family} decoder is")
-    number = functools.partial(_number, path, raw | rope)
-    heads = number("num_attention_heads")
+    fields = raw | rope
+    integer, real = functools.partial(_integer, path, fields), functools.partial(_real, path, fields)
+    heads = integer("num_attention_heads")
     return Config(
         family=family,
-        vocab_size=number("vocab_size"),
-        width=number("hidden_size"),
-        layers=number("num_hidden_layers"),
+        vocab_size=integer("vocab_size"),
+        width=integer("hidden_size"),
+        layers=integer("num_hidden_layers"),
         heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", number("hidden_size") // heads),
-        mlp_width=number("intermediate_size"),
-        rope_theta=float(number("rope_theta", 10_000.0)),
-        norm_epsilon=float(number("rms_norm_eps", 1e-6)),
+        kv_heads=integer("num_key_value_heads", heads),
+        head_dim=integer("head_dim", integer("hidden_size") // heads),
+        mlp_width=integer("intermediate_size"),
+        rope_theta=real("rope_theta", 10_000.0),
+        norm_epsilon=real("rms_norm_eps", 1e-6),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        max_positions=number("max_position_embeddings", 32_768),
+        max_positions=integer("max_position_embeddings", 32_768),
     )
 
 
-def _number(path: Path, raw: dict[str, Any], name: str, default: Any = None) -> Any:
-    """A positive number, an integer unless the default is a float."""
-    value = default if raw.get(name) is None else raw[name]
+def _integer(path: Path, fields: JsonObject, name: str, default: int | None = None) -> int:
+    return int(_positive(path, fields, name, default, (int,)))
+
+
+def _real(path: Path, fields: JsonObject, name: str, default: float) -> float:
+    return float(_positive(path, fields, name, default, (int, float)))
+
+
+def _positive(
+    path: Path, fields: JsonObject, name: str, default: float | None, kinds: tuple[type, ...]
+) -> float:
+    """A field that has to be a positive number of one of these types."""
+    value = default if fields.get(name) is None else fields[name]
     if value is None:
         raise InputError(f"{path}: the field {name} is missing")
-    kinds = (int, float) if isinstance(default, float) else (int,)
     if type(value) not in kinds or value <= 0:
         raise InputError(f"{path}: {name} = {value!r} is not a positive {kinds[-1].__name__}")
     return value
 
 
 def stop_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json, or else of config.json."""
+    """End-of-sequence ids of generation_config.json, or else of config.json.
+
+    Raises:
+      InputError: if neither has any.
+    """
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
         if ids is not None:
@@ -143,7 +156,7 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def load(path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Model:
-    """Loads a Hugging Face folder or Hub id.
+    """Loads a Hugging Face folder or a Hub id.
 
     Args:
       path: folder with config.json and *.safetensors, or a Hub id.
@@ -157,18 +170,17 @@ def load(path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
     config = read_config(folder)
     tensors = _Tensors(folder)
 
-    def place(spec: Spec) -> jax.Array:
+    def put(spec: Spec) -> jax.Array:
         shape = decoder.stacked_shape(spec, config)
         read = functools.partial(tensors.read, spec, config.layers, np.dtype(dtype))
         if mesh is None:
             array = jax.device_put(read((slice(None),) * len(shape)))
         else:
             array = jax.make_array_from_callback(shape, sharding_of(shape, mesh), read)
-        return (
-            array.block_until_ready()
-        )  # or the host copies of many parameters would wait for their transfer
+        # or the host copies of many parameters would wait for their transfer
+        return array.block_until_ready()
 
-    params = jax.tree.map(place, decoder.declare(config), is_leaf=lambda x: isinstance(x, Spec))
+    params = jax.tree.map(put, decoder.declare(config))
     return Model(config, params, folder)
 
 
@@ -176,9 +188,9 @@ def save(model: Model, path: str | Path, dtype: str | None = None) -> None:
     """Writes a folder that transformers and vLLM load; replaces the files of an older one atomically.
 
     Args:
-      model: what to save; files that travel with a model are copied from `model.folder`.
+      model: its tokenizer's and other files are copied from `model.folder`.
       path: the folder; created if missing.
-      dtype: of the weights on disk, "float32" or "bfloat16"; the parameters' own where None.
+      dtype: of the parameters on disk, "float32" or "bfloat16"; their own where None.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +209,7 @@ def save(model: Model, path: str | Path, dtype: str | None = None) -> None:
 class _Tensors:
     """The tensors of a folder's safetensors files, mapped into memory."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise InputError(f"{folder}: no *.safetensors file; only safetensors weights are read")
@@ -212,9 +224,11 @@ class _Tensors:
                     f"{index}: {name} should be in {shards[name]}, which is missing; get it again"
                 )
 
-    def read(self, spec: Spec, layers: int, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-        """The slice `index` of a parameter, stacked over layers where it is one per layer."""
-        if "{}" not in spec.name:
+    def read(
+        self, spec: Spec, layers: int, dtype: np.dtype, index: tuple[slice, ...]
+    ) -> Shaped[np.ndarray, " ..."]:
+        """Reads the slice `index` of a parameter, stacked over layers where there is one a layer."""
+        if not spec.stacked:
             return np.asarray(self._get(spec.name, spec.shape)[index]).astype(dtype)
         names = [spec.name.format(layer) for layer in range(layers)[index[0]]]
         parts = [self._get(name, spec.shape)[index[1:]] for name in names]
@@ -223,19 +237,18 @@ class _Tensors:
             out[i] = part  # converts while copying: one layer in flight
         return out
 
-    def _get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _get(self, name: str, shape: tuple[int, ...]) -> Shaped[np.ndarray, " ..."]:
         if name not in self.by_name:
-            raise InputError(
-                f"{self.folder}: the weights have no tensor {name}; they do not belong to config.json"
-            )
+            reason = f"the weights have no tensor {name}; they do not belong to config.json"
+            raise InputError(f"{self.folder}: {reason}")
         tensor = self.by_name[name]
         if tensor.shape != shape:
             raise InputError(f"{self.folder}: {name} has shape {tensor.shape}, config.json makes it {shape}")
         return tensor
 
 
-def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Read-only views of a file's tensors. The format: u64 header size, JSON header, raw little-endian tensors.
+def _map_safetensors(path: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
+    """Maps a file's tensors as read-only views. Format: u64 header size, JSON header, raw little-endian tensors.
 
     Parsed here because safetensors' NumPy front end does not know bfloat16.
     """
@@ -254,7 +267,9 @@ def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _view(body: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+def _view(
+    body: UInt8[np.ndarray, " bytes"], dtype: str, shape: list[int], data_offsets: list[int]
+) -> Shaped[np.ndarray, " ..."]:
     begin, end = data_offsets
     if not 0 <= begin <= end <= body.size:
         raise ValueError
@@ -262,19 +277,19 @@ def _view(body: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int
 
 
 def manifest(config: Config) -> list[tuple[str, tuple[int, ...]]]:
-    """(Hugging Face name, shape) of every tensor of a checkpoint, in the order of `named_tensors`."""
+    """(Hugging Face's name, shape) of every tensor of a checkpoint, in the order of `named_tensors`."""
     return [(name, spec.shape) for spec in decoder.specs(config) for name in _names(spec, config)]
 
 
 def named_tensors(config: Config, params: Params) -> Iterator[tuple[str, jax.Array]]:
-    """(Hugging Face name, array) of every tensor of a checkpoint; a layer is sliced out only when it is asked for."""
+    """Yields (Hugging Face's name, array) of every tensor of a checkpoint; slices out a layer only when it comes."""
     for spec, array in zip(decoder.specs(config), jax.tree.leaves(params), strict=True):
         names = _names(spec, config)
-        yield from ((name, array[i] if "{}" in spec.name else array) for i, name in enumerate(names))
+        yield from ((name, array[i] if spec.stacked else array) for i, name in enumerate(names))
 
 
 def _names(spec: Spec, config: Config) -> list[str]:
-    return [spec.name.format(i) for i in range(config.layers)] if "{}" in spec.name else [spec.name]
+    return [spec.name.format(i) for i in range(config.layers)] if spec.stacked else [spec.name]
 
 
 def _write_safetensors(path: Path, model: Model, dtype: np.dtype) -> None:
@@ -289,19 +304,15 @@ def _write_safetensors(path: Path, model: Model, dtype: np.dtype) -> None:
     temporary.replace(path)
 
 
-def _config_json(model: Model, dtype: str) -> dict[str, Any]:
+def _config_json(model: Model, dtype: str) -> JsonObject:
     """The config it came with, whose unknown fields other programs may need, or one made from Config."""
-    if model.folder:
-        raw = _read_json(model.folder / "config.json")
-        return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")} | {
-            "dtype": dtype,
-            "torch_dtype": dtype,
-        }
-    return describe(model.config) | {"dtype": dtype, "torch_dtype": dtype}
+    raw = _read_json(model.folder / "config.json") if model.folder else describe(model.config)
+    kept = {name: value for name, value in raw.items() if name not in ("torch_dtype", "dtype")}
+    return kept | {"dtype": dtype, "torch_dtype": dtype}
 
 
-def describe(c: Config) -> dict[str, Any]:
-    """A model as config.json has it."""
+def describe(c: Config) -> JsonObject:
+    """The fields of config.json that describe a model."""
     return {
         "architectures": [_ARCHITECTURES[c.family]],
         "model_type": c.family,
@@ -321,7 +332,7 @@ def describe(c: Config) -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:

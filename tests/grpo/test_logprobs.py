@@ -1,20 +1,25 @@
 """Chunked log-probabilities against NumPy, against whole logits, and against the promise that those never exist."""
 
+from __future__ import annotations
+
 import functools
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.arrays import Array
 from jaxrl.grpo import token_logprobs
 
 TOKENS, WIDTH, VOCABULARY = 64, 16, 97
 
 
-def inputs(seed=0, tokens=TOKENS, scale=1.0):
+def inputs(seed: int = 0, tokens: int = TOKENS, scale: float = 1.0) -> tuple[np.ndarray, ...]:
+    """Hidden states, a head, targets, and a gradient of the log-probs."""
     rng = np.random.default_rng(seed)
     hidden = scale * rng.normal(size=(tokens, WIDTH)).astype(np.float32)
     head = rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
@@ -22,7 +27,9 @@ def inputs(seed=0, tokens=TOKENS, scale=1.0):
     return hidden, head, targets, rng.normal(size=tokens).astype(np.float32)
 
 
-def reference(hidden, head, targets, cotangent, temperature=1.0):
+def reference(
+    hidden: Array, head: Array, targets: np.ndarray, cotangent: np.ndarray, temperature: float = 1.0
+) -> tuple[np.ndarray, ...]:
     """(log-probs, entropies, d hidden, d head) of sum(cotangent * log-probs), in float64 with whole logits."""
     hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     logits = hidden @ head.T / temperature
@@ -34,8 +41,10 @@ def reference(hidden, head, targets, cotangent, temperature=1.0):
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "chunk"))
-def ours(hidden, head, targets, cotangent, temperature=1.0, chunk=8):
-    def loss(hidden, head):
+def ours(
+    hidden: Array, head: Array, targets: Array, cotangent: Array, temperature: float = 1.0, chunk: int = 8
+) -> tuple[jax.Array, ...]:
+    def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         logprobs, entropy = token_logprobs(hidden, head, targets, temperature=temperature, chunk=chunk)
         return jnp.sum(cotangent * logprobs), (logprobs, entropy)
 
@@ -45,7 +54,7 @@ def ours(hidden, head, targets, cotangent, temperature=1.0, chunk=8):
 
 @pytest.mark.parametrize("chunk", [1, 8, TOKENS])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_float64(temperature, chunk):
+def test_values_and_gradients_are_those_in_float64(temperature: float, chunk: int) -> None:
     arrays = inputs()
     expected = reference(*arrays, temperature)
     found = ours(*arrays, temperature=temperature, chunk=chunk)
@@ -54,10 +63,10 @@ def test_float64(temperature, chunk):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance)
 
 
-def test_autodiff_of_whole_logits():
+def test_gradients_are_autodiffs_of_whole_logits() -> None:
     hidden, head, targets, cotangent = inputs(1)
 
-    def loss(hidden, head):
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
         logp = jax.nn.log_softmax(hidden @ head.T / 0.7)
         return jnp.sum(cotangent * logp[np.arange(TOKENS), targets])
 
@@ -67,7 +76,7 @@ def test_autodiff_of_whole_logits():
     np.testing.assert_allclose(grads[1], d_head, rtol=1e-5, atol=1e-5)
 
 
-def test_logits_of_thousands():
+def test_logits_of_thousands_do_not_overflow() -> None:
     arrays = inputs(2, scale=1000.0)
     logprobs, entropy, *grads = ours(*arrays)
     expected = reference(*arrays)
@@ -76,7 +85,7 @@ def test_logits_of_thousands():
     assert all(np.isfinite(g).all() for g in grads)
 
 
-def test_entropy_of_a_uniform_and_of_a_sure_distribution():
+def test_entropy_of_a_uniform_and_of_a_sure_distribution() -> None:
     hidden, head, targets, cotangent = inputs()
     uniform = ours(0 * hidden, head, targets, cotangent)
     np.testing.assert_allclose(uniform[1], math.log(VOCABULARY), rtol=1e-6)
@@ -85,56 +94,54 @@ def test_entropy_of_a_uniform_and_of_a_sure_distribution():
     assert (np.asarray(sure[1]) >= -1e-2).all() and np.median(sure[1]) < 1e-2
 
 
-def test_entropy_carries_no_gradient():
+def test_entropy_carries_no_gradient() -> None:
     hidden, head, targets, _ = inputs()
-    entropy = lambda h, w: token_logprobs(h, w, targets, temperature=1.0, chunk=8)[1].sum()  # noqa: E731
+
+    def entropy(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return token_logprobs(hidden, head, targets, temperature=1.0, chunk=8)[1].sum()
+
     assert not any(np.asarray(g).any() for g in jax.grad(entropy, (0, 1))(hidden, head))
 
 
-def test_head_gradient_is_summed_in_float32():
-    """256 chunks of bfloat16: what matters is that the sum over chunks is not itself rounded to bfloat16."""
+def test_head_gradient_is_summed_in_float32() -> None:
+    """256 chunks of bfloat16: the sum over chunks must not itself be rounded to bfloat16."""
     hidden, head, targets, cotangent = inputs(3, tokens=512)
     cotangent = np.abs(cotangent)  # one sign, so that the running sum grows past its terms
     hidden = jnp.asarray(hidden, jnp.bfloat16)
     rounded = jnp.asarray(head, jnp.bfloat16)
 
-    def error(head):
+    def error(head: jax.Array) -> float:
         d_head = ours(hidden, head, targets, cotangent, chunk=2)[3]
         expected = reference(hidden, rounded, targets, cotangent)[3]
         return np.linalg.norm(np.asarray(d_head, np.float64) - expected) / np.linalg.norm(expected)
 
     assert ours(hidden, head, targets, cotangent, chunk=2)[3].dtype == jnp.float32
     assert error(jnp.asarray(head)) < 2e-3
-    assert error(rounded) > 4 * error(jnp.asarray(head)), (
-        "a bfloat16 head was to show what this test is about"
-    )
+    assert error(rounded) > 4 * error(jnp.asarray(head))  # so the error does show where it is rounded
 
 
-def largest_array(function, *args):
+def largest_array(function: Callable[..., object], *args: np.ndarray) -> int:
     """Elements of the largest array in the compiled program, fused-away ones aside."""
     text = jax.jit(function).lower(*args).compile().as_text()
     shapes = re.findall(r"\b(?:f32|bf16|f16|f64|s32|u32|pred)\[([\d,]+)\]", text)
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def test_logits_of_a_stream_never_exist():
+def test_logits_of_a_stream_never_exist() -> None:
     hidden, head, targets, cotangent = inputs()
 
-    def chunked(hidden, head, chunk):
+    def loss(hidden: jax.Array, head: jax.Array, chunk: int) -> jax.Array:
         logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0, chunk=chunk)
         return jnp.sum(cotangent * logprobs)
 
-    sizes = {
-        chunk: largest_array(
-            jax.value_and_grad(functools.partial(chunked, chunk=chunk), (0, 1)), hidden, head
-        )
-        for chunk in (8, TOKENS)
-    }
+    gradients = jax.value_and_grad(loss, (0, 1))
+    chunked = {chunk: functools.partial(gradients, chunk=chunk) for chunk in (8, TOKENS)}
+    sizes = {chunk: largest_array(function, hidden, head) for chunk, function in chunked.items()}
     assert sizes[8] == max(head.size, hidden.size, 8 * VOCABULARY)
     assert sizes[TOKENS] >= TOKENS * VOCABULARY  # so the search does see logits where they are
 
 
-def test_chunk_must_divide():
+def test_chunk_must_divide() -> None:
     hidden, head, targets, _ = inputs()
     with pytest.raises(AssertionError):
         token_logprobs(hidden, head, targets, temperature=1.0, chunk=24)

@@ -1,4 +1,6 @@
-"""Against NumPy in float64."""
+"""Importance weights and histograms of ratios against NumPy in float64."""
+
+from __future__ import annotations
 
 import dataclasses
 
@@ -14,7 +16,7 @@ from jaxrl.models import decoder
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.prepare import with_old_logprobs
 from jaxrl.programs import build_programs
-from jaxrl.types import Prompt, Rollout
+from jaxrl.types import Correction, Prompt, Rollout
 
 TINY = decoder.Config("qwen2", 16, 8, 1, 2, 1, 4, 16, 1e4, 1e-6, True, 64)
 
@@ -26,9 +28,8 @@ def test_importance_weights(cap: float) -> None:
     trainer = sampler + rng.normal(0, 1, (3, 50))
     ratio = np.exp(trainer - sampler)
     arrays = jnp.float32(trainer), jnp.float32(sampler)
-    np.testing.assert_allclose(
-        importance_weights(*arrays, "truncated", cap), np.minimum(ratio, cap), rtol=1e-5
-    )
+    truncated = np.minimum(ratio, cap)
+    np.testing.assert_allclose(importance_weights(*arrays, "truncated", cap), truncated, rtol=1e-5)
     masked = np.where((ratio > cap) | (ratio < 1 / cap), 0, ratio)
     np.testing.assert_allclose(importance_weights(*arrays, "masked", cap), masked, rtol=1e-5)
 
@@ -43,13 +44,12 @@ def test_a_policy_that_is_the_sampler_needs_no_weights() -> None:
 def test_quantiles_are_those_of_the_tokens(spread: float) -> None:
     rng = np.random.default_rng(1)
     log_ratio, live = rng.normal(0, spread, 4000), rng.random(4000) < 0.7
-    halves = [slice(0, 1000), slice(1000, 4000)]  # devices add up their counts
-    counts = sum(
-        np.asarray(
-            ratio_histogram(jnp.float32(log_ratio[h]), jnp.zeros(log_ratio[h].size), jnp.asarray(live[h]))
-        )
-        for h in halves
-    )
+
+    def count(part: slice) -> np.ndarray:
+        trainer = jnp.float32(log_ratio[part])
+        return np.asarray(ratio_histogram(trainer, jnp.zeros_like(trainer), jnp.asarray(live[part])))
+
+    counts = count(slice(0, 1000)) + count(slice(1000, 4000))  # devices add up their counts
     assert counts.sum() == live.sum() and len(counts) == len(EDGES) + 1
     shares = (0.01, 0.1, 0.9, 0.99)
     expected = np.quantile(log_ratio[live], shares)
@@ -64,13 +64,9 @@ def test_quantiles_of_agreement_and_of_nothing() -> None:
 
 def make_batch(on_policy: bool) -> packing.PackedBatch:
     rng = np.random.default_rng(2)
-    rollouts = [
-        Rollout(
-            Prompt("", np.arange(3, dtype=np.int32), ""), np.arange(n, dtype=np.int32),
-            -rng.random(n).astype(np.float32), "stop", 0,
-        )
-        for n in (5, 9, 2)
-    ]  # fmt: skip
+    ids = np.arange(9, dtype=np.int32)
+    logprobs = [-rng.random(n).astype(np.float32) for n in (5, 9, 2)]
+    rollouts = [Rollout(Prompt("", ids[:3], ""), ids[: len(x)], x, "stop", 0) for x in logprobs]
     advantages, layout = np.array([1, -1, 1], np.float32), packing.Layout((32,), (16,))
     return packing.pack(rollouts, advantages, jax.device_count(), layout, on_policy=on_policy)
 
@@ -78,7 +74,7 @@ def make_batch(on_policy: bool) -> packing.PackedBatch:
 @pytest.mark.parametrize("correction", ["none", "truncated", "masked"])
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("on_policy", [False, True])
-def test_what_ratios_are_relative_to(correction: str, stale: bool, on_policy: bool) -> None:
+def test_what_ratios_are_relative_to(correction: Correction, stale: bool, on_policy: bool) -> None:
     recipe = config.from_dict({"sampler": {"correction": correction, "correction_cap": 1.5}})
     packed = make_batch(on_policy and correction == "none" and not stale)
     apart = np.random.default_rng(3).normal(0, 0.5, packed.tokens.shape).astype(np.float32)

@@ -1,5 +1,7 @@
 """The clipped objective against verl's numbers, and against NumPy in float64 with finite differences."""
 
+from __future__ import annotations
+
 import functools
 import json
 from pathlib import Path
@@ -7,8 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
 from jaxrl.grpo import policy_objective, token_weights
+from jaxrl.types import JsonObject
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "grpo_objective.json").read_text())
 MODES = {
@@ -16,16 +20,27 @@ MODES = {
     "seq-mean-token-sum": "sequence_sum",
     "seq-mean-token-mean": "sequence_mean",
 }
+Ranges = dict[str, float]  # clip_low, clip_high, dual_clip
 RANGE = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}
 SIZE = 1024
 
 
 @functools.partial(jax.jit, static_argnames=RANGE)
-def compiled(*arrays, **ranges):
+def compiled(
+    *arrays: np.ndarray, **ranges: float
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], jax.Array]:
     return jax.value_and_grad(functools.partial(policy_objective, **ranges), has_aux=True)(*arrays)
 
 
-def value_and_grad(logprobs, old_logprobs, advantages, weights, *, padding=True, **ranges):
+def value_and_grad(
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    weights: ArrayLike,
+    *,
+    padding: bool = True,
+    **ranges: float,
+) -> tuple[float, np.ndarray, dict[str, float]]:
     """Loss, gradient with respect to `logprobs` and metrics; as one row of SIZE tokens, so as to compile once."""
     arrays = [np.asarray(x, np.float32) for x in (logprobs, old_logprobs, advantages, weights)]
     shape, size = arrays[0].shape, arrays[0].size
@@ -39,13 +54,12 @@ def value_and_grad(logprobs, old_logprobs, advantages, weights, *, padding=True,
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"seed{case['seed']}")
-def test_golden(case, mode):
+def test_loss_gradient_and_metrics_are_verls(case: JsonObject, mode: str) -> None:
     mask, expected = np.array(case["mask"]), case["objective"][mode]
     advantages = np.broadcast_to(np.array(case["advantage"])[:, None], mask.shape)
-    loss, grad, metrics = value_and_grad(
-        case["logprob"], case["old_logprob"], advantages, token_weights(mask, MODES[mode]),
-        clip_low=case["clip_low"], clip_high=case["clip_high"], dual_clip=case["clip_c"],
-    )  # fmt: skip
+    arrays = case["logprob"], case["old_logprob"], advantages, token_weights(mask, MODES[mode])
+    ranges = {"clip_low": case["clip_low"], "clip_high": case["clip_high"], "dual_clip": case["clip_c"]}
+    loss, grad, metrics = value_and_grad(*arrays, **ranges)
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     near(loss, expected["loss"])
     near(grad, expected["grad_logprob"])
@@ -56,12 +70,14 @@ def test_golden(case, mode):
     near(metrics["ratio_max"], ratio[mask == 1].max())
 
 
-def test_golden_reaches_every_branch():
+def test_golden_reaches_every_branch() -> None:
     modes = [case["objective"]["token-mean"] for case in GOLDEN]
     assert sum(m["clipfrac"] > 0 for m in modes) > 3 and sum(m["clipfrac_lower"] > 0 for m in modes) > 3
 
 
-def token_loss(logprob, old, advantage, clip_low, clip_high, dual_clip):
+def token_loss(
+    logprob: float, old: float, advantage: float, clip_low: float, clip_high: float, dual_clip: float
+) -> float:
     """One token, in words: by the sign of the advantage, where does the ratio stop counting?"""
     ratio = np.exp(logprob - old)
     if advantage >= 0:
@@ -69,7 +85,7 @@ def token_loss(logprob, old, advantage, clip_low, clip_high, dual_clip):
     return -advantage * min(max(ratio, 1 - clip_low), dual_clip)
 
 
-def tokens(seed=0, size=400):
+def tokens(seed: int = 0, size: int = 400) -> tuple[np.ndarray, ...]:
     """Ratios on both sides of every limit, none within 1e-3 of a kink."""
     rng = np.random.default_rng(seed)
     old, advantages = -rng.exponential(size=size), rng.normal(size=size)
@@ -85,11 +101,11 @@ def tokens(seed=0, size=400):
     [RANGE, {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}, {"clip_low": 0.9, "clip_high": 4.0}],
     ids=["justrl", "symmetric", "wide"],
 )
-def test_float64_and_finite_differences(ranges):
+def test_values_are_those_in_float64_and_gradients_finite_differences(ranges: Ranges) -> None:
     ranges = RANGE | ranges
     logprobs, old, advantages, weights = tokens()
 
-    def losses(shift=0.0):
+    def losses(shift: float = 0.0) -> np.ndarray:
         rows = zip(logprobs + shift, old, advantages, strict=True)
         return weights * [token_loss(*row, **ranges) for row in rows]
 
@@ -121,14 +137,14 @@ def test_float64_and_finite_differences(ranges):
         (0.0, 20.0, 0.0),
     ],
 )
-def test_each_side_of_each_limit(advantage, ratio, gradient):
+def test_each_side_of_each_limit(advantage: float, ratio: float, gradient: float) -> None:
     _, grad, _ = value_and_grad([np.log(ratio)], [0.0], [advantage], [1.0])
     np.testing.assert_allclose(grad, [gradient], rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 1e4])
 @pytest.mark.parametrize("where", ["logprobs", "old_logprobs", "advantages"])
-def test_weight_zero_leaves_a_token_out(bad, where):
+def test_weight_zero_leaves_a_token_out(bad: float, where: str) -> None:
     names = ["logprobs", "old_logprobs", "advantages", "weights"]
     clean = dict(zip(names, tokens(size=20), strict=True))
     clean["weights"][5:10] = 0
@@ -139,12 +155,12 @@ def test_weight_zero_leaves_a_token_out(bad, where):
     assert not value_and_grad(**dirty)[1][5:10].any()
 
 
-def test_nothing_but_zero_weights():
+def test_nothing_but_zero_weights_gives_zero() -> None:
     loss, grad, metrics = value_and_grad(*np.full((3, 4), np.nan), np.zeros(4))
     assert loss == 0 and not grad.any() and not any(metrics.values())
 
 
-def test_ratio_one_is_the_policy_gradient():
+def test_ratio_one_is_the_policy_gradient() -> None:
     logprobs, _, advantages, weights = tokens()
     loss, grad, metrics = value_and_grad(logprobs, logprobs, advantages, weights)
     np.testing.assert_allclose(grad, -advantages * weights, rtol=1e-6)
@@ -153,19 +169,18 @@ def test_ratio_one_is_the_policy_gradient():
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4)])
-def test_any_leading_axes(shape):
+def test_leading_axes_change_nothing(shape: tuple[int, ...]) -> None:
     flat = tokens(size=24)
     loss, grad, metrics = value_and_grad(*(x.reshape(shape) for x in flat), padding=False)
     expected_loss, expected_grad, expected_metrics = value_and_grad(*flat)
-    assert loss == pytest.approx(expected_loss, rel=1e-5) and metrics == pytest.approx(
-        expected_metrics, rel=1e-5
-    )
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-5)
     assert grad.shape == shape
     np.testing.assert_allclose(grad.reshape(-1), expected_grad, rtol=1e-6)
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_shapes_must_be_equal(index):
+def test_shapes_must_be_equal(index: int) -> None:
     arrays = [np.zeros((2, 3), np.float32)] * 4
     arrays[index] = np.zeros((2, 1), np.float32)
     with pytest.raises(AssertionError):

@@ -1,6 +1,9 @@
 """Packing, read back: every token where it belongs, once, with what belongs to it."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,10 +12,9 @@ from hypothesis import strategies as st
 
 from jaxrl.grpo.advantages import sequence_weights
 from jaxrl.grpo.packing import Layout, PackedBatch, bucket_lengths, pack, place_sequences, stream_lengths
-from jaxrl.types import Prompt, Rollout
+from jaxrl.types import Normalization, Prompt, Rollout
 
 LONGEST = 20
-NORMALIZATIONS = ("token_mean", "sequence_mean", "sequence_sum", "dr_grpo")
 
 
 @dataclasses.dataclass
@@ -23,7 +25,7 @@ class Case:
     streams: tuple[int, ...]
     buckets: tuple[int, ...]
     segments: int = 64
-    normalization: str = "token_mean"
+    normalization: Normalization = "token_mean"
     attention_cost: float = 0.0
     skip_zero_advantage: bool = True
     on_policy: bool = False
@@ -57,11 +59,10 @@ def rollouts_of(sizes: list[tuple[int, int]]) -> list[Rollout]:
 
 
 @st.composite
-def cases(draw) -> Case:
+def cases(draw: st.DrawFn) -> Case:
     sizes = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, LONGEST - 6)), min_size=1, max_size=24))
-    advantages = draw(
-        st.lists(st.sampled_from([0.0, 0.0, 0.7, -1.1]), min_size=len(sizes), max_size=len(sizes))
-    )
+    count = len(sizes)
+    advantages = draw(st.lists(st.sampled_from([0.0, 0.0, 0.7, -1.1]), min_size=count, max_size=count))
     buckets = bucket_lengths(draw(st.sampled_from([1, 4, 7, 20])), LONGEST)
     return Case(
         rollouts_of(sizes),
@@ -70,7 +71,7 @@ def cases(draw) -> Case:
         streams=tuple(sorted({buckets[-1] + draw(st.integers(0, 40)) for _ in range(3)})),
         buckets=buckets,
         segments=draw(st.sampled_from([1, 2, 64])),
-        normalization=draw(st.sampled_from(NORMALIZATIONS)),
+        normalization=draw(st.sampled_from(get_args(Normalization))),
         attention_cost=draw(st.sampled_from([0.0, 0.05, 1.0])),
         skip_zero_advantage=draw(st.booleans()),
         on_policy=draw(st.booleans()),
@@ -79,7 +80,7 @@ def cases(draw) -> Case:
 
 @settings(deadline=None)
 @given(cases())
-def test_read_back(case):
+def test_streams_read_back_are_the_rollouts(case: Case) -> None:
     batch, kept = case.pack(), case.kept()
     owner = {int(t): i for i, r in enumerate(case.rollouts) for t in np.append(r.prompt.tokens, r.tokens)}
     responses = [len(r.tokens) for r in case.rollouts]
@@ -123,7 +124,7 @@ def test_read_back(case):
 
 @settings(deadline=None, max_examples=20)
 @given(cases())
-def test_dtypes_and_determinism(case):
+def test_dtypes_and_determinism(case: Case) -> None:
     batch, again = vars(case.pack()), vars(case.pack())
     floats = {"weights", "advantages", "old_logprobs", "sampler_logprobs", "response_tokens"}
     for name, value in batch.items():
@@ -133,7 +134,7 @@ def test_dtypes_and_determinism(case):
 
 @settings(deadline=None, max_examples=30)
 @given(cases())
-def test_denominators_count_what_is_left_out(case):
+def test_denominators_count_what_is_left_out(case: Case) -> None:
     """Keeping or dropping sequences of zero advantage changes no other sequence's weights."""
     totals = []
     for skip in (True, False):
@@ -143,7 +144,7 @@ def test_denominators_count_what_is_left_out(case):
     np.testing.assert_array_equal(*totals)
 
 
-def test_a_batch_of_which_nothing_is_kept():
+def test_a_batch_of_which_nothing_is_kept() -> None:
     case = Case(rollouts_of([(2, 3)] * 8), np.zeros(8, np.float32), devices=2, streams=(16,), buckets=(8,))
     batch = case.pack()
     assert not batch.micro_batches.any() and (batch.buckets == -1).all() and not batch.weights.any()
@@ -151,22 +152,21 @@ def test_a_batch_of_which_nothing_is_kept():
     np.testing.assert_array_equal(batch.response_tokens, [24, 24])
 
 
-def test_not_a_number_is_kept_and_seen():
-    case = Case(
-        rollouts_of([(2, 3)] * 2), np.array([np.nan, 0], np.float32), devices=1, streams=(8,), buckets=(8,)
-    )
+def test_not_a_number_is_kept_and_seen() -> None:
+    advantages = np.array([np.nan, 0], np.float32)
+    case = Case(rollouts_of([(2, 3)] * 2), advantages, devices=1, streams=(8,), buckets=(8,))
     batch = case.pack()
     assert np.isnan(batch.advantages).any() and batch.micro_batches[0] == 1
 
 
-def test_too_long_for_every_bucket():
+def test_too_long_for_every_bucket() -> None:
     case = Case(rollouts_of([(5, 4)]), np.ones(1, np.float32), devices=1, streams=(16,), buckets=(4, 8))
     with pytest.raises(IndexError):
         case.pack()
 
 
 @given(st.integers(1, 600), st.integers(1, 20_000))
-def test_bucket_lengths(bucket, longest):
+def test_bucket_lengths_are_few_multiples_that_hold_the_longest(bucket: int, longest: int) -> None:
     lengths = bucket_lengths(bucket, longest)
     assert 1 <= len(lengths) <= 32 and lengths[-1] >= longest > lengths[-1] - bucket
     assert not np.any(np.array(lengths) % bucket)
@@ -174,66 +174,56 @@ def test_bucket_lengths(bucket, longest):
     assert (steps[:-1] == steps[0]).all() and 0 < steps[-1] <= steps[0]
 
 
-def test_bucket_lengths_of_justrl():
+def test_bucket_lengths_of_justrl() -> None:
     assert bucket_lengths(512, 1024 + 15_360) == tuple(range(512, 16_385, 512))
 
 
 @given(st.integers(1, 64), st.integers(1, 300), st.integers(0, 300))
-def test_stream_lengths(unit, longest, rest):
+def test_stream_lengths_are_few_multiples_that_hold_the_longest(unit: int, longest: int, rest: int) -> None:
     stream = unit * -(-(longest + rest) // unit)
     lengths = stream_lengths(stream, longest, unit)
     assert 1 <= len(lengths) <= 9 and list(lengths) == sorted(set(lengths)) and lengths[-1] == stream
     assert all(n % unit == 0 and n >= longest and 2 * n >= stream for n in lengths)
 
 
-def test_a_segment_that_fits_no_stream():
+def test_a_segment_that_fits_no_stream() -> None:
     with pytest.raises(ValueError, match="streams of 16 tokens cannot hold attention over 32"):
         place_sequences([20], 1, Layout((16, 32), (16, 32), 8))
 
 
-def longest_shapes(sequences: int, devices: int) -> int:
-    case = Case(
-        rollouts_of([(6, 14)] * sequences), np.ones(sequences, np.float32), devices=devices, streams=(48,),
-        buckets=(4, 20),
-    )  # fmt: skip
-    return case.pack().tokens.shape[1]
-
-
 @pytest.mark.parametrize(("sequences", "devices"), [(16, 1), (16, 4), (15, 4), (3, 8)])
-def test_shapes_do_not_depend_on_lengths(sequences, devices):
+def test_shapes_do_not_depend_on_lengths(sequences: int, devices: int) -> None:
     """Whatever the sequences are, a stream length has one shape: that of the longest there can be."""
-    short = Case(
-        rollouts_of([(1, 1)] * sequences), np.zeros(sequences, np.float32), devices=devices, streams=(48,),
-        buckets=(4, 20),
-    )  # fmt: skip
-    assert short.pack().tokens.shape[1] == longest_shapes(sequences, devices)
+
+    def rows(sizes: tuple[int, int], advantage: float) -> int:
+        advantages = np.full(sequences, advantage, np.float32)
+        case = Case(rollouts_of([sizes] * sequences), advantages, devices, streams=(48,), buckets=(4, 20))
+        return case.pack().tokens.shape[1]
+
+    assert rows((1, 1), advantage=0) == rows((6, 14), advantage=1)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_little_is_computed_for_nothing(seed):
+def test_little_is_computed_for_nothing(seed: int) -> None:
     """512 sequences as R1-Distill-Qwen-1.5B writes them, on 16 devices, costs in FLOPs of that model."""
     rng = np.random.default_rng(seed)
     prompts, sigma = rng.integers(60, 240, 512), np.sqrt(np.log(1 + 0.8**2))
     answers = np.minimum(rng.lognormal(np.log(5_000) - sigma**2 / 2, sigma, 512), 15_360)
     lengths = prompts + answers.astype(int)
-    dense, attended = (
-        2 * (1_310_195_712 + 233_373_696),
-        172_032,
-    )  # forward: a token, a token and one that it sees
+    # of a forward pass: a token, and a token and one that it sees
+    dense, attended = 2 * (1_310_195_712 + 233_373_696), 172_032
     devices, buckets = 16, bucket_lengths(512, 16_384)
     streams = stream_lengths(32_768, 16_384, 1024)
     assert streams == tuple(range(16_384, 32_769, 2048))
-    stream, places = place_sequences(
-        lengths.tolist(), devices, Layout(streams, buckets, 64, attended / dense)
-    )
+    layout = Layout(streams, buckets, 64, attended / dense)
+    stream, places = place_sequences(lengths.tolist(), devices, layout)
     attention, count = np.zeros(devices), np.zeros(devices, int)
     for place, length in zip(places, lengths, strict=True):
         attention[place.device] += attended * buckets[np.searchsorted(buckets, length)] ** 2 / 2
         count[place.device] = max(count[place.device], place.micro_batch + 1)
     executed = dense * stream * count + attention
     needed = (dense * lengths + attended * lengths**2 / 2).sum()
-    print(
-        f"streams {count} of {stream}, executed {executed.sum() / needed:.3f}, {np.ptp(executed) / executed.mean():.4f}"
-    )
+    spread = np.ptp(executed) / executed.mean()
+    print(f"streams {count} of {stream}, executed {executed.sum() / needed:.3f}, {spread:.4f}")
     assert executed.sum() < 1.10 * needed
     assert executed.max() < 1.02 * executed.min()

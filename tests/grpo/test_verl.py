@@ -13,7 +13,7 @@ from jaxrl import config
 from jaxrl.grpo import verl
 from jaxrl.grpo.advantages import sequence_weights
 from jaxrl.prepare import divide
-from jaxrl.types import Prompt, Rollout
+from jaxrl.types import Normalization, Prompt, Rollout
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -68,10 +68,11 @@ def test_the_weights_are_the_objective(seed: int, shape: tuple[int, int], tokens
 
 def test_its_extremes_are_the_token_mean_and_the_sequence_mean() -> None:
     response = np.array([3, 30, 11, 24, 8, 2])
-    for tokens, name in ((10**6, "token_mean"), (1, "sequence_mean")):
-        ((micro_batches),) = verl.divide(response.tolist(), 1, 1, tokens)
+    extremes: tuple[tuple[int, Normalization], ...] = ((10**6, "token_mean"), (1, "sequence_mean"))
+    for tokens, name in extremes:
+        (micro_batches,) = verl.divide(response.tolist(), 1, 1, tokens)
         chosen, weights = verl.weights(micro_batches, response)
-        expected = sequence_weights(response, name, 0)  # type: ignore[arg-type]
+        expected = sequence_weights(response, name, 0)
         np.testing.assert_allclose(weights, expected[chosen], rtol=1e-12)
 
 
@@ -94,16 +95,13 @@ def test_what_justrl_made_of_it(mean: float, micro_batches: float, spread: float
 
 @pytest.mark.parametrize("normalization", ["token_mean", "verl_dynamic"])
 def test_a_recipe_divides_a_step(normalization: str) -> None:
-    recipe = config.from_dict({
-        "rollout": {"prompts": 8, "samples": 4}, "optimizer": {"minibatch_prompts": 4},
-        "loss": {"normalization": normalization, "verl_ranks": 2, "verl_tokens": 64},
-    })  # fmt: skip
-    rng = np.random.default_rng(1)
+    rollout, optimizer = {"prompts": 8, "samples": 4}, {"minibatch_prompts": 4}
+    loss = {"normalization": normalization, "verl_ranks": 2, "verl_tokens": 64}
+    recipe = config.from_dict({"rollout": rollout, "optimizer": optimizer, "loss": loss})
+    rng, ids = np.random.default_rng(1), np.zeros(30, np.int32)
+    lengths = rng.integers(1, 30, 31)  # one prompt's last sample was refused
     rollouts = [
-        Rollout(
-            Prompt("", np.zeros(3, np.int32), ""), np.zeros(n, np.int32), np.zeros(n, np.float32), "stop", 0
-        )
-        for n in rng.integers(1, 30, 31)  # one prompt's last sample was refused
+        Rollout(Prompt("", ids[:3], ""), ids[:n], np.zeros(n, np.float32), "stop", 0) for n in lengths
     ]
     found = list(divide(recipe, rollouts))
     assert len(found) == 2 and sorted(np.concatenate([chosen for chosen, _ in found])) == list(range(31))

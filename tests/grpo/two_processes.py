@@ -1,6 +1,6 @@
 """One of two processes of four devices each: `python two_processes.py PORT RANK DATA GATHER OUT`.
 
-Takes the trajectory of test_update's mini-batches on a mesh over both; rank 0 writes what came of it.
+Follows the trajectory of test_update's mini-batches on a mesh over both; rank 0 writes the results.
 """
 
 import pickle
@@ -21,9 +21,9 @@ t = test_update.trainer(8, int(data), gather=gather)
 state, steps = t.state(), []
 for mini in test_update.minibatches(test_update.UNTIED):
     batch = t.batch(mini)
-    scores = t.logprobs(state.params, batch)
+    logprobs = t.logprobs(state.params, batch)
     state, metrics = t.update(state, batch)
-    steps.append(multihost_utils.process_allgather((state.params, metrics, scores), tiled=True))
+    steps.append(multihost_utils.process_allgather((state.params, metrics, logprobs), tiled=True))
 if rank == "0":
     with Path(out).open("wb") as file:
         pickle.dump(steps, file)

@@ -1,9 +1,12 @@
 """Random checkpoints that transformers itself wrote."""
 
+from __future__ import annotations
+
 import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,9 @@ import pytest
 
 from jaxrl.models import decoder
 from jaxrl.models.decoder import Config, Params, Spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIGS = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}
 # Grouped heads (6 over 2), and for qwen3 a head_dim that is not width / heads.
@@ -29,7 +35,7 @@ SHAPE = {
 
 
 @pytest.fixture(scope="session")
-def reference_model() -> Callable:
+def reference_model() -> Callable[[str, bool], PreTrainedModel]:
     """(family, tied) -> a transformers model whose every parameter, biases and norms included, is random."""
     import torch
     import transformers
@@ -37,15 +43,14 @@ def reference_model() -> Callable:
     torch.set_num_threads(1)
 
     @functools.cache
-    def build(family: str, tied: bool) -> transformers.PreTrainedModel:
+    def build(family: str, tied: bool) -> PreTrainedModel:
         shape = SHAPE | {"head_dim": 16 if family == "qwen3" else 8, "tie_word_embeddings": tied}
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, CONFIGS[family])(**shape))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator) * (
-                    0.2 if parameter.ndim > 1 else 0.5
-                )
+                scale = 0.2 if parameter.ndim > 1 else 0.5
+                noise = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.copy_(noise + 1 if "norm" in name else noise)
         return model.float().eval()
 
@@ -53,7 +58,9 @@ def reference_model() -> Callable:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(reference_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def checkpoint(
+    reference_model: Callable[[str, bool], PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """(family, tied, dtype) -> a folder with several shards and an index, shared: do not change it."""
     import torch
 
@@ -79,6 +86,6 @@ def random_params() -> Callable[[Config], Params]:
             noise = 0.3 * rng.standard_normal(decoder.stacked_shape(spec, config))
             return jnp.asarray(noise + (spec.init == "ones"), jnp.float32)
 
-        return jax.tree.map(create, decoder.declare(config), is_leaf=lambda x: isinstance(x, Spec))
+        return jax.tree.map(create, decoder.declare(config))
 
     return build

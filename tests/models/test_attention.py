@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import functools
 import re
 from collections.abc import Callable
@@ -10,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrl.arrays import Array
 from jaxrl.errors import InputError
 from jaxrl.models import attention, decoder
 from jaxrl.models.attention import Segments, packed_attention
+from jaxrl.types import Backend, Remat
 
 LENGTHS = (4, 8, 16)
 TOKENS, SEGMENTS, HEADS, KV_HEADS, HEAD_DIM = 32, 8, 4, 2, 8
@@ -44,25 +48,29 @@ def random_qkv(seed: int = 0) -> list[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def run(q, k, v, segments, lengths=LENGTHS):
+def run(q: Array, k: Array, v: Array, segments: Segments, lengths: tuple[int, ...] = LENGTHS) -> jax.Array:
     return packed_attention(q, k, v, segments, lengths, "xla")
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def run_vjp(q, k, v, segments, d_out, lengths=LENGTHS):
+def run_vjp(
+    q: Array, k: Array, v: Array, segments: Segments, d_out: Array, lengths: tuple[int, ...] = LENGTHS
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jax.vjp(lambda *qkv: packed_attention(*qkv, segments, lengths, "xla"), q, k, v)[1](d_out)
 
 
-def dense(q, k, v, lengths, d_out=None):
+def dense(
+    q: Array, k: Array, v: Array, lengths: tuple[int, ...], d_out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The whole computation in float64 with one dense mask: (out, dq, dk, dv)."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    n, heads, groups = len(q), q.shape[1], q.shape[1] // k.shape[1]
+    n, heads, shared = len(q), q.shape[1], q.shape[1] // k.shape[1]
     ids = np.repeat(np.arange(len(lengths) + 1), (*lengths, n - sum(lengths)))
     mask = (ids[:, None] == ids[None, :]) & np.tri(n, dtype=bool)
     d_out = np.zeros_like(q) if d_out is None else np.asarray(d_out, np.float64)
     out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for h in range(heads):
-        kv = h // groups
+        kv = h // shared
         s = np.where(mask, q[:, h] @ k[:, kv].T / np.sqrt(q.shape[2]), -np.inf)
         p = np.exp(s - s.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
@@ -76,7 +84,7 @@ def dense(q, k, v, lengths, d_out=None):
 
 
 def random_d_out(lengths: tuple[int, ...], seed: int = 1) -> np.ndarray:
-    """What reaches attention from the loss: nothing for the tokens behind the last segment."""
+    """The gradient that reaches attention from the loss: 0 past the last segment."""
     d_out = np.random.default_rng(seed).standard_normal((TOKENS, HEADS, HEAD_DIM)).astype(np.float32)
     d_out[sum(lengths) :] = 0
     return d_out
@@ -133,18 +141,15 @@ def test_the_reference_gradients_are_derivatives() -> None:
 def test_gradients_are_derivatives_of_the_function_itself() -> None:
     lengths = LAYOUTS["odd_lengths"]
     segments, d_out = layout(lengths), random_d_out(lengths)
-    jax.test_util.check_grads(
-        lambda *qkv: jnp.sum(run(*qkv, segments) * d_out),
-        random_qkv(),
-        order=1,
-        modes="rev",
-        atol=2e-2,
-        rtol=2e-2,
-    )
+
+    def loss(*qkv: jax.Array) -> jax.Array:
+        return jnp.sum(run(*qkv, segments) * d_out)
+
+    jax.test_util.check_grads(loss, random_qkv(), order=1, modes="rev", atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("target", range(4))
-def test_a_segment_knows_nothing_of_its_neighbours(target: int) -> None:
+def test_a_segment_does_not_depend_on_its_neighbors(target: int) -> None:
     lengths = (9, 3, 5, 6)  # every bucket overruns its segment
     start, end = sum(lengths[:target]), sum(lengths[: target + 1])
     segments, qkv, d_out = layout(lengths), random_qkv(), random_d_out(lengths)
@@ -152,14 +157,14 @@ def test_a_segment_knows_nothing_of_its_neighbours(target: int) -> None:
     own = own[:, None, None]
     poisoned = [np.where(own, x, 1e4 * y) for x, y in zip(qkv, random_qkv(7), strict=True)]
     poisoned_d_out = np.where(own, d_out, 1e4 * random_d_out((TOKENS,), 8))
+    # the last segment's overrun belongs to no segment: its gradient is zero by contract
     if target == len(lengths) - 1:
-        poisoned_d_out[end:] = 0  # the last segment's overrun is no one's: its gradient is zero by contract
+        poisoned_d_out[end:] = 0
     clean, dirty = run(*qkv, segments), run(*poisoned, segments)
     assert np.asarray(clean[start:end]).tobytes() == np.asarray(dirty[start:end]).tobytes()
     assert not np.array_equal(clean[: sum(lengths)], dirty[: sum(lengths)])
-    for one, two in zip(
-        run_vjp(*qkv, segments, d_out), run_vjp(*poisoned, segments, poisoned_d_out), strict=True
-    ):
+    grads, poisoned_grads = run_vjp(*qkv, segments, d_out), run_vjp(*poisoned, segments, poisoned_d_out)
+    for one, two in zip(grads, poisoned_grads, strict=True):
         np.testing.assert_array_equal(one[start:end], two[start:end])
 
 
@@ -213,9 +218,10 @@ def test_long_sequences_are_scored_by_blocks(length: int) -> None:
 
 def test_no_length_is_scored_densely() -> None:
     """Forward and backward of 8,192 tokens: no buffer holds as much as an eighth of the scores."""
-    length, shape = 8192, lambda h: jax.ShapeDtypeStruct((8192, h, HEAD_DIM), np.float32)
+    length = 8192
+    q, k, v, d_out = (jax.ShapeDtypeStruct((length, h, HEAD_DIM), np.float32) for h in (4, 2, 2, 4))
     segments = Segments(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
-    compiled = run_vjp.lower(shape(4), shape(2), shape(2), segments, shape(4), (length,)).compile()
+    compiled = run_vjp.lower(q, k, v, segments, d_out, (length,)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * length * length / 8
 
 
@@ -228,18 +234,19 @@ def test_backend_is_chosen_by_hardware() -> None:
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "cudnn_packed"])
-def test_cudnn_lowers_and_runs_forward_once(backend: attention.Backend, cudnn_anywhere: None) -> None:
-    """What can be shown without a GPU: the program for one has the right calls, one forward and one backward."""
+def test_cudnn_lowers_and_runs_forward_once(backend: Backend, cudnn_anywhere: None) -> None:
+    """The program for a GPU, which needs none to be lowered, has one forward and one backward call."""
     if backend == "cudnn_packed" and jax.__version_info__ < (0, 11, 1):
         pytest.skip("grouped heads are wrong before jax 0.11.1")
     segments = Segments(jnp.array([0, 128, 0], jnp.int32), jnp.array([0, 0, -1], jnp.int32))
     shapes = [jax.ShapeDtypeStruct((512, h, 128), jnp.bfloat16) for h in (4, 2, 2)]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attention"))
-    def attend(q, k, v):
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return packed_attention(q, k, v, segments, (128,), backend)
 
-    def loss(q, k, v):  # what comes before attention is recomputed, attention is not
+    # what comes before attention is recomputed, attention is not
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(attend(jnp.sin(q), k, v).astype(jnp.float32) ** 2)
 
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",))
@@ -249,7 +256,7 @@ def test_cudnn_lowers_and_runs_forward_once(backend: attention.Backend, cudnn_an
 
 @pytest.fixture
 def cudnn_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes over JAX's look at the GPU that a lowering for another machine does not need."""
+    """Skips JAX's checks of the local GPU, which a lowering for another machine does not need."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
@@ -276,10 +283,13 @@ def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         zero = jax.pure_callback(tick, jax.ShapeDtypeStruct((), jnp.float32), x.ravel()[0])
         return x + zero.reshape((1,) * x.ndim)
 
-    counted.defjvp(lambda primals, tangents: (counted(*primals), *tangents))
+    @counted.defjvp
+    def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return (counted(*primals), *tangents)
+
     plain = attention._kernel
 
-    def kernel(backend: attention.Backend) -> attention.Kernel:
+    def kernel(backend: Backend) -> attention.Kernel:
         forward, backward = plain(backend)
         return attention.Kernel(lambda q, k, v: forward(counted(q), k, v), backward)
 
@@ -287,25 +297,19 @@ def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-def model_grads(remat: decoder.Remat, params: decoder.Params) -> decoder.Params:
+def model_grads(remat: Remat, params: decoder.Params) -> decoder.Params:
     lengths = LAYOUTS["odd_lengths"]
-    segments = layout(lengths)
-    positions = jnp.concatenate([jnp.arange(n) for n in (*lengths, TOKENS - sum(lengths))])
+    segments, used = layout(lengths), sum(lengths)
+    positions = jnp.concatenate([jnp.arange(n) for n in (*lengths, TOKENS - used)])
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return packed_attention(q, k, v, segments, LENGTHS, "xla"), None
 
     @jax.jit
-    def grads(params: decoder.Params) -> decoder.Params:
-        def loss(params: decoder.Params) -> jax.Array:
-            hidden, _ = decoder.forward(
-                MODEL,
-                params,
-                jnp.arange(TOKENS),
-                positions,
-                lambda q, k, v, _: (packed_attention(q, k, v, segments, LENGTHS, "xla"), None),
-                remat=remat,
-            )
-            return jnp.sum(jnp.square(hidden[: sum(lengths)]) * jnp.linspace(0, 1, 16).reshape(1, -1))
-
-        return jax.grad(loss)(params)
+    @jax.grad
+    def grads(params: decoder.Params) -> jax.Array:
+        hidden, _ = decoder.forward(MODEL, params, jnp.arange(TOKENS), positions, attend, remat=remat)
+        return jnp.sum(jnp.square(hidden[:used]) * jnp.linspace(0, 1, 16).reshape(1, -1))
 
     return jax.block_until_ready(grads(params))
 
@@ -313,14 +317,14 @@ def model_grads(remat: decoder.Remat, params: decoder.Params) -> decoder.Params:
 # A run is one segment of one layer.
 @pytest.mark.parametrize(("remat", "passes"), [("none", 1), ("attention", 1), ("full", 2)])
 def test_what_is_recomputed(
-    remat: decoder.Remat, passes: int, kernel_runs: list[int], random_params: Callable
+    remat: Remat, passes: int, kernel_runs: list[int], random_params: Callable[..., decoder.Params]
 ) -> None:
     model_grads(remat, random_params(MODEL))
     jax.effects_barrier()
     assert len(kernel_runs) == passes * LAYERS * len(LAYOUTS["odd_lengths"])
 
 
-def test_recomputation_changes_no_gradient(random_params: Callable) -> None:
+def test_recomputation_changes_no_gradient(random_params: Callable[..., decoder.Params]) -> None:
     params = random_params(MODEL)
     plain = model_grads("none", params)
     for remat in ("attention", "full"):

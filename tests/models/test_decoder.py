@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +11,14 @@ import pytest
 
 from jaxrl.models import decoder, hf
 from jaxrl.models.attention import Segments, packed_attention
-from jaxrl.models.decoder import Config, Spec
+from jaxrl.models.decoder import Config, Params
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 LENGTHS = (5, 1, 9, 7)
 STREAM, BUCKETS = 32, (4, 8, 16)
 
 
-def config(family: str = "qwen2", **changes) -> Config:
+def config(family: str = "qwen2", **changes: int | bool) -> Config:
     values = {
         "family": family,
         "vocab_size": 50,
@@ -56,7 +58,9 @@ def test_the_paper_model_has_its_size() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_stream_equals_each_sequence_alone(family: str, random_params: Callable) -> None:
+def test_a_packed_stream_equals_each_sequence_alone(
+    family: str, random_params: Callable[[Config], Params]
+) -> None:
     c = config(family)
     params = random_params(c)
     rows = [np.random.default_rng(i).integers(0, c.vocab_size, n) for i, n in enumerate(LENGTHS)]
@@ -66,20 +70,22 @@ def test_a_packed_stream_equals_each_sequence_alone(family: str, random_params: 
     starts = np.cumsum([0, *LENGTHS[:-1], 0])
     segments = Segments(jnp.asarray(starts), jnp.asarray([*np.searchsorted(BUCKETS, LENGTHS), -1]))
 
-    def packed(q, k, v, _):
+    def packed(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
         return packed_attention(q, k, v, segments, BUCKETS, "xla"), None
 
     hidden, kept = jax.jit(lambda p: decoder.forward(c, p, tokens, positions, packed))(params)
     assert kept is None
-    alone = jax.jit(
-        lambda p, row: decoder.forward(c, p, row, jnp.arange(row.size)[None], decoder.dense_attend)[0]
-    )
+
+    @jax.jit
+    def alone(row: jax.Array) -> jax.Array:
+        return decoder.forward(c, params, row, jnp.arange(row.size)[None], decoder.dense_attend)[0]
+
     for start, row in zip(starts, rows, strict=False):
-        expected = alone(params, row[None])[0]
+        expected = alone(row[None])[0]
         np.testing.assert_allclose(hidden[start : start + row.size], expected, atol=2e-5)
 
 
-def test_later_tokens_change_nothing_before_them(random_params: Callable) -> None:
+def test_later_tokens_change_nothing_before_them(random_params: Callable[[Config], Params]) -> None:
     c = config()
     params = random_params(c)
     one = np.random.default_rng(0).integers(0, c.vocab_size, (1, 12))
@@ -91,13 +97,13 @@ def test_later_tokens_change_nothing_before_them(random_params: Callable) -> Non
     assert not np.allclose(a[:, 8:], b[:, 8:], atol=1e-2)
 
 
-def test_only_differences_of_positions_matter(random_params: Callable) -> None:
+def test_only_differences_of_positions_matter(random_params: Callable[[Config], Params]) -> None:
     c = config("qwen3")
     params = random_params(c)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, c.vocab_size, (1, 10)))
 
     @jax.jit
-    def hidden(positions):
+    def hidden(positions: jax.Array) -> jax.Array:
         return decoder.forward(c, params, tokens, positions[None], decoder.dense_attend)[0]
 
     plain = hidden(jnp.arange(10))
@@ -106,7 +112,7 @@ def test_only_differences_of_positions_matter(random_params: Callable) -> None:
     assert not np.allclose(hidden(jnp.zeros(10, jnp.int32)), plain, atol=1e-2)
 
 
-def test_what_attention_keeps_is_stacked_over_layers(random_params: Callable) -> None:
+def test_what_attention_keeps_is_stacked_over_layers(random_params: Callable[[Config], Params]) -> None:
     c = config()
     tokens = jnp.zeros((2, 6), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
@@ -114,11 +120,11 @@ def test_what_attention_keeps_is_stacked_over_layers(random_params: Callable) ->
     assert k.shape == v.shape == (c.layers, 2, 6, c.kv_heads, c.head_dim)
 
 
-def test_each_layer_gets_its_slice_of_the_cache(random_params: Callable) -> None:
+def test_each_layer_gets_its_slice_of_the_cache(random_params: Callable[[Config], Params]) -> None:
     c = config()
     cache = jnp.arange(float(c.layers))
 
-    def attend(q, k, v, part):
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros_like(q), part * 10
 
     tokens = jnp.zeros((4,), jnp.int32)
@@ -126,19 +132,17 @@ def test_each_layer_gets_its_slice_of_the_cache(random_params: Callable) -> None
     np.testing.assert_array_equal(kept, [0, 10, 20])
 
 
-def test_computes_in_the_dtype_asked_for(random_params: Callable) -> None:
+def test_computes_in_the_dtype_asked_for(random_params: Callable[[Config], Params]) -> None:
     c = config()
     params, tokens = random_params(c), jnp.arange(10)[None]
-    hidden, _ = decoder.forward(
-        c, params, tokens, jnp.arange(10)[None], decoder.dense_attend, dtype="bfloat16"
-    )
+    hidden, _ = decoder.forward(c, params, tokens, tokens, decoder.dense_attend, dtype="bfloat16")
     assert hidden.dtype == jnp.bfloat16
     exact, half = decoder.logits(c, params, tokens), decoder.logits(c, params, tokens, "bfloat16")
     assert exact.dtype == half.dtype == jnp.float32
     assert 1e-5 < float(jnp.abs(exact - half).max()) < 0.1 * float(jnp.abs(exact).max())
 
 
-def test_tied_models_use_the_embedding_as_head(random_params: Callable) -> None:
+def test_tied_models_use_the_embedding_as_head(random_params: Callable[[Config], Params]) -> None:
     tied, untied = config(tied=True), config()
     params = random_params(tied)
     assert "head" not in params
@@ -180,13 +184,10 @@ def test_rope(theta: float) -> None:
     np.testing.assert_array_equal(got[:, 0][0], np.asarray(x[0, 0], np.float32))  # position 0 turns nothing
 
 
-def test_initialise() -> None:
+def test_initialize_draws_what_is_declared() -> None:
     c = config("qwen3", vocab_size=400, width=64)
     params = decoder.initialize(c, 0, scale=0.05)
-    specs = decoder.declare(c)
-    for spec, leaf in zip(
-        jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Spec)), jax.tree.leaves(params), strict=True
-    ):
+    for spec, leaf in zip(decoder.specs(c), jax.tree.leaves(params), strict=True):
         assert leaf.shape == decoder.stacked_shape(spec, c) and leaf.dtype == jnp.float32, spec.name
         if spec.init == "normal":
             np.testing.assert_allclose(np.std(leaf), 0.05, rtol=0.05, err_msg=spec.name)
@@ -198,7 +199,7 @@ def test_initialise() -> None:
     assert abs(np.corrcoef(params["layers"]["k"].ravel(), params["layers"]["v"].ravel())[0, 1]) < 0.1
 
 
-def test_initialise_follows_seed_dtype_and_family() -> None:
+def test_initialize_follows_seed_dtype_and_family() -> None:
     c = config("qwen2", layers=1)
     one, same, other = (decoder.initialize(c, seed, "bfloat16") for seed in (0, 0, 1))
     np.testing.assert_array_equal(one["embed"], same["embed"])

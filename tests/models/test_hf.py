@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import functools
 import json
 import os
@@ -6,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -16,13 +18,17 @@ from jaxrl import models
 from jaxrl.errors import InputError
 from jaxrl.models import hf
 from jaxrl.models.decoder import Params
+from jaxrl.types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VARIANTS = [(family, tied) for family in ("qwen2", "qwen3", "llama") for tied in (True, False)]
 TOKENS = np.random.default_rng(0).integers(0, 104, (3, 17))
 SMOLLM2 = Path(os.environ.get("SMOLLM2", Path(__file__).parents[2] / "models/smollm2-135m-instruct"))
 
 
-def reference_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+def reference_logits(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
@@ -51,13 +57,13 @@ def folder(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     return shutil.copytree(checkpoint("qwen2"), tmp_path / "model")
 
 
-def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> None:
+def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes: object) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in raw.items() if key not in remove}))
 
 
-def one_line(call: Callable[[], Any]) -> str:
+def one_line(call: Callable[[], object]) -> str:
     """The message of the InputError that `call` raises."""
     with pytest.raises(InputError) as caught:
         call()
@@ -68,7 +74,7 @@ def one_line(call: Callable[[], Any]) -> str:
 
 @pytest.mark.parametrize(("family", "tied"), VARIANTS)
 def test_logits_are_those_of_transformers(
-    family: str, tied: bool, reference_model: Callable, checkpoint: Callable[..., Path]
+    family: str, tied: bool, reference_model: Callable[..., PreTrainedModel], checkpoint: Callable[..., Path]
 ) -> None:
     expected = reference_logits(reference_model(family, tied), TOKENS)
     assert np.std(expected) > 0.5
@@ -93,7 +99,9 @@ def test_tokens_of_any_rank(checkpoint: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["rope_theta", "rope_parameters"])
-def test_both_dialects_of_rope(dialect: str, folder: Path, reference_model: Callable) -> None:
+def test_both_dialects_of_rope(
+    dialect: str, folder: Path, reference_model: Callable[..., PreTrainedModel]
+) -> None:
     if dialect == "rope_theta":
         edit_config(folder, remove=("rope_parameters",), rope_theta=50_000.0, rope_scaling=None)
     else:
@@ -131,7 +139,7 @@ def test_transformers_loads_what_is_saved(
     family: str,
     tied: bool,
     with_folder: bool,
-    reference_model: Callable,
+    reference_model: Callable[..., PreTrainedModel],
     checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
@@ -216,7 +224,7 @@ def test_a_save_that_dies_leaves_the_old_weights(folder: Path, monkeypatch: pyte
     model = models.load(folder)
     doubled = hf.Model(model.config, jax.tree.map(lambda x: 2 * x, model.params), folder)
 
-    def die(*_: Any) -> None:
+    def die(_: int) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(hf.os, "fsync", die)
@@ -266,7 +274,7 @@ def test_shards_are_slices_of_the_whole(
         assert array.addressable_shards[0].data.size * devices == array.size
 
 
-def test_norms_may_be_divided_by_layers(tmp_path: Path, random_params: Callable) -> None:
+def test_norms_may_be_divided_by_layers(tmp_path: Path, random_params: Callable[..., Params]) -> None:
     config = hf.Config("qwen3", 40, 16, 16, 4, 2, 6, 24, 1e4, 1e-6, True, 64)
     mesh = jax.make_mesh((1, 8), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     models.save(hf.Model(config, random_params(config)), tmp_path)
@@ -337,9 +345,8 @@ def test_loading_holds_one_copy(place: str, tmp_path: Path) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
     assert str(missing) in one_line(lambda: models.load(missing))
-    assert "org/absent" in one_line(
-        lambda: models.load("org/absent")
-    )  # a Hub id, and there is no network here
+    # a Hub id, and there is no network here
+    assert "org/absent" in one_line(lambda: models.load("org/absent"))
 
 
 def test_a_folder_without_weights(folder: Path) -> None:
@@ -370,7 +377,7 @@ def test_truncated_weights(dtype: str, checkpoint: Callable[..., Path], tmp_path
         assert str(path) in message and "truncated" in message, size
 
 
-def _header(entry: Any) -> bytes:
+def header_of(entry: object) -> bytes:
     encoded = json.dumps(entry).encode()
     return len(encoded).to_bytes(8, "little") + encoded + bytes(64)
 
@@ -383,20 +390,26 @@ def _header(entry: Any) -> bytes:
         pytest.param(b"<!DOCTYPE html><html>not found</html>" * 9, id="html"),
         pytest.param(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", id="lfs_pointer"),
         pytest.param(np.random.default_rng(0).bytes(5000), id="random"),
-        pytest.param(_header([1]), id="header_is_a_list"),
-        pytest.param(_header({"a": 3}), id="entry_is_a_number"),
-        pytest.param(_header({"a": {"dtype": "F32", "shape": [2]}}), id="no_offsets"),
+        pytest.param(header_of([1]), id="header_is_a_list"),
+        pytest.param(header_of({"a": 3}), id="entry_is_a_number"),
+        pytest.param(header_of({"a": {"dtype": "F32", "shape": [2]}}), id="no_offsets"),
         pytest.param(
-            _header({"a": {"dtype": "F32", "shape": [2], "data_offsets": ["0", 8]}}), id="text_offset"
+            header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": ["0", 8]}}), id="text_offset"
         ),
-        pytest.param(_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}), id="backwards"),
-        pytest.param(_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 8]}}), id="negative"),
         pytest.param(
-            _header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-16, -8]}}), id="behind_the_end"
+            header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}), id="backwards"
         ),
-        pytest.param(_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 7]}}), id="odd_bytes"),
         pytest.param(
-            _header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}), id="short_tensor"
+            header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 8]}}), id="negative"
+        ),
+        pytest.param(
+            header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-16, -8]}}), id="behind_the_end"
+        ),
+        pytest.param(
+            header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 7]}}), id="odd_bytes"
+        ),
+        pytest.param(
+            header_of({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}), id="short_tensor"
         ),
     ],
 )
@@ -408,7 +421,7 @@ def test_garbage_weights(content: bytes, folder: Path) -> None:
 
 def test_weights_of_a_type_that_is_not_read(folder: Path) -> None:
     path = folder / "extra.safetensors"
-    path.write_bytes(_header({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}))
+    path.write_bytes(header_of({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}))
     message = one_line(lambda: models.load(folder))
     assert str(path) in message and "F8_E4M3" in message
 
@@ -454,7 +467,7 @@ def test_tensors_that_do_not_belong_to_the_config(with_mesh: bool, folder: Path)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_configs_that_are_not_supported(changes: dict[str, Any], named: str, folder: Path) -> None:
+def test_configs_that_are_not_supported(changes: JsonObject, named: str, folder: Path) -> None:
     edit_config(folder, **changes)
     message = one_line(lambda: models.load(folder))
     assert str(folder / "config.json") in message and named in message
