@@ -1,4 +1,4 @@
-"""The report of a long run: seconds to write its page, the page's size, seconds until a browser shows it.
+"""The report of a long run: seconds to write it, the page's size, seconds until a browser shows the page.
 
     python -m benchmarks.report [--tokens 200]
 
@@ -28,7 +28,7 @@ WORDS = [
 
 
 def make_run(folder: Path, steps: int = 4000, rollouts: int = 20_000, tokens: int = 200) -> None:
-    """Random curves in the shape of a long run's; rollouts of 80 steps, whose lengths are log-normal."""
+    """Random curves in the shape of a long run's, and rollouts of 80 steps, with log-normal lengths."""
     rng = np.random.default_rng(0)
     at = np.linspace(0, 1, steps)
     names = [f"other/{i}" for i in range(12)] + ["update/grad_norm", "update/tokens"]
@@ -49,24 +49,19 @@ def make_run(folder: Path, steps: int = 4000, rollouts: int = 20_000, tokens: in
         for p in range(-(-rollouts // kept // group)):
             prompt = Prompt(f"{n}-{p}", rng.integers(0, len(WORDS), 40), str(p))
             lengths = np.maximum(rng.lognormal(np.log(tokens) - 0.3, 0.8, group).astype(int), 1)
-            groups.append(
-                [
-                    Rollout(
-                        prompt,
-                        rng.integers(0, len(WORDS), length),
-                        -rng.exponential(0.4, length).astype(np.float32) * (rng.random(length) < 0.4),
-                        "stop",
-                        step,
-                        float(rng.choice([-1, 1])),
-                    )
-                    for length in lengths
-                ]
-            )
+            groups.append([make_rollout(rng, prompt, length, step) for length in lengths])
         write_rollouts(folder, step, groups, lambda ids: "".join(f" {WORDS[i]}" for i in ids))
 
 
+def make_rollout(rng: np.random.Generator, prompt: Prompt, length: int, step: int) -> Rollout:
+    """Random words, of which two fifths were not certain."""
+    tokens = rng.integers(0, len(WORDS), length)
+    logprobs = -rng.exponential(0.4, length).astype(np.float32) * (rng.random(length) < 0.4)
+    return Rollout(prompt, tokens, logprobs, "stop", step, score=float(rng.choice([-1, 1])))
+
+
 def seconds_to_show(page: Path) -> float | None:
-    """None without a browser."""
+    """Seconds until Chromium has drawn the page; None where it or its driver is missing."""
     programs = shutil.which("chromium"), shutil.which("chromedriver")
     if not all(programs):
         return None
@@ -100,7 +95,7 @@ def main() -> None:
         page = report([run])[-1]
         wrote = time.monotonic() - began
         shown = seconds_to_show(page)
-        result = {
+        result: dict[str, float | None] = {
             "tokens": args.tokens,
             "rollouts_mb": round(stored / 1e6, 1),
             "page_mb": round(page.stat().st_size / 1e6, 1),

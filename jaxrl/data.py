@@ -1,4 +1,4 @@
-"""Prompts: from a file or a Hub id to token ids. Which of them make up batch k is a function of the seed and k."""
+"""Prompts: from a file or a Hub id to token ids. The batch of a step is a function of the seed and the step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Int32
 
 from jaxrl import config
 from jaxrl.errors import InputError, first_line
 from jaxrl.rewards.strict_boxed import BOX, extract
-from jaxrl.types import Detokenize, Prompt, Tokenizer
+from jaxrl.types import Detokenize, JsonObject, Order, Prompt, Tokenizer
+
+Rows = Iterator[tuple[str, JsonObject]]  # where a row is, for messages, and its values by column
 
 # The instruction that DAPO-Math-17k puts around every problem; JustRL's authors took it off.
 DAPO_PREFIX = (
@@ -23,7 +29,7 @@ DAPO_PREFIX = (
 )
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 
-ID_COLUMNS = ("id", "index", "extra_info.index")  # of these the first that a row has names its prompt
+ID_COLUMNS = ("id", "index", "extra_info.index")  # the first of these that a row has names its prompt
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 BATCH = 1024  # rows templated and tokenized at a time
 COPIES = 100  # of each row, in the released DAPO-Math-17k
@@ -31,7 +37,7 @@ COPIES = 100  # of each row, in the released DAPO-Math-17k
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts ready for sampling, and what became of the rows they were made from."""
+    """Prompts ready for sampling, and counts of the rows that they come from."""
 
     prompts: list[Prompt]
     path: str
@@ -40,17 +46,18 @@ class PromptSet:
     overlong: int
 
     def summary(self) -> str:
+        """A line for people."""
         return (
             f"{self.path}: {len(self.prompts):,} prompts from {self.rows:,} rows "
             f"({self.duplicates:,} duplicates, {self.overlong:,} over-long left out)"
         )
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a Hugging Face folder.
+def load_tokenizer(path: str) -> Tokenizer:
+    """Loads the tokenizer of a Hugging Face folder.
 
     Raises:
-      InputError: if there is none that can be read.
+      InputError: if there is none, or it cannot be read.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is intended
     from transformers import AutoTokenizer
@@ -59,69 +66,53 @@ def load_tokenizer(path: str) -> Any:
     if Path(path).is_dir() and not any((Path(path) / name).exists() for name in VOCABULARIES):
         raise InputError(f"{path}: no tokenizer; the folder needs tokenizer.json and tokenizer_config.json")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(path))
     except Exception as error:  # whatever the many tokenizer classes raise
+        why = first_line(error)
         raise InputError(
-            f"{path}: no readable tokenizer ({first_line(error)}); a model folder has tokenizer.json"
+            f"{path}: no readable tokenizer ({why}); a model folder has tokenizer.json"
         ) from None
 
 
-def load_prompts(section: config.Data, tokenizer: Any, path: str | None = None, limit: int = 0) -> PromptSet:
+def load_prompts(
+    section: config.Data, tokenizer: Tokenizer, path: str | None = None, limit: int = 0
+) -> PromptSet:
     """Reads, cleans, templates and tokenizes problems.
 
     Args:
       section: the recipe's [data].
-      tokenizer: of transformers.
-      path: other rows than section.path's (held-out problems).
-      limit: take the first n that are not over-long; 0 takes all.
+      tokenizer: of the model.
+      path: of other rows than section.path's (held-out problems).
+      limit: takes the first n that are not over-long; 0 takes all.
 
     Raises:
       InputError: naming the file, and the row or column, for anything that cannot be used as it is.
     """
     source = path or section.path
-    check_template(tokenizer, section)
-    kept: list[tuple[str, str, str]] = []
-    seen: set[str] = set()
-    rows = 0
-    for where, row in read_rows(source, (section.problem_column, section.answer_column), ID_COLUMNS):
-        rows += 1
-        text = _problem(row[section.problem_column], section, where)
-        if section.deduplicate and text in seen:
-            continue
-        seen.add(text)
-        name = next((str(row[c]) for c in ID_COLUMNS if row.get(c) is not None), str(rows))
-        kept.append((name, text, _answer(row[section.answer_column], section, where)))
-    if not kept:
-        raise InputError(f"{source}: no rows in it; give a file with problems")
+    require_template(tokenizer, section)
+    rows, problems = _read_problems(source, section)
+    texts = [problem.text for problem in problems]
     prompts: list[Prompt] = []
     overlong = 0
-    for (name, _, answer), tokens in zip(
-        kept, encode(tokenizer, section, [text for _, text, _ in kept]), strict=False
-    ):
+    for problem, tokens in zip(problems, encode(tokenizer, section, texts), strict=False):
         if limit and len(prompts) == limit:
             break
         if len(tokens) > section.max_prompt_tokens:
             overlong += 1
         else:
-            prompts.append(Prompt(name, tokens, answer))
+            prompts.append(Prompt(problem.id, tokens, problem.answer))
     if not prompts:
         raise InputError(
             f"{source}: all {overlong} prompts are longer than data.max_prompt_tokens = "
             f"{section.max_prompt_tokens}; raise it"
         )
-    return PromptSet(prompts, source, rows, rows - len(kept), overlong)
+    return PromptSet(prompts, source, rows, rows - len(problems), overlong)
 
 
-def batch(
-    prompts: Sequence[Prompt],
-    seed: int,
-    step: int,
-    size: int,
-    order: Literal["shuffle", "copies", "replacement"],
-) -> list[Prompt]:
+def batch(prompts: Sequence[Prompt], seed: int, step: int, size: int, order: Order) -> list[Prompt]:
     """The prompts of one step, a pure function of the arguments.
 
-    `shuffle` walks through epochs, each a permutation of its own, and a batch may lie across two or more; an epoch of
+    `shuffle` goes through epochs, each a permutation of its own, and a batch may span two or more; an epoch of
     `copies` has every prompt COPIES times; `replacement` draws independently.
     """
     n = len(prompts)
@@ -133,21 +124,49 @@ def batch(
     return [prompts[epochs[p // rows][p % rows] % n] for p in positions]
 
 
-def read_rows(
-    path: str, columns: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Rows:
     """Yields (where, {column: value}) from a .jsonl or .parquet file, or the training files of a Hub data set.
 
     Args:
       path: the file, or a Hub id.
       columns: to read; a dot enters a struct.
-      optional: to read where there are any.
+      optional: to read where a row or file has them.
 
     Raises:
       InputError: if there is no such file, data set or column, or a line is not JSON.
     """
     for file in _files(path):
         yield from (_parquet_rows if file.suffix == ".parquet" else _jsonl_rows)(file, columns, optional)
+
+
+class _Kept(NamedTuple):
+    """A row that was kept."""
+
+    id: str
+    text: str
+    answer: str
+
+
+def _read_problems(source: str, section: config.Data) -> tuple[int, list[_Kept]]:
+    """The number of rows, and the problems in them, without duplicates where the recipe wants that.
+
+    Raises:
+      InputError: if there are none, or a row cannot be used.
+    """
+    problems: list[_Kept] = []
+    seen: set[str] = set()
+    rows = 0
+    for where, row in read_rows(source, (section.problem_column, section.answer_column), ID_COLUMNS):
+        rows += 1
+        text = _problem_text(row[section.problem_column], section, where)
+        if section.deduplicate and text in seen:
+            continue
+        seen.add(text)
+        name = next((str(row[c]) for c in ID_COLUMNS if row.get(c) is not None), str(rows))
+        problems.append(_Kept(name, text, _answer_text(row[section.answer_column], section, where)))
+    if not problems:
+        raise InputError(f"{source}: no rows in it; give a file with problems")
+    return rows, problems
 
 
 def _files(path: str) -> list[Path]:
@@ -162,7 +181,7 @@ def _files(path: str) -> list[Path]:
 
     try:
         folder = Path(snapshot_download(path, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]))
-    except Exception as error:
+    except Exception as error:  # of the network, of the Hub, or about the name; the client has dozens
         raise InputError(f"{path}: no such file, and the Hub did not have it: {first_line(error)}") from None
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".jsonl", ".parquet"))
     if not files:
@@ -170,9 +189,7 @@ def _files(path: str) -> list[Path]:
     return [f for f in files if "train" in str(f.relative_to(folder))] or files
 
 
-def _jsonl_rows(
-    file: Path, columns: Sequence[str], optional: Sequence[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -189,15 +206,10 @@ def _jsonl_rows(
             yield where, {c: flat[c] for c in (*columns, *optional) if c in flat}
 
 
-def _parquet_rows(
-    file: Path, columns: Sequence[str], optional: Sequence[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _parquet_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
     try:
         parquet = pq.ParquetFile(file)
-    except Exception as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file}: not a parquet file ({first_line(error)}); get it again") from None
     there = _flat_table(parquet.schema_arrow.empty_table()).column_names
     _require(columns, there, str(file))
@@ -210,33 +222,32 @@ def _parquet_rows(
             yield f"{file}, row {number}", dict(zip(wanted, values, strict=True))
 
 
-def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(row: JsonObject, prefix: str = "") -> JsonObject:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for key, value in row.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
-def _flat_table(table: Any) -> Any:
-    import pyarrow as pa
-
+def _flat_table(table: pa.Table) -> pa.Table:
+    """The same for the columns of a table."""
     while any(pa.types.is_struct(kind) for kind in table.schema.types):
         table = table.flatten()
     return table
 
 
-def _first_message(column: Any) -> Any:
-    """The contents of a column of chats, taken while in Arrow: DAPO's file has 1.8 million of them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def _first_message(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The text of each chat's first message, where the column holds chats.
 
+    Arrow does it without Python objects: DAPO's file has 1.8 million rows.
+    """
     kind = column.type
     chats = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
     if not chats or kind.value_type.get_field_index("content") < 0:
         return column
     if not pc.min(pc.list_value_length(column)).as_py():
-        return column  # an empty one: the check of its row says so
+        return column  # `_problem_text` refuses the row whose chat is empty
     return pc.struct_field(pc.list_element(column, 0), "content")
 
 
@@ -249,7 +260,7 @@ def _require(columns: Sequence[str], there: Iterable[str], where: str) -> None:
             )
 
 
-def _problem(value: Any, section: config.Data, where: str) -> str:
+def _problem_text(value: object, section: config.Data, where: str) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = value[0].get("content")
     if not isinstance(value, str) or not value.strip():
@@ -259,10 +270,10 @@ def _problem(value: Any, section: config.Data, where: str) -> str:
     return value.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX) if section.strip_dapo_wrapper else value
 
 
-def _answer(value: Any, section: config.Data, where: str) -> str:
-    """The answer as the strict verifier compares it: nothing is stripped but a box around the whole."""
+def _answer_text(value: object, section: config.Data, where: str) -> str:
+    """The answer as the strict verifier compares it: only a box around the whole of it is taken off."""
     column = section.answer_column
-    if not isinstance(value, str | int | None) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise InputError(f"{where}: '{column}' is {value!r}, neither text nor an integer; write it as text")
     text = "" if value is None else str(value)
     inside = extract(text)
@@ -272,8 +283,12 @@ def _answer(value: Any, section: config.Data, where: str) -> str:
     return text
 
 
-def check_template(tokenizer: Any, section: config.Data) -> None:
-    """Raises: InputError if a chat template is wanted and there is none."""
+def require_template(tokenizer: Tokenizer, section: config.Data) -> None:
+    """Refuses a tokenizer without a chat template where the recipe wants one.
+
+    Raises:
+      InputError: if there is none.
+    """
     if section.chat_template and not tokenizer.chat_template:
         raise InputError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one to tokenizer_config.json, "
@@ -283,11 +298,17 @@ def check_template(tokenizer: Any, section: config.Data) -> None:
 
 def detokenizer(tokenizer: Tokenizer) -> Detokenize:
     """Token ids to text, without special tokens."""
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+    def detokenize(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return detokenize
 
 
-def encode(tokenizer: Any, section: config.Data, problems: Sequence[str]) -> Iterator[np.ndarray]:
-    """Token ids [T] int32 of each problem, with what [data] puts around it."""
+def encode(
+    tokenizer: Tokenizer, section: config.Data, problems: Sequence[str]
+) -> Iterator[Int32[np.ndarray, " T"]]:
+    """Yields the token ids of each problem, inside the prefix, suffix and template of [data]."""
     for first in range(0, len(problems), BATCH):
         texts = [section.prefix + text + section.suffix for text in problems[first : first + BATCH]]
         if section.chat_template:  # the template writes its own special tokens

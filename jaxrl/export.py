@@ -1,4 +1,4 @@
-"""A run's weights as a Hugging Face folder."""
+"""Writes the model weights of a run as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxrl.types import Dtype, Say
 
 
 def run_of(source: Path) -> tuple[Path, int | None]:
-    """The run folder and the step that a path to a run or to one of its checkpoints means.
+    """The run folder of a path to a run or to one of its checkpoints, and the step of the latter.
 
     Raises:
       InputError: if it is neither.
@@ -30,11 +30,11 @@ def export(source: Path, out: Path, dtype: Dtype = "bfloat16", say: Say = print)
     Args:
       source: a run folder, whose newest checkpoint is taken, or a checkpoint.
       out: the folder to write.
-      dtype: of the weights.
+      dtype: of the model weights.
       say: prints a line.
 
     Raises:
-      InputError: without a checkpoint.
+      InputError: if there is no checkpoint, or the model folder that the run began with cannot be read.
     """
     run, step = run_of(source)
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)

@@ -1,4 +1,4 @@
-"""What the makers say of their devices."""
+"""Vendor specifications."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One device, from its maker's data sheet."""
+    """One device, by its vendor's data sheet."""
 
     flops: float  # dense bf16 FLOP/s
     bandwidth: float  # bytes/s of device memory
     memory: float  # bytes
     nvlink: float  # bytes/s in each direction to the other devices of a node of 8
-    network: float  # bytes/s in each direction to other nodes, as its maker's own 8-device systems have
+    network: float  # bytes/s in each direction to other nodes, in its vendor's 8-device systems
 
 
-HARDWARE = {  # sources: docs/planning.md
+# Sources: docs/planning.md.
+HARDWARE = {
     "A100": Hardware(312e12, 2.039e12, 80e9, 300e9, 25e9),
     "A800": Hardware(312e12, 2.039e12, 80e9, 200e9, 25e9),
     "H100": Hardware(989e12, 3.35e12, 80e9, 450e9, 50e9),

@@ -1,6 +1,6 @@
 """What a recipe costs before any hardware is rented: bytes on each device, and seconds of each phase of a step.
 
-Bytes are measured: the recipe's own `update` and scoring pass, compiled for its mesh on virtual devices with
+Bytes are measured: the recipe's own `update` and log-prob pass, compiled for its mesh on virtual devices with
 abstract arrays. Seconds are a roofline model over a data sheet and five constants (docs/planning.md).
 """
 
@@ -11,10 +11,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TypedDict
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.table import Table
 
 from jaxrl import config
 from jaxrl.errors import InputError
@@ -25,19 +28,22 @@ from jaxrl.models.decoder import Config, forward_flops
 from jaxrl.parallel.mesh import BATCH_AXES, mesh_over
 from jaxrl.prepare import minibatches
 from jaxrl.programs import Programs, build_programs, layout_of
-from jaxrl.types import Prompt, Rollout
+from jaxrl.types import JsonObject, Prompt, Rollout
+
+Lengths = Int[np.ndarray, " N"]  # of responses or whole sequences, in tokens
 
 # The same for every system and device. Sources and fits: docs/planning.md.
-MFU = 0.40  # model FLOPs over peak, in training, scoring and prefill
-BANDWIDTH = 0.6  # reached share of memory and link bandwidth
+MFU = 0.40  # model FLOPs over peak, in training, log-prob passes and prefill
+BANDWIDTH = 0.6  # share of memory and link bandwidth that is reached
 STEP_OVERHEAD = 3e-3  # s a decode step beyond the roofline, with CUDA graphs
 EAGER_OVERHEAD = 12e-3  # the same where every kernel is launched from Python (vLLM's enforce_eager)
-PUBLISH_RATE = 3e9  # bytes/s from the trainers' bf16 weights to samplers that run on them
-MEMORY_SHARE = 0.85  # of device memory that can be planned with (verl's gpu_memory_utilization)
+PUBLISH_RATE = 3e9  # bytes/s of bf16 model weights, from the trainers until samplers run on them
+MEMORY_SHARE = 0.85  # of device memory that can be used (verl's gpu_memory_utilization)
 NODE = 8  # devices that NVLink joins
 
 _R1_DISTILL = Config("qwen2", 151_936, 1536, 28, 12, 2, 128, 8960, 1e4, 1e-6, False, 131_072)
-KNOWN = {  # models that can be planned for without network, from their config.json
+# Models that can be planned for without network, from their config.json.
+KNOWN = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _R1_DISTILL,
     "nvidia/OpenMath-Nemotron-1.5B": _R1_DISTILL,
 }
@@ -55,8 +61,8 @@ class Workload:
     cap: int  # longest response
     spread: float = 0.8  # standard deviation over mean of the log-normal lengths, before the cap
     updates: int = 4
-    scored: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
-    trained: float = 1.0  # share of sequences that the trainer computes: zero advantage may be left out
+    logprob_passes: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
+    trained: float = 1.0  # share of sequences that are trained on: zero advantages may be left out
     eager: bool = False
     tensor: int = 1  # devices that one sampler spans
 
@@ -67,7 +73,7 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Seconds of each phase. Colocated devices do all in turn; otherwise samplers are one step ahead."""
+    """Seconds of each phase. Colocated devices sample and train in turn; other samplers are one step ahead."""
 
     trainers: int
     samplers: int
@@ -86,8 +92,8 @@ class Step:
         return (sampling + training if self.colocated else max(sampling, training)) + self.publish
 
 
-def response_lengths(w: Workload) -> np.ndarray:
-    """Lengths of a step's responses, [prompts * samples], longest first: quantiles of a log-normal cut at the cap.
+def response_lengths(w: Workload) -> Lengths:
+    """Lengths of a step's responses, longest first: quantiles of a log-normal cut at the cap.
 
     Raises:
       InputError: if no such distribution has the mean.
@@ -107,42 +113,44 @@ def response_lengths(w: Workload) -> np.ndarray:
 
 
 def parameters(c: Config) -> int:
+    """The number of a model's parameters."""
     return sum(math.prod(decoder.stacked_shape(spec, c)) for spec in decoder.specs(c))
 
 
-def sequence_flops(c: Config, lengths: np.ndarray) -> float:
+def sequence_flops(c: Config, lengths: Lengths | Float[np.ndarray, " N"]) -> float:
     """Model FLOPs of one forward pass over whole sequences; a causal token attends to half of its sequence."""
     dense, attended = forward_flops(c)
     return float(dense * lengths.sum() + attended * (lengths**2.0).sum() / 2)
 
 
 def cache_bytes(c: Config) -> int:
-    """Of one token, keys and values of all layers in bf16."""
+    """Bytes of one token's keys and values, of all layers in bf16."""
     return 2 * 2 * c.layers * c.kv_heads * c.head_dim
 
 
-def decode_seconds(w: Workload, hardware: Hardware, lengths: np.ndarray) -> tuple[float, float]:
+def decode_seconds(w: Workload, hardware: Hardware, lengths: Lengths) -> tuple[float, float]:
     """Seconds for one sampler to decode these responses, and the part with under a quarter of them left.
 
-    Each step reads all weights (or does their FLOPs, whichever is longer) and every live sequence's cache. Sequences
-    enter as the cache has room for one of mean length; between two that end, the sums have closed forms.
+    Each decode step reads all parameters (or does their FLOPs, whichever takes longer) and the cache of every live
+    sequence. A sequence enters when the cache has room for one of mean length. Between two ends of sequences, the sums
+    have closed forms.
 
     Raises:
-      InputError: if the weights leave no room for a sequence.
+      InputError: if the parameters leave no room for a sequence.
     """
-    dense, _ = forward_flops(w.model)  # also the bytes of these weights: 2 FLOPs and 2 bytes a parameter
+    dense, _ = forward_flops(w.model)  # also the bytes that are read: 2 FLOPs and 2 bytes a parameter
     bandwidth, flops = (rate * w.tensor for rate in (hardware.bandwidth * BANDWIDTH, hardware.flops * MFU))
     room = MEMORY_SHARE * hardware.memory * w.tensor - 2 * parameters(w.model)
     slots = int(room / (cache_bytes(w.model) * (w.prompt_tokens + w.response_tokens)))
     if slots < 1:
         raise InputError(
-            f"{w.tensor} device(s) of {hardware.memory / 1e9:.0f} GB cannot sample: the weights take "
+            f"{w.tensor} device(s) of {hardware.memory / 1e9:.0f} GB cannot sample: the parameters take "
             f"{2 * parameters(w.model) / 1e9:.0f} GB and leave no room for a sequence; raise --tensor"
         )
     overhead = EAGER_OVERHEAD if w.eager else STEP_OVERHEAD
     waiting = list(np.random.default_rng(0).permutation(lengths))
     left = np.zeros(0)  # tokens to go of each live sequence
-    cached = np.zeros(0)  # its tokens in the cache
+    cached = np.zeros(0)  # tokens in the cache, of each
     seconds = tail = 0.0
     while waiting or left.size:
         entering = waiting[: slots - left.size]
@@ -161,30 +169,38 @@ def decode_seconds(w: Workload, hardware: Hardware, lengths: np.ndarray) -> tupl
 
 
 def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, colocated: bool = False) -> Step:
-    """Seconds of a step. `samplers` counts devices; colocated, both counts are all devices."""
+    """Predicts the seconds of a step. `samplers` counts devices; colocated, both counts are all devices.
+
+    Raises:
+      InputError: if the devices cannot be divided so, or cannot sample.
+    """
     if min(trainers, samplers) < 1 or samplers % w.tensor:
         raise InputError(
             f"{trainers} trainers and {samplers} samplers: each needs a device, samplers whole groups of {w.tensor}"
         )
     lengths, engines = response_lengths(w), samplers // w.tensor
-    # dealt out in turn, so the first sampler has the longest
+    # responses are dealt out in turn, so the first sampler has the longest
     decode, tail = decode_seconds(w, hardware, lengths[::engines])
     dense, _ = forward_flops(w.model)
     rate = hardware.flops * MFU
-    prefill = (
-        math.ceil(w.prompts / engines) * w.prompt_tokens * dense / (rate * w.tensor)
-    )  # one for a whole group
+    # a prompt is prefilled once for its whole group
+    prefill = math.ceil(w.prompts / engines) * w.prompt_tokens * dense / (rate * w.tensor)
     forward = sequence_flops(w.model, lengths + w.prompt_tokens) * w.trained / (trainers * rate)
     size = parameters(w.model)
     link = hardware.nvlink if trainers <= NODE else hardware.network
     traffic = 6 * size * (trainers - 1) / trainers  # gather in bf16, reduce-scatter in float32
     return Step(
-        trainers, samplers, colocated, prefill, decode, tail,
-        old_logprobs=w.scored * forward,
+        trainers=trainers,
+        samplers=samplers,
+        colocated=colocated,
+        prefill=prefill,
+        decode=decode,
+        tail=tail,
+        old_logprobs=w.logprob_passes * forward,
         update=3 * forward,
         communication=w.updates * traffic / (link * BANDWIDTH),
         publish=2 * size / PUBLISH_RATE,
-    )  # fmt: skip
+    )
 
 
 def best_split(
@@ -193,7 +209,10 @@ def best_split(
     """The fastest division of devices into trainers and samplers that are one step ahead.
 
     Args:
-      fits: whether so many trainers have the memory.
+      w: the step.
+      hardware: of all devices.
+      devices: trainers and samplers.
+      fits: returns whether that number of trainers has the memory.
 
     Raises:
       InputError: if there is none.
@@ -205,25 +224,27 @@ def best_split(
 
 
 def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
-    """Bytes on each trainer by arithmetic: float32 state, and what one update holds beside it."""
+    """Bytes on each trainer by arithmetic: the float32 state, and the arrays of one update."""
     size, shards = parameters(c), trainers // recipe.mesh.data
     stream, compute = recipe.packing.stream_tokens, jax.numpy.dtype(recipe.model.dtype).itemsize
     outside = c.vocab_size * c.width * (1 if c.tied else 2)  # embedding and head
-    if recipe.mesh.gather == "layer":  # one whole layer and its gradient, and the sum of gradients in shards
+    if recipe.mesh.gather == "layer":
+        # one whole layer and its gradient, and the sum of gradients in shards
         gathered = (compute + 4) * (size - outside) / c.layers + 4 * size / shards
-    else:  # all layers and one micro-batch's gradients, and the sum of gradients
+    else:
+        # all layers and one micro-batch's gradients, and the sum of gradients
         gathered = 2 * compute * (size - outside) + 4 * size
     heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    layer = 4 * c.width + 2 * heads + 2 * kv + 3 * c.mlp_width  # of a token, without recomputation
+    layer = 4 * c.width + 2 * heads + 2 * kv + 3 * c.mlp_width  # values of a token, without recomputation
     kept = {"full": c.width, "attention": c.width + heads, "none": layer}[recipe.model.remat]
+    whole = 2 * 4 * outside  # embedding and head in float32, and their gradients
+    recomputed = 2 * compute * stream * layer  # a layer in the backward pass, and its gradients
+    logits = 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size  # with their exponentials and gradients
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
         "activations": compute * stream * c.layers * kept,
-        "temporaries": gathered
-        + 2 * 4 * outside  # whole in float32, and their gradients
-        + 2 * compute * stream * layer  # what the backward pass recomputes of a layer, and its gradients
-        + 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size,  # logits, exponentials, gradients
+        "temporaries": gathered + whole + recomputed + logits,
     }
 
 
@@ -232,15 +253,18 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
 
     The batch has the longest sequences that the recipe allows. The CPU compiler computes in float32 where a GPU
     computes in bfloat16, so the temporaries are an upper bound.
+
+    Raises:
+      InputError: if JAX has already started with fewer devices.
     """
     if jax.config.jax_num_cpu_devices < trainers:  # type: ignore[attr-defined]
         try:
             jax.config.update("jax_num_cpu_devices", trainers)
-            jax.config.update("jax_platforms", "cpu")  # leave GPUs that are here alone
+            jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
         except RuntimeError:
             raise InputError(f"{trainers} trainers, but jax has started with fewer virtual devices") from None
     mesh = mesh_over(jax.devices("cpu")[:trainers], recipe.mesh.data)
-    # one attention length compiles fast, and the longest holds the most
+    # a single attention length compiles fast, and the longest holds the most
     longest = layout_of(recipe, c).buckets[-1]
     packing = dataclasses.replace(recipe.packing, bucket_tokens=longest)
     model = dataclasses.replace(recipe.model, attention="xla")
@@ -260,10 +284,11 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
 
 
 def _temporary_bytes(lowered: jax.stages.Lowered) -> int:
-    """Bytes that a program needs beside its arguments and results; compiled fast, into the same buffers."""
-    fast: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+    """Bytes that a program needs besides its arguments and results; compiled fast, into the same buffers."""
+    fast: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+    fast["xla_llvm_disable_expensive_passes"] = True
     analysis = lowered.compile(fast).memory_analysis()
-    assert analysis
+    assert analysis  # the CPU backend has one
     return analysis.temp_size_in_bytes
 
 
@@ -279,25 +304,27 @@ def _longest_batch(recipe: config.Recipe, programs: Programs) -> PackedBatch:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=per_device), full)
 
 
-def _shard_bytes(tree: Any) -> float:
+def _shard_bytes(tree: object) -> float:
+    """Bytes on one device of a pytree of arrays with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def model_config(path: str) -> Config:
-    """Of a Hugging Face folder, of a model known here, or of a Hub id; no weights are read.
+    """The shape of a model, by a Hugging Face folder, a name in KNOWN or a Hub id; reads only its config.json.
 
     Raises:
       InputError: if it is none of these.
     """
-    from huggingface_hub import hf_hub_download
-
-    if Path(path).expanduser().is_dir():
-        return hf.read_config(Path(path).expanduser())
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return hf.read_config(folder)
     if path in KNOWN:
         return KNOWN[path]
+    from huggingface_hub import hf_hub_download
+
     try:
         file = hf_hub_download(path, "config.json")
-    except Exception as error:
+    except Exception as error:  # of the network, of the Hub, or about the name; the client has dozens
         raise InputError(
             f"{path}: no such folder, and the Hub did not have its config.json ({type(error).__name__}); "
             f"known without network: {', '.join(KNOWN)}"
@@ -307,7 +334,7 @@ def model_config(path: str) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What a plan needs beside the recipe; the options of `jaxrl plan`."""
+    """What a plan needs besides the recipe; the options of `jaxrl plan`."""
 
     hardware: str = "H100"
     trainers: int = 0
@@ -322,29 +349,27 @@ class Assumptions:
     compile: bool = True
 
 
-def plan(recipe: config.Recipe, a: Assumptions) -> dict[str, Any]:
-    """The plan as plain values: options, the fastest first, and bytes on each of the fastest one's trainers.
+class Plan(TypedDict):
+    """The file that `jaxrl plan --json` writes."""
+
+    recipe: JsonObject
+    assumptions: JsonObject  # the fields of Assumptions
+    parameters: int
+    capped_fraction: float  # of responses
+    steps: list[dict[str, float]]  # the fields of Step, and the total; the fastest first
+    flops: dict[str, float]  # model FLOPs of a step, by phase
+    bytes: dict[str, float]  # on each of the fastest step's trainers
+
+
+def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
+    """Predicts step time and memory.
 
     Raises:
-      InputError: for what cannot be.
+      InputError: for options that are out of range or exclude each other, or a recipe that these devices cannot run.
     """
-    for name in ("mean_response", "mean_prompt", "tensor"):
-        if not getattr(a, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} = {getattr(a, name)} is not positive")
-    if a.hardware not in HARDWARE:
-        raise InputError(f"--hardware = {a.hardware} is not known; {', '.join(HARDWARE)} are")
-    if not (0 <= a.zero_advantage < 1 and 0 <= a.spread < 10):
-        raise InputError("--zero-advantage must be from 0 to below 1, --spread from 0 to below 10")
-    conflict = (a.devices and a.trainers) or (a.samplers and not a.trainers)
-    if conflict or min(a.trainers, a.samplers, a.devices) < 0:
-        raise InputError("give --devices N to find the best split, or --trainers N and --samplers M")
+    _require_possible(a)
     c, hardware, data = model_config(recipe.model.path), HARDWARE[a.hardware], recipe.mesh.data
-    updates, all_but_first = recipe.updates_per_step, 1 - 1 / recipe.updates_per_step
-    w = Workload(
-        c, recipe.rollout.prompts, recipe.rollout.samples, a.mean_prompt, a.mean_response,
-        recipe.rollout.max_tokens, a.spread, updates, eager=a.eager, tensor=a.tensor, trained=1 - a.zero_advantage,
-        scored=all_but_first if recipe.loss.skip_first_old_logprobs else 1.0,
-    )  # fmt: skip
+    w = _workload(recipe, c, a)
 
     def fits(trainers: int) -> bool:
         even = trainers % data == 0 and c.width % (trainers // data) == 0  # uneven shards are no shards
@@ -365,36 +390,79 @@ def plan(recipe: config.Recipe, a: Assumptions) -> dict[str, Any]:
         "parameters": parameters(c),
         "capped_fraction": float((lengths >= w.cap).mean()),
         "steps": [dataclasses.asdict(step) | {"total": step.total} for step in steps],
-        "flops": {"old log-probs": w.scored * forward, "update": 3 * forward},
+        "flops": {"old log-probs": w.logprob_passes * forward, "update": 3 * forward},
         "bytes": (compiled_bytes if a.compile else estimated_bytes)(recipe, c, trainers),
     }
 
 
-def show(result: dict[str, Any]) -> None:
-    """Prints a plan."""
-    from rich.console import Console
-    from rich.table import Table
+def _require_possible(a: Assumptions) -> None:
+    """Refuses options that are out of range or exclude each other.
 
-    console, steps, a = Console(), result["steps"], result["assumptions"]
-    seconds = Table(f"{a['hardware']}: seconds a step", title_justify="left")
+    Raises:
+      InputError: naming the option.
+    """
+    for name in ("mean_response", "mean_prompt", "tensor"):
+        if not getattr(a, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} = {getattr(a, name)} is not positive")
+    if a.hardware not in HARDWARE:
+        raise InputError(f"--hardware = {a.hardware} is not known; {', '.join(HARDWARE)} are")
+    if not (0 <= a.zero_advantage < 1 and 0 <= a.spread < 10):
+        raise InputError("--zero-advantage must be from 0 to below 1, --spread from 0 to below 10")
+    conflict = (a.devices and a.trainers) or (a.samplers and not a.trainers)
+    if conflict or min(a.trainers, a.samplers, a.devices) < 0:
+        raise InputError("give --devices N to find the best split, or --trainers N and --samplers M")
+
+
+def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
+    updates = recipe.updates_per_step
+    return Workload(
+        model=c,
+        prompts=recipe.rollout.prompts,
+        samples=recipe.rollout.samples,
+        prompt_tokens=a.mean_prompt,
+        response_tokens=a.mean_response,
+        cap=recipe.rollout.max_tokens,
+        spread=a.spread,
+        updates=updates,
+        logprob_passes=1 - 1 / updates if recipe.loss.skip_first_old_logprobs else 1.0,
+        trained=1 - a.zero_advantage,
+        eager=a.eager,
+        tensor=a.tensor,
+    )
+
+
+def show(plan: Plan) -> None:
+    """Prints a plan."""
+    console, steps, a = Console(), plan["steps"], Assumptions(**plan["assumptions"])
+    console.print(_seconds_table(steps, a))
+    trainers, flops = int(steps[0]["trainers"]), sum(plan["flops"].values())
+    console.print(_bytes_table(plan["bytes"], trainers, a))
+    console.print(
+        f"{plan['parameters'] / 1e9:.2f} B parameters; {flops:.3g} model FLOPs a step, {flops / trainers:.3g} on "
+        f"each trainer; mean response {a.mean_response:g}, {plan['capped_fraction']:.1%} at the cap"
+    )
+
+
+def _seconds_table(steps: list[dict[str, float]], a: Assumptions) -> Table:
+    table = Table(f"{a.hardware}: seconds a step", title_justify="left")
     for s in steps:
         split = f"{s['trainers']} trainers : {s['samplers']} samplers\none step ahead"
-        seconds.add_column(f"{s['trainers']} devices\nin turn" if s["colocated"] else split, justify="right")
+        table.add_column(f"{s['trainers']} devices\nin turn" if s["colocated"] else split, justify="right")
     names = ("prefill", "decode", "tail", "old_logprobs", "update", "communication", "publish", "total")
-    titles = {"tail": "  of which the long tail", "old_logprobs": "old log-probs", "update": "forward and backward"}
+    titles = {"tail": "  of which the long tail", "update": "forward and backward"}
+    titles["old_logprobs"] = "old log-probs"
     for name in names:
         last = name in ("tail", "publish")
-        seconds.add_row(titles.get(name, name), *(f"{s[name]:.1f}" for s in steps), end_section=last)
-    console.print(seconds)
-    trainers, flops, held = steps[0]["trainers"], sum(result["flops"].values()), result["bytes"]
-    how = "compiled for virtual devices" if a["compile"] else "estimated"
-    sizes = Table(f"each of {trainers} trainers, {how}", "GB")
+        table.add_row(titles.get(name, name), *(f"{s[name]:.1f}" for s in steps), end_section=last)
+    return table
+
+
+def _bytes_table(held: dict[str, float], trainers: int, a: Assumptions) -> Table:
+    how = "compiled for virtual devices" if a.compile else "estimated"
+    table = Table(f"each of {trainers} trainers, {how}", "GB")
     for name, size in held.items():
-        sizes.add_row(name, f"{size / 1e9:.2f}", end_section=name == "temporaries")
+        table.add_row(name, f"{size / 1e9:.2f}", end_section=name == "temporaries")
+    # the log-prob pass is over when the update begins, and takes less
     peak = sum(size for name, size in held.items() if name != "temporaries of scoring")
-    sizes.add_row("at most at one time", f"{peak / 1e9:.1f} of {HARDWARE[a['hardware']].memory / 1e9:.0f}")
-    console.print(sizes)
-    console.print(
-        f"{result['parameters'] / 1e9:.2f} B parameters; {flops:.3g} model FLOPs a step, {flops / trainers:.3g} on "
-        f"each trainer; mean response {a['mean_response']:g}, {result['capped_fraction']:.1%} at the cap"
-    )
+    table.add_row("at most at one time", f"{peak / 1e9:.1f} of {HARDWARE[a.hardware].memory / 1e9:.0f}")
+    return table

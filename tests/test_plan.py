@@ -38,11 +38,12 @@ JUSTRL = Workload(R1_DISTILL, 256, 8, 150, 5000, cap=15_360, eager=True)
 
 def nemo(model: decoder.Config, response: int, prompt: int, tensor: int = 1) -> Workload:
     """NeMo-RL's performance recipes: 64 prompts x 32, 4,096 tokens in all, a reference model's log-probs too."""
-    return Workload(model, 64, 32, prompt, response, 4096 - prompt, scored=2, tensor=tensor)
+    return Workload(model, 64, 32, prompt, response, 4096 - prompt, logprob_passes=2, tensor=tensor)
 
 
 # name, workload, hardware, trainers, samplers, colocated, published seconds; docs/planning.md has the sources
-PUBLISHED = [
+Row = tuple[str, Workload, str, int, int, bool, float]
+PUBLISHED: list[Row] = [
     ("JustRL, R1-Distill-Qwen-1.5B, 32 A800", JUSTRL, "A800", 32, 32, True, 296),
     ("NeMo-RL 0.3, Llama-3.1-8B, 8 H100", nemo(LLAMA_8B, 795, 130), "H100", 8, 8, True, 112),
     ("NeMo-RL 0.4, Llama-3.1-8B, 16 H100", nemo(LLAMA_8B, 1060, 132), "H100", 16, 16, True, 97.7),
@@ -53,7 +54,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row[0])
-def test_published_step_times_within_half(row: tuple) -> None:
+def test_published_step_times_within_half(row: Row) -> None:
     name, workload, hardware, trainers, samplers, colocated, published = row
     predicted = predict(workload, HARDWARE[hardware], trainers, samplers, colocated).total
     assert 1 / 1.5 < predicted / published < 1.5
@@ -65,24 +66,21 @@ def test_published_phases_within_half() -> None:
     """NVIDIA-NeMo/RL issue 959, first row: training 28 s, generation 58, log-probs 18, refit 5."""
     _, workload, _, devices, _, _, _ = PUBLISHED[1]
     step = predict(workload, HARDWARE["H100"], devices, devices, colocated=True)
-    phases = {
-        28: step.update + step.communication,
-        58: step.prefill + step.decode,
-        18: step.score,
-        5: step.publish,
-    }
+    training, generation = step.update + step.communication, step.prefill + step.decode
+    phases = {28: training, 58: generation, 18: step.old_logprobs, 5: step.publish}
     assert all(1 / 1.5 < predicted / published < 1.5 for published, predicted in phases.items()), phases
 
 
-@pytest.mark.parametrize(
-    ("length", "gigaflops"), [(5000, 3.517), (7000, 3.689), (16_384, 4.496), (32_768, 5.906)]
-)
+GIGAFLOPS = [(5000, 3.517), (7000, 3.689), (16_384, 4.496), (32_768, 5.906)]
+
+
+@pytest.mark.parametrize(("length", "gigaflops"), GIGAFLOPS)
 def test_flops_of_a_token_of_r1_distill(length: int, gigaflops: float) -> None:
     """2 x (28 x 46,792,704 + 233,373,696) + 172,032 x length / 2."""
     assert sequence_flops(R1_DISTILL, np.array([length])) / length == pytest.approx(gigaflops * 1e9, rel=2e-4)
 
 
-def test_parameters() -> None:
+def test_parameters_are_the_published_counts() -> None:
     assert parameters(R1_DISTILL) == 1_777_088_000
     assert parameters(LLAMA_8B) == 8_030_261_248
 
@@ -94,12 +92,10 @@ def test_decoding_equal_responses_at_the_memory_limit(monkeypatch: pytest.Monkey
     equal = dataclasses.replace(JUSTRL, eager=False, spread=0.0)
     h100 = dataclasses.replace(HARDWARE["H100"], memory=1e15)  # room for all at once
     seconds, tail = decode_seconds(equal, h100, response_lengths(equal))
-    prompts, weights = (
-        2048 * 5000 * 150 * 28_672 / 3.35e12,
-        5000 * 2 * (1_777_088_000 - 233_373_696) / 3.35e12,
-    )
-    assert seconds - prompts - weights == pytest.approx(2048 * 28_672 * 5000**2 / 2 / 3.35e12, rel=1e-3)
-    assert seconds - prompts - weights == pytest.approx(2048 * 0.38e12 / 3.35e12, rel=0.07)
+    prompts = 2048 * 5000 * 150 * 28_672 / 3.35e12
+    parameters = 5000 * 2 * (1_777_088_000 - 233_373_696) / 3.35e12
+    assert seconds - prompts - parameters == pytest.approx(2048 * 28_672 * 5000**2 / 2 / 3.35e12, rel=1e-3)
+    assert seconds - prompts - parameters == pytest.approx(2048 * 0.38e12 / 3.35e12, rel=0.07)
     assert tail == 0
 
 
@@ -127,10 +123,8 @@ def test_more_work_takes_longer_and_more_devices_do_not(
     assert predict(w, hardware, trainers + 1, samplers).update < step.update
     faster = dataclasses.replace(hardware, bandwidth=2 * hardware.bandwidth)
     assert predict(w, faster, trainers, samplers).decode < step.decode
-    assert (
-        predict(w, hardware, trainers, trainers, colocated=True).total
-        >= predict(w, hardware, trainers, trainers).total
-    )
+    ahead, in_turn = (predict(w, hardware, trainers, trainers, colocated) for colocated in (False, True))
+    assert in_turn.total >= ahead.total
     assert 0 <= step.tail <= step.decode
 
 
@@ -152,7 +146,7 @@ def test_a_split_has_to_have_the_memory() -> None:
 SMALL = decoder.Config("qwen2", 512, 64, 3, 4, 2, 16, 96, 1e4, 1e-6, False, 512)
 
 
-def small_recipe(**values: dict) -> config.Recipe:
+def small_recipe(**values: dict[str, object]) -> config.Recipe:
     return config.from_dict(
         {
             "data": {"max_prompt_tokens": 32},
@@ -193,7 +187,7 @@ def test_state_is_divided_among_fsdp_and_copied_over_data() -> None:
         ({"tensor": 3}, "whole groups of 3"),
     ],
 )
-def test_bad_input(changes: dict, said: str) -> None:
+def test_impossible_options_are_named(changes: dict[str, float | str], said: str) -> None:
     with pytest.raises(InputError, match=said) as error:
         plan(config.Recipe(), Assumptions(compile=False, **changes))
     assert len(str(error.value).splitlines()) == 1
@@ -211,7 +205,7 @@ def test_models_and_meshes_that_cannot_be() -> None:
         predict(JUSTRL, tiny, 8, 8)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = tmp_path / "recipe.toml", tmp_path / "plan.json"
     recipe.write_text(config.to_toml(config.Recipe()))
     options = ["--devices", "16", "--no-compile", "--json", str(out), "--rollout.prompts", "128"]

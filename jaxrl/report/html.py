@@ -7,9 +7,9 @@ import gzip
 import importlib.metadata
 import json
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jinja2
 import numpy as np
@@ -17,75 +17,80 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from jaxrl import config
-from jaxrl.report.runs import CHECKS, PHASES, Run, budget, check, ends, number, scores, series
+from jaxrl.report.panels import PANELS, SUMMARY, colors_of
+from jaxrl.report.runs import CHECKS, Run, accuracies, budget, ends, number, series
+from jaxrl.telemetry.rollouts import RolloutRow, read_rollouts, read_vocabulary, rollout_files
+from jaxrl.telemetry.timer import PHASES
+from jaxrl.telemetry.trackers import MetricsRow
 
 STEPS = 64  # at least so many steps' rollouts are taken into the page where not all fit
+OTHER = "#999"  # color of the time that is no phase's
+REACH = 8  # characters within which a token's text is looked for
+HIGHEST_COST = 2000  # hundredths of a nat; the page's shade is darkest at 400
+HIGHEST_LETTER = 50_000  # under the surrogates, which UTF-8 does not encode
 
 
-def render(
-    runs: list[Run],
-    colors: list[str],
-    panels: dict[str, tuple[str, str]],
-    summary: Iterable[str],
-    megabytes: int,
-) -> str:
+class PageRollouts(TypedDict):
+    """A run's rollouts in the page: (id, prompt, answer) once each, and the cells of `_cells`."""
+
+    prompts: list[tuple[str, str, str]]
+    rows: list[list[float | str]]
+
+
+def render(runs: list[Run], megabytes: int) -> str:
     """The page.
 
     Args:
       runs: overlaid in every curve.
-      colors: one for each run.
-      panels: metric and label of curves by name; entropy, reward and length are shown at once.
-      summary: metrics whose first and last means are listed.
       megabytes: of rollout files to take in, of all runs together.
     """
-    curves = [
-        {
-            "name": run.name,
-            "color": color,
-            "metrics": _columns(run.rows),
-            "evaluations": run.evaluations,
-            "benchmarks": [{"step": result["step"], "scores": scores(result)} for result in run.benchmarks],
-        }
-        for run, color in zip(runs, colors, strict=True)
-    ]
-    rollouts, notes = zip(*(_rollouts(run, megabytes, len(runs)) for run in runs), strict=True)
-    checks = [(rule, [check(run, rule) for run in runs]) for rule in CHECKS]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxrl", "."),
+        loader=jinja2.PackageLoader("jaxrl.report", "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    rollouts, notes = zip(*(_rollouts(run, megabytes, len(runs)) for run in runs), strict=True)
+    checks = [(rule, [rule.apply(run) for run in runs]) for rule in CHECKS]
     return environment.get_template("report.html.j2").render(
-        nonce=secrets.token_urlsafe(16),  # scripts without it do not run, whatever a rollout says
+        nonce=secrets.token_urlsafe(16),  # scripts without it do not run, whatever a rollout contains
         version=importlib.metadata.version("jaxrl"),
         runs=runs,
-        colors=colors,
-        panels=[panels[name] for name in ("entropy", "reward", "length")],
+        colors=colors_of(len(runs)),
+        panels=[PANELS[name] for name in ("entropy", "reward", "length")],
         phases=PHASES,
+        phase_colors=[*colors_of(len(PHASES)), OTHER],
         checks=checks,
-        warned=[rule.title for rule, results in checks if any(warns for *_, warns in results)],
-        summary={
-            key: [ends(series(run.rows, key)) for run in runs]
-            for key in summary
-            if any(row.get(key) is not None for run in runs for row in run.rows)
-        },
-        benchmarks={
-            name: score.get("title", name)
-            for run in runs
-            for result in run.benchmarks
-            for name, score in scores(result).items()
-        },
+        warned=[rule.title for rule, findings in checks if any(finding.warns for finding in findings)],
+        summary=_summary(runs),
+        benchmarks=_titles(runs),
         budgets=[budget(run) for run in runs],
         differences=_differences(runs),
         recipes=[(run.name, config.to_toml(run.recipe)) for run in runs if run.recipe],
         notes=notes,
         number=number,
         plotly=_packed(get_plotlyjs()),
-        curves=_packed(json.dumps(curves)),
+        curves=_packed(json.dumps(_curves(runs))),
         rollouts=_packed(json.dumps(rollouts, ensure_ascii=False)),
     )
+
+
+def spans(text: str, pieces: Iterable[str]) -> list[int]:
+    """The length of each token's part of a completion; the lengths add up to all of it.
+
+    A token decoded alone may differ from its part of the whole: half a character, or a space that a decoder drops.
+    Characters that no token claims go to the next one that is found.
+    """
+    lengths, at = [], 0
+    for piece in pieces:
+        found = text.find(piece, at, at + len(piece) + REACH)
+        end = at if found < 0 else found + len(piece)
+        lengths.append(end - at)
+        at = end
+    if lengths:
+        lengths[-1] += len(text) - at
+    return lengths
 
 
 def _packed(text: str) -> Markup:
@@ -93,18 +98,44 @@ def _packed(text: str) -> Markup:
     return Markup(base64.b64encode(gzip.compress(text.encode(), 6)).decode())
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Values by metric, to five digits."""
+def _curves(runs: list[Run]) -> list[dict[str, object]]:
+    """The data of the page's charts, an object a run."""
+    return [
+        {
+            "name": run.name,
+            "color": color,
+            "metrics": _columns(run.rows),
+            "evaluations": run.evaluations,
+            "benchmarks": [{"step": r["step"], "scores": accuracies(r)} for r in run.benchmarks],
+        }
+        for run, color in zip(runs, colors_of(len(runs)), strict=True)
+    ]
+
+
+def _columns(rows: list[MetricsRow]) -> dict[str, list[float | None]]:
+    """Values by metric, to five digits, and the steps from 1 on."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    return {
-        key: [None if row.get(key) is None else float(f"{row[key]:.5g}") for row in rows]
-        if key != "step"
-        else [row["step"] + 1 for row in rows]
-        for key in keys
-    }
+    columns = {key: [_rounded(row.get(key)) for row in rows] for key in keys}
+    return columns | {"step": [int(step) + 1 for step in series(rows, "step")]}
 
 
-def _differences(runs: list[Run]) -> list[tuple[str, Any, list[Any]]]:
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def _summary(runs: list[Run]) -> dict[str, list[tuple[float, float]]]:
+    """First and last mean of each run, of the metrics that one of them has."""
+    measured = {key for run in runs for row in run.rows for key, value in row.items() if value is not None}
+    return {key: [ends(series(run.rows, key)) for run in runs] for key in SUMMARY if key in measured}
+
+
+def _titles(runs: list[Run]) -> dict[str, str]:
+    """The title of each benchmark by name."""
+    found = (accuracies(result) for run in runs for result in run.benchmarks)
+    return {name: accuracy["title"] for by_name in found for name, accuracy in by_name.items()}
+
+
+def _differences(runs: list[Run]) -> list[tuple[str, object, list[object]]]:
     """(key, JustRL's value, each run's value) where a run departs from the default recipe."""
     default = config.to_dict(config.Recipe())
     recipes = [config.to_dict(run.recipe or config.Recipe()) for run in runs]
@@ -116,77 +147,58 @@ def _differences(runs: list[Run]) -> list[tuple[str, Any, list[Any]]]:
     ]
 
 
-def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[dict[str, Any], str]:
-    """The stored rollouts, or the first of steps evenly spaced, up to the run's share of bytes; and which in words."""
-    limit = megabytes * 10**6 // runs
-    files = sorted((run.directory / "rollouts").glob("step_*.jsonl"))
+def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
+    """The run's rollouts, all of them or as many as its share of bytes allows, and a note that says which."""
+    files, vocabulary = rollout_files(run.directory), read_vocabulary(run.directory)
     if not files:
         return {"prompts": [], "rows": []}, "no stored rollouts"
+    limit = megabytes * 10**6 // runs
     size = sum(file.stat().st_size for file in files)
-    count = min(len(files), max(STEPS, limit * len(files) // size))
-    chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, count).round().astype(int))]
-    path = run.directory / "rollouts" / "vocabulary.json"
-    vocabulary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    prompts: dict[tuple[str, ...], int] = {}
+    chosen = _evenly(files, max(STEPS, limit * len(files) // size))
+    prompts: dict[tuple[str, str, str], int] = {}
     rows = []
     for file in chosen:
-        for row in _first(file, limit // len(chosen)):
+        for row in read_rollouts(file, limit // len(chosen)):
             prompt = prompts.setdefault((row["prompt_id"], row["prompt"], row["answer"]), len(prompts))
-            texts = [vocabulary.get(str(i)) for i in row["token_ids"]]
-            rows.append(
-                [
-                    row["step"] + 1,
-                    prompt,
-                    row["sample"],
-                    row["score"],
-                    int(row["finish_reason"] == "length"),
-                    row["version"],
-                    row["tokens"],
-                    row["logprob_mean"],
-                    row["completion"],
-                    "" if None in texts else _letters(spans(row["completion"], texts)),  # type: ignore[arg-type]
-                    _letters(min(round(-100 * x), 2000) for x in row["logprobs"]),
-                    row.get("reward", row["score"]),  # without one in older files
-                ]
-            )
+            rows.append(_cells(row, prompt, vocabulary))
     note = f"{len(rows):,} rollouts of {len(chosen):,} steps"
     if size > limit:
+        taken, stored = limit / len(chosen) / 1e6, size / len(files) / 1e6  # megabytes a step
         note += (
-            f", of {len(files):,} steps stored: steps evenly spaced, of each the first {limit / len(chosen) / 1e6:.2g}"
-            f" of {size / len(files) / 1e6:.2g} MB; --rollouts {-(-size * runs // 10**6)} takes in all"
+            f", of {len(files):,} steps stored: steps evenly spaced, of each the first {taken:.2g} of {stored:.2g} MB; "
+            f"--rollouts {-(-size * runs // 10**6)} takes in all"
         )
     if not vocabulary:
         note += "; tokens are not shaded, since the run has no rollouts/vocabulary.json"
     return {"prompts": list(prompts), "rows": rows}, note
 
 
-def _first(file: Path, size: int) -> Iterator[dict[str, Any]]:
-    """The first rollouts of a file, one at least, in `size` bytes or a rollout more."""
-    with file.open("rb") as lines:
-        for line in lines:
-            yield json.loads(line)
-            size -= len(line)
-            if size <= 0:
-                return
+def _evenly(files: Sequence[Path], count: int) -> list[Path]:
+    """At most `count` files, evenly spaced, with the first and the last."""
+    at = np.linspace(0, len(files) - 1, min(len(files), count)).round().astype(int)
+    return [files[i] for i in np.unique(at)]
 
 
-def spans(text: str, pieces: list[str]) -> list[int]:
-    """How much of a completion each of its tokens is; the lengths add up to all of it.
-
-    A token decoded alone may differ from its part of the whole: half a character, or a space that a decoder drops. What
-    no token claims goes to the next one that is found.
-    """
-    lengths, at = [], 0
-    for piece in pieces:
-        found = text.find(piece, at, at + len(piece) + 8)
-        end = at if found < 0 else found + len(piece)
-        lengths.append(end - at)
-        at = end
-    if lengths:
-        lengths[-1] += len(text) - at
-    return lengths
+def _cells(row: RolloutRow, prompt: int, vocabulary: Mapping[str, str]) -> list[float | str]:
+    """A rollout as the page's script takes it, in its order."""
+    pieces = [vocabulary[str(i)] for i in row["token_ids"] if str(i) in vocabulary]
+    known = len(pieces) == len(row["token_ids"])
+    return [
+        row["step"] + 1,
+        prompt,
+        row["sample"],
+        row["score"],
+        int(row["finish_reason"] == "length"),
+        row["version"],
+        row["tokens"],
+        row["logprob_mean"],
+        row["completion"],
+        _letters(spans(row["completion"], pieces)) if known else "",
+        _letters(min(round(-100 * x), HIGHEST_COST) for x in row["logprobs"]),
+        row.get("reward", row["score"]),  # without one in older files
+    ]
 
 
 def _letters(numbers: Iterable[int]) -> str:
     """A character a number, from the space on: a tenth of the memory and half the bytes of JSON's numbers."""
-    return "".join(chr(32 + min(n, 50_000)) for n in numbers)
+    return "".join(chr(32 + min(n, HIGHEST_LETTER)) for n in numbers)

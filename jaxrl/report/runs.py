@@ -1,20 +1,26 @@
-"""What the numbers of a run say: means of its beginning and end, checks, the budget it used."""
+"""The numbers of a run: means of its beginning and end, checks, the budget it used."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxrl import config
 from jaxrl.errors import InputError
-from jaxrl.telemetry.trackers import read_metrics
+from jaxrl.results import HeldOutResult, TrainingResult
+from jaxrl.telemetry.timer import PHASES
+from jaxrl.telemetry.trackers import MetricsRow, read_metrics
+from jaxrl.types import JsonObject
 
-PHASES = ("sample", "score", "old_logprobs", "update", "publish")
+Values = Float[np.ndarray, " T"]  # of a metric, one a step; NaN where it is missing
+# Of a benchmark, which has the rest of a TaskResult too, or of the average over benchmarks.
+Accuracy = TypedDict("Accuracy", {"title": str, "pass@1": float, "ci95": list[float]})
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,18 @@ class Run:
 
     name: str
     directory: Path
-    rows: list[dict[str, Any]]  # metrics.jsonl
-    evaluations: list[dict[str, Any]]  # eval/*.json by step
-    benchmarks: list[dict[str, Any]]  # eval/benchmarks/*.json by step
+    rows: list[MetricsRow]  # metrics.jsonl
+    evaluations: list[HeldOutResult]  # eval/*.json by step
+    benchmarks: list[TrainingResult]  # eval/benchmarks/*.json by step
     recipe: config.Recipe | None  # None without a recipe.toml that this version takes
+
+
+class Finding(NamedTuple):
+    """The two means that a check compares, and whether it warns."""
+
+    first: float
+    last: float
+    warns: bool
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,11 @@ class Check:
     rule: str
     keys: tuple[str, ...]
     warns: Callable[[float, float], bool]
+
+    def apply(self, run: Run) -> Finding:
+        """Compares the run's two means. They are NaN, and nothing warns, without the metrics."""
+        first, last = ends(np.sum([series(run.rows, key) for key in self.keys], axis=0))
+        return Finding(first, last, bool(self.warns(first, last)))
 
 
 CHECKS = (
@@ -86,43 +105,52 @@ def read_run(directory: Path) -> Run:
         except InputError:
             recipe = None  # of an older version: curves and rollouts are still worth a report
     rows = read_metrics(directory / "metrics.jsonl")
-    evaluations = sorted(_results(directory / "eval"), key=lambda result: (result["step"], result["name"]))
-    benchmarks = sorted(_results(directory / "eval" / "benchmarks"), key=lambda result: result["step"])
-    return Run(directory.resolve().name, directory, rows, evaluations, benchmarks, recipe)
+    evaluations = cast(list[HeldOutResult], _json_files(directory / "eval"))
+    benchmarks = cast(list[TrainingResult], _json_files(directory / "eval" / "benchmarks"))
+    return Run(
+        name=directory.resolve().name,
+        directory=directory,
+        rows=rows,
+        evaluations=sorted(evaluations, key=lambda result: (result["step"], result["name"])),
+        benchmarks=sorted(benchmarks, key=lambda result: result["step"]),
+        recipe=recipe,
+    )
 
 
-def series(rows: list[dict[str, Any]], key: str) -> np.ndarray:
-    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], float)
+def series(rows: Sequence[MetricsRow], key: str) -> Values:
+    """A metric over steps."""
+    return np.array([np.nan if (value := row.get(key)) is None else value for row in rows], float)
 
 
-def ends(values: np.ndarray) -> tuple[float, float]:
-    """Means over what is finite in the first and in the last tenth; NaN where nothing is."""
+def total(rows: Sequence[MetricsRow], key: str) -> float:
+    """A metric's sum over steps; 0 where no step has it."""
+    return float(np.nansum(series(rows, key)))
+
+
+def ends(values: Values) -> tuple[float, float]:
+    """Means of the finite values in the first and in the last tenth; NaN where there are none."""
     tenth = max(1, len(values) // 10)
     return _mean(values[:tenth]), _mean(values[-tenth:])
 
 
-def smooth(values: np.ndarray, weight: float = 0.9) -> np.ndarray:
+def smooth(values: Values, weight: float = 0.9) -> Values:
     """Exponential moving average without the start's bias (arXiv 1412.6980, section 3), over what is not NaN."""
-    total = norm = 0.0
+    average = norm = 0.0
     out = np.full(len(values), np.nan)
     for i, value in enumerate(values):
         if np.isfinite(value):
-            total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+            average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
         if norm:
-            out[i] = total / norm
+            out[i] = average / norm
     return out
 
 
-def check(run: Run, rule: Check) -> tuple[float, float, bool]:
-    """The two means of a check, and whether they warn."""
-    first, last = ends(np.sum([series(run.rows, key) for key in rule.keys], axis=0))
-    return first, last, bool(rule.warns(first, last))
-
-
-def scores(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a file in eval/benchmarks: the measures of each benchmark by name, and of their average if there are more."""
-    found = dict(result["benchmarks"])
-    return found | ({"average": {"title": "Average"} | result["average"]} if len(found) > 1 else {})
+def accuracies(result: TrainingResult) -> dict[str, Accuracy]:
+    """The accuracy on each benchmark by name, and their average where there are several."""
+    found: dict[str, Accuracy] = dict(result["benchmarks"])
+    if len(found) > 1:
+        found["average"] = {"title": "Average", **result["average"]}
+    return found
 
 
 def budget(run: Run) -> dict[str, float]:
@@ -133,63 +161,72 @@ def budget(run: Run) -> dict[str, float]:
     occupied in every phase, the trainer's by its own and the sampler's by theirs (one a vLLM server is counted). Points
     are of the average over benchmarks, or of held-out accuracy where there are none.
     """
-    rows, used = run.rows, {"steps": float(len(run.rows))}
-    seconds = {phase: float(np.nansum(series(rows, f"time/{phase}"))) for phase in PHASES}
-    evaluations = float(sum(result.get("seconds", 0) for result in run.benchmarks))
-    total = float(np.nansum(series(rows, "time/step"))) + evaluations
-    devices = ends(series(rows, "perf/devices"))[1]
-    if run.recipe:
-        r, s = run.recipe.rollout, run.recipe.sampler
-        used["tokens at most"] = float(len(rows) * token_budget(run.recipe))
-        prompts = r.prompts - np.nan_to_num(series(rows, "sampler/refused"))
-        sampled = series(rows, "response/length_mean") * prompts * r.samples
-        used["tokens sampled"] = float(np.nansum(sampled))
-        devices += (len(s.urls) or s.servers) if r.engine == "vllm" else 0
-    used["tokens trained on"] = float(np.nansum(series(rows, "update/tokens")))
-    used |= {f"seconds {phase.replace('_', ' ')}": spent for phase, spent in seconds.items()}
+    seconds = {f"seconds {phase.replace('_', ' ')}": total(run.rows, f"time/{phase}") for phase in PHASES}
+    evaluations = float(sum(result.get("seconds", 0.0) for result in run.benchmarks))
     if evaluations:
-        used["seconds benchmarks"] = evaluations
-    used["seconds in all"] = total
-    unit = "hours"
+        seconds["seconds benchmarks"] = evaluations
+    seconds["seconds in all"] = total(run.rows, "time/step") + evaluations
+    used = {"steps": float(len(run.rows))} | _tokens(run) | seconds
+    hours, unit = seconds["seconds in all"] / 3600, "hours"
+    devices = _devices(run)
     if np.isfinite(devices):
+        hours, unit = hours * devices, "device hours"
         used["devices"] = devices
-        used |= {
-            f"device {name}": spent * devices for name, spent in used.items() if name.startswith("seconds")
-        }
-        used["device hours in all"] = total * devices / 3600
-        unit = "device hours"
-    gained = [result["average"]["pass@1"] for result in run.benchmarks] or [
-        result["accuracy"] for result in run.evaluations
-    ]
-    points = 100 * (gained[-1] - gained[0]) if gained else 0
+        used |= {f"device {name}": spent * devices for name, spent in seconds.items()}
+        used["device hours in all"] = hours
+    points = _points(run)
     if points > 0:
-        used[f"{unit} a point of accuracy"] = total / 3600 / points * (devices if unit != "hours" else 1)
+        used[f"{unit} a point of accuracy"] = hours / points
     return used
 
 
 def token_budget(recipe: config.Recipe) -> int:
     """Tokens a step at most: prompts x samples x longest sequence."""
-    return (
-        recipe.rollout.prompts
-        * recipe.rollout.samples
-        * (recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
-    )
+    rollout = recipe.rollout
+    return rollout.prompts * rollout.samples * (recipe.data.max_prompt_tokens + rollout.max_tokens)
 
 
 def number(value: float) -> str:
+    """A number in four digits; - where it is not finite."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if np.isfinite(value) else "-"
 
 
-def _results(directory: Path) -> list[dict[str, Any]]:
-    results = []
+def _tokens(run: Run) -> dict[str, float]:
+    tokens = {}
+    if run.recipe:
+        rollout = run.recipe.rollout
+        tokens["tokens at most"] = float(len(run.rows) * token_budget(run.recipe))
+        prompts = rollout.prompts - np.nan_to_num(series(run.rows, "sampler/refused"))
+        sampled = series(run.rows, "response/length_mean") * prompts * rollout.samples
+        tokens["tokens sampled"] = float(np.nansum(sampled))
+    return tokens | {"tokens trained on": total(run.rows, "update/tokens")}
+
+
+def _devices(run: Run) -> float:
+    """Devices of the trainer and one for each vLLM server; NaN where the run did not write its own."""
+    devices = ends(series(run.rows, "perf/devices"))[1]
+    if run.recipe and run.recipe.rollout.engine == "vllm":
+        devices += len(run.recipe.sampler.urls) or run.recipe.sampler.servers
+    return devices
+
+
+def _points(run: Run) -> float:
+    """Percentage points of accuracy from the first evaluation to the last."""
+    measured = [result["average"]["pass@1"] for result in run.benchmarks]
+    measured = measured or [result["accuracy"] for result in run.evaluations]
+    return 100 * (measured[-1] - measured[0]) if measured else 0.0
+
+
+def _json_files(directory: Path) -> list[JsonObject]:
+    objects = []
     for path in sorted(directory.glob("*.json")):
         try:
-            results.append(json.loads(path.read_text()))
+            objects.append(json.loads(path.read_text()))
         except ValueError as error:
             raise InputError(f"{path}: not valid JSON ({error}); delete it and evaluate again") from None
-    return results
+    return objects
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: Values) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else np.nan

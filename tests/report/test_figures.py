@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.image
@@ -11,36 +12,34 @@ import pytest
 
 from jaxrl.errors import InputError
 from jaxrl.report.figures import report
+from jaxrl.report.panels import PANELS
 from jaxrl.report.runs import smooth
 
 
-def make_run(folder: Path, steps: int = 40, **missing: None) -> Path:
+def make_run(folder: Path, steps: int = 40, missing: Sequence[str] = ()) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
-    rows = []
+    rows: list[dict[str, float | None]] = []
     for step in range(steps):
-        row = {
-            "step": step,
-            "reward/mean": -0.5 + step / steps + rng.normal(0, 0.05),
-            "policy/entropy": 1 - step / 100,
-        }
+        reward = -0.5 + step / steps + rng.normal(0, 0.05)
+        row: dict[str, float | None] = {"step": step, "reward/mean": reward, "policy/entropy": 1 - step / 100}
         row |= {"response/length_mean": 100 + step, "update/clip_fraction": 0.01, "update/grad_norm": 0.3}
         row |= {"time/sample": 1.0, "time/update": 3.0, "time/step": 4.0}
-        rows.append(row | missing)
+        rows.append(row | dict.fromkeys(missing))
     rows[3 % steps]["policy/entropy"] = None  # as a step without a trained token writes it
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def evaluation(folder: Path, name: str, step: int, accuracy: float) -> None:
+def evaluate(folder: Path, name: str, step: int, accuracy: float) -> None:
     (folder / "eval").mkdir(exist_ok=True)
     result = {"name": name, "step": step, "accuracy": accuracy, "ci95": [accuracy - 0.02, accuracy + 0.02]}
     (folder / "eval" / f"{name}.json").write_text(json.dumps(result | {"problems": 500, "samples": 8}))
 
 
-def benchmarked(folder: Path, step: int, score: float) -> None:
+def benchmark(folder: Path, step: int, accuracy: float) -> None:
     (folder / "eval" / "benchmarks").mkdir(parents=True, exist_ok=True)
-    measured = {"pass@1": score, "ci95": [score - 0.1, score + 0.1]}
+    measured = {"pass@1": accuracy, "ci95": [accuracy - 0.1, accuracy + 0.1]}
     found = {name: {"title": name.upper()} | measured for name in ("aime24", "aime25", "amc23")}
     result = {"step": step, "seconds": 9.0, "benchmarks": found, "average": measured}
     (folder / "eval" / "benchmarks" / f"step_{step}.json").write_text(json.dumps(result))
@@ -52,13 +51,12 @@ def colors(path: Path) -> int:
 
 def test_every_figure_is_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    evaluation(run, "before", 0, 0.2)
-    evaluation(run, "after", 40, 0.9)
+    evaluate(run, "before", 0, 0.2)
+    evaluate(run, "after", 40, 0.9)
     written = report([run])
-    assert {p.name for p in written} == {
-        "training.png", "reward.png", "entropy.png", "length.png", "clip_fraction.png", "grad_norm.png", "time.png",
-        "accuracy.png", "summary.md", "report.html",
-    }  # fmt: skip
+    panels = {f"{name}.png" for name in (*PANELS, "time", "accuracy", "training")}
+    assert {p.name for p in written} == panels | {"summary.md", "report.html"}
+    assert set(PANELS) == {"reward", "entropy", "length", "clip_fraction", "grad_norm"}
     assert all(p.parent == run / "report" for p in written)
     assert all(colors(p) > 20 for p in written if p.suffix == ".png")
 
@@ -72,7 +70,7 @@ def test_a_second_run_changes_the_figures(tmp_path: Path) -> None:
 
 def test_summary_has_the_means_and_the_evaluations(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    evaluation(run, "before", 0, 0.2)
+    evaluate(run, "before", 0, 0.2)
     text = report([run])[-2].read_text()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, last = (np.mean([row["reward/mean"] for row in part]) for part in (rows[:4], rows[-4:]))
@@ -85,8 +83,8 @@ def test_summary_has_the_means_and_the_evaluations(tmp_path: Path) -> None:
 
 def test_benchmarks_have_a_figure_and_rows(tmp_path: Path) -> None:
     run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
-    for step, score in ((0, 0.25), (20, 0.5), (40, 0.75)):
-        benchmarked(run, step, score)
+    for step, accuracy in ((0, 0.25), (20, 0.5), (40, 0.75)):
+        benchmark(run, step, accuracy)
     written = report([run, other])  # of which one was not evaluated
     (figure,) = [p for p in written if p.name == "benchmarks.png"]
     one = matplotlib.image.imread(figure)
@@ -97,13 +95,13 @@ def test_benchmarks_have_a_figure_and_rows(tmp_path: Path) -> None:
     assert "| benchmark, rule only | step 0 | step 40 |" in text
     for name in ("AIME24", "AMC23", "Average"):
         assert f"| {name} | 25.0% (15.0% to 35.0%) | 75.0% (65.0% to 85.0%) |" in text
-    benchmarked(other, 40, 0.1)
+    benchmark(other, 40, 0.1)
     report([run, other])
     assert (matplotlib.image.imread(figure) != one).any()
 
 
 def test_runs_without_some_metrics_are_drawn(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", steps=1, **{"update/clip_fraction": None})  # type: ignore[arg-type]
+    run = make_run(tmp_path / "run", steps=1, missing=["update/clip_fraction"])
     assert len(report([run])) == 9  # no accuracy.png
 
 

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrl import config
-from jaxrl.report.figures import COLORS, PANELS, SUMMARY
 from jaxrl.report.html import render, spans
-from jaxrl.report.runs import read_run, smooth
+from jaxrl.report.runs import read_run, series, smooth
 from jaxrl.telemetry.rollouts import write_rollouts
-from jaxrl.types import Prompt, Rollout
+from jaxrl.telemetry.timer import PHASES
+from jaxrl.types import FinishReason, Prompt, Rollout
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 VOCABULARY = ["", "two", " plus", " é😀", HOSTILE, "\n", "\\boxed{", "4", "}", " end"]
@@ -32,14 +32,14 @@ VOCABULARY = ["", "two", " plus", " é😀", HOSTILE, "\n", "\\boxed{", "4", "}"
 def make_run(folder: Path, steps: int = 40, groups: int = 3, recipe: str = "[run]\nseed = 7\n") -> Path:
     folder.mkdir()
     rng = np.random.default_rng(steps)
-    rows = [
-        {"step": i, "reward/mean": i / steps, "policy/entropy": 1 - 0.8 * i / steps + rng.normal(0, 0.01),
-         "response/length_mean": 100.0 + i, "update/grad_norm": float(rng.lognormal()), "time/sample": 1.0,
-         "time/update": 3.0, "time/step": 4.5}
-        for i in range(steps)
-    ]  # fmt: skip
+    rows: list[dict[str, float | None]] = []
+    for i in range(steps):
+        entropy, norm = 1 - 0.8 * i / steps + rng.normal(0, 0.01), float(rng.lognormal())
+        row: dict[str, float | None] = {"step": i, "reward/mean": i / steps, "policy/entropy": entropy}
+        row |= {"response/length_mean": 100.0 + i, "update/grad_norm": norm}
+        rows.append(row | {"time/sample": 1.0, "time/update": 3.0, "time/step": 4.5})
     rows[0]["time/first_step"] = 60.0
-    rows[3]["policy/entropy"] = None  # type: ignore[assignment]
+    rows[3]["policy/entropy"] = None
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.toml").write_text(recipe)
     (folder / "eval").mkdir()
@@ -49,14 +49,10 @@ def make_run(folder: Path, steps: int = 40, groups: int = 3, recipe: str = "[run
         (folder / "eval" / f"step_{step}.json").write_text(json.dumps(result))
     (folder / "eval" / "benchmarks").mkdir()
     for step in (0, 40):
-        score = {
-            "title": "AIME 2024",
-            "pass@1": 0.25 + step / 100,
-            "ci95": [0.2, 0.7],
-            "length_mean": 100 + step,
-        }
-        other = {"title": "AMC 2023", "pass@1": 0.5, "ci95": [0.4, 0.6]}
-        result = {"step": step, "benchmarks": {"aime24": score, "amc23": other}, "average": score}
+        measured = {"pass@1": 0.25 + step / 100, "ci95": [0.2, 0.7]}
+        aime = {"title": "AIME 2024", "length_mean": 100 + step} | measured
+        amc = {"title": "AMC 2023", "pass@1": 0.5, "ci95": [0.4, 0.6]}
+        result = {"step": step, "benchmarks": {"aime24": aime, "amc23": amc}, "average": measured}
         (folder / "eval" / "benchmarks" / f"step_{step}.json").write_text(json.dumps(result))
     for step in (0, 20):
         made = [[rollout(f"p{step}-{p}", g, step) for g in range(8)] for p in range(groups)]
@@ -65,13 +61,13 @@ def make_run(folder: Path, steps: int = 40, groups: int = 3, recipe: str = "[run
 
 
 def rollout(problem: str, sample: int, step: int) -> Rollout:
-    """Of eight, the first three are right and the last is cut short."""
+    """A rollout of eight, of which the first three are right and the last is cut short."""
     tokens = np.array([1, 2, 3, 4, 5, 6, 7, 8] + [9] * sample, np.int32)
     logprobs = -np.arange(len(tokens), dtype=np.float32) / 4
     prompt = Prompt(problem, np.array([1, 4], np.int32), "<b>4</b>")
-    finish = "length" if sample == 7 else "stop"
+    finish: FinishReason = "length" if sample == 7 else "stop"
     score, penalty = 1.0 if sample < 3 else -1.0, -0.25 if sample == 7 else 0.0
-    return Rollout(prompt, tokens, logprobs, finish, step, score, penalty)  # type: ignore[arg-type]
+    return Rollout(prompt, tokens, logprobs, finish, step, score, penalty)
 
 
 class Scripts(HTMLParser):
@@ -104,7 +100,7 @@ class Scripts(HTMLParser):
 
 def page_of(*runs: Path, megabytes: int = 100) -> tuple[Path, Scripts, str]:
     path = runs[0] / "report.html"
-    text = render([read_run(run) for run in runs], [*COLORS[: len(runs)]], PANELS, SUMMARY, megabytes)
+    text = render([read_run(run) for run in runs], megabytes)
     path.write_text(text, encoding="utf-8")
     return path, Scripts(text), text
 
@@ -120,14 +116,20 @@ def test_curves_and_rollouts_come_back_whole(tmp_path: Path) -> None:
     assert [b["scores"]["average"]["pass@1"] for b in curves["benchmarks"]] == [0.25, 0.65]
     assert rollouts["prompts"][0] == ["p0-0", "two" + HOSTILE, "<b>4</b>"] and len(rollouts["prompts"]) == 6
     assert len(rollouts["rows"]) == 48
-    step, prompt, sample, score, truncated, version, tokens, mean, text, lengths, costs, reward = rollouts[
-        "rows"
-    ][31]
+    *numbers, text, lengths, costs, reward = rollouts["rows"][31]
     assert reward == -1.25
-    assert (step, prompt, sample, score, truncated, version, tokens) == (21, 3, 7, -1.0, 1, 20, 15)
+    mean = numbers.pop()
+    assert numbers == [21, 3, 7, -1.0, 1, 20, 15]  # step, prompt, sample, score, truncated, version, tokens
     assert [ord(c) - 32 for c in lengths] == [len(VOCABULARY[i]) for i in [1, 2, 3, 4, 5, 6, 7, 8] + [9] * 7]
     assert [ord(c) - 32 for c in costs] == [25 * i for i in range(15)] and mean == -1.75
     assert text.startswith("two plus é😀</script>")
+
+
+def test_each_phase_and_the_rest_have_a_color(tmp_path: Path) -> None:
+    _, _, text = page_of(make_run(tmp_path / "run"))
+    (phases, colors), *_ = re.findall(r"PHASES = (\[.*?\]), PHASE_COLORS = (\[.*?\]);", text)
+    assert tuple(json.loads(phases)) == PHASES
+    assert len(set(json.loads(colors))) == len(PHASES) + 1
 
 
 def test_nothing_in_a_run_is_markup_and_nothing_is_fetched(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_what_is_left_out_is_said(limit: int, steps: int, shown: int, tmp_path: 
     (rollouts,) = page.unpacked("rollouts")
     found = {r[0] for r in rollouts["rows"]}
     assert len(found) == shown and {1, steps} <= found
-    note = re.search(r"data-note>(.*?)</p>", text, re.S).group(1)  # type: ignore[union-attr]
+    (note,) = re.findall(r"data-note>(.*?)</p>", text, re.S)
     cut = f"of {steps} steps stored" in note
     assert cut == (limit == 1) and ("--rollouts 6 takes in all" in note) == cut
     assert len(rollouts["rows"]) == (shown * 2 if cut else shown * 8)  # 15.6 kB a step: two of 9.8 kB
@@ -205,7 +207,7 @@ def test_spans_of_tokens_that_decode_otherwise_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser() -> Iterator[Page]:
     programs = shutil.which("chromium"), shutil.which("chromedriver")
     if not all(programs):
         pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
@@ -255,7 +257,7 @@ class Page:
         return data
 
     def count(self, expected: int) -> None:
-        """Waits for the list to say so many rollouts."""
+        """Waits until the list counts that many rollouts."""
         self.until(f"return document.getElementById('page').textContent.endsWith('· {expected} rollouts')")
 
     def choose_rollout(self, n: int) -> dict[str, str]:
@@ -269,15 +271,12 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     browser.open(page_of(one, two)[0])
 
     rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
-    expected = smooth(
-        np.array([np.nan if r["policy/entropy"] is None else r["policy/entropy"] for r in rows])
-    )
+    expected = smooth(series(rows, "policy/entropy"))
     raw, smoothed, *others = browser.traces('[data-metric="policy/entropy"]')
     np.testing.assert_allclose(smoothed["y"], expected, rtol=1e-4)  # the page's average is the figures'
     assert raw["y"][3] is None and len(others) == 2
-    browser.js(
-        "let s = document.getElementById('smoothing'); s.value = 0; s.dispatchEvent(new Event('input'))"
-    )
+    type_into = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+    browser.js(type_into, browser.find("#smoothing"), 0)
     assert len(browser.traces('[data-metric="reward/mean"]')) == 2  # a line a run, as measured
     browser.find('#runs [value="1"]').click()
     assert [t["name"] for t in browser.traces('[data-metric="reward/mean"]')] == ["one"]
@@ -312,9 +311,8 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     tokens = browser.driver.find_elements("css selector", "#completion span")
     assert [t.get_attribute("textContent") for t in tokens] == VOCABULARY[1:9]
     assert [t.get_attribute("title")[:14] for t in tokens[:2]] == ["log-prob 0.00,", "log-prob -0.25"]
-    strengths = [
-        float(s) for s in re.findall(r"[\d.]+(?=\))", " ".join(t.get_attribute("style") for t in tokens))
-    ]
+    styles = " ".join(token.get_attribute("style") for token in tokens)
+    strengths = [float(strength) for strength in re.findall(r"[\d.]+(?=\))", styles)]
     assert len(strengths) == 7 and strengths == sorted(strengths) and strengths[0] > 0
     browser.find("#shade").click()
     assert not browser.driver.find_elements("css selector", "#completion span")
@@ -337,9 +335,7 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     browser.count(0)
     assert "No rollout passes" in browser.find("#detail").text
     for box in ("#from", "#to"):
-        browser.js(
-            "arguments[0].value = ''; arguments[0].dispatchEvent(new Event('input'))", browser.find(box)
-        )
+        browser.js(type_into, browser.find(box), "")
     browser.count(144)
     browser.find("#search").send_keys("END END END end end end end")
     browser.count(18)  # the longest of each group, whatever the case
@@ -384,8 +380,8 @@ def test_the_page_takes_the_systems_scheme_and_fits_the_window(
 def test_a_hostile_text_would_not_run_even_as_markup(browser: Page, tmp_path: Path) -> None:
     browser.open(page_of(make_run(tmp_path / "run"))[0])
     browser.js("document.getElementById('detail').innerHTML = arguments[0]", HOSTILE)
-    browser.js("const s = document.createElement('script'); s.textContent = \"document.title = 'owned'\"; "
-               "document.body.append(s)")  # fmt: skip
+    script = "const s = document.createElement('script'); s.textContent = \"document.title = 'owned'\"; "
+    browser.js(script + "document.body.append(s)")
     assert "owned" not in browser.driver.title
     browser.driver.get_log("browser")  # what the policy refused is not the next test's error
 
@@ -402,10 +398,9 @@ def test_a_run_of_4000_steps_and_20000_rollouts(browser: Page, tmp_path: Path) -
     browser.open(path)
     browser.until("return document.getElementById('page').textContent.endsWith('20,480 rollouts')")
     assert len(browser.traces('[data-metric="reward/mean"]')[0]["y"]) == 4000
-    search = (
-        "const began = performance.now(); document.getElementById('search').value = arguments[0]; list();"
-    )
-    milliseconds = browser.js(search + "return performance.now() - began", "therefore we have")
+    search = "document.getElementById('search').value = arguments[0]; list();"
+    timed = f"const began = performance.now(); {search} return performance.now() - began"
+    milliseconds = browser.js(timed, "therefore we have")
     assert milliseconds < 2000
     assert 0 < browser.js("return found.length") < 20_480
     assert browser.js("return document.querySelectorAll('#list button').length") == 50
