@@ -4,23 +4,24 @@
 right once worked out, wrong, and, one in 200, made to keep a computer algebra system busy for ever.
 """
 
-import json
+from __future__ import annotations
+
 import os
 import platform
 import random
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+from benchmarks.harness import write_results
 from evals.grade import grade_many
 from jaxrl.rewards import sandbox
+from jaxrl.types import JsonObject
 
 RESPONSES = 12_184
 CHARACTERS = 15_000
 WORKERS = (1, 2)
-RESULTS = Path(__file__).parent / "results" / "grading.json"
-ANSWERS = (  # the answer and what it is compared with
+ANSWERS = (  # and the ground truth of each
     ("{a}", "{a}"),
     ("{a}", "{b}"),
     ("{a}.0", "{a}"),
@@ -35,7 +36,7 @@ ANSWERS = (  # the answer and what it is compared with
     (r"{a}\text{{ cm}}", "{a}"),
     ("{a}.{b}", "{b}.{a}"),
 )
-HOPELESS = (
+HOPELESS = (  # one in 200
     ("9**9**{a}", "{b}+x"),
     ("(((1+1/10**15)**300)**300)**300+{a}", "{a}.{b}"),
     (r"\sqrt[" * 12 + "{a}" + "]" * 12, "{b}"),
@@ -52,11 +53,10 @@ def main() -> None:
         print(f"{row['processes']:<12}{row['seconds']:>10.1f}{each:>10.2f}{row['right']:>8,}")
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "platform": sys.platform}
     setting = {"responses": RESPONSES, "characters": CHARACTERS}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(machine | setting | {"results": results}, indent=2) + "\n")
+    write_results("grading", machine | setting | {"results": results})
 
 
-def measure(workers: int) -> dict:
+def measure(workers: int) -> JsonObject:
     sandbox.forget()
     start = time.perf_counter()
     marks = grade_many(pairs(random.Random(0)), workers=workers)

@@ -1,4 +1,4 @@
-"""What the update benchmarks share: one batch in a file, and programs that take the same step in turn."""
+"""What benchmarks share: their results' files, answers of realistic lengths, and programs that take the same step."""
 
 from __future__ import annotations
 
@@ -8,35 +8,51 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from jaxrl.types import JsonObject
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
 class Stopped(Exception):
-    """A contestant ended; says why."""
+    """A contestant ended, for the reason in the message."""
 
 
 class Contestant:
-    """A process of its own: it is sent a line ("update", "score") and answers with a JSON object when that is done.
-
-    `settings` reach it as JSON; contestants/PROGRAM.py knows which it needs. `prefix` is a command to start it with.
-    """
+    """A process that takes a request a line ("update", "logprobs") and answers with a JSON object when it is done."""
 
     def __init__(
-        self, program: str, python: Path | str, folder: Path, settings: dict, environment: dict[str, str],
+        self,
+        program: str,
+        python: Path | str,
+        folder: Path,
+        settings: JsonObject,
+        environment: dict[str, str],
         prefix: tuple[str, ...] = (),
-    ):  # fmt: skip
+    ) -> None:
+        """
+        Args:
+          program: of contestants/, without .py.
+          python: that runs it.
+          folder: with batch.npz and model/; the log goes there.
+          settings: passed as JSON; contestants/PROGRAM.py lists what it needs.
+          environment: added to this process's.
+          prefix: a command to start it with.
+        """
         self.log, self.late = folder / f"{program}.log", False
         command = [*prefix, python, HERE / "contestants" / f"{program}.py", folder, json.dumps(settings)]
-        environment = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"} | environment
+        given = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "PYTHONPATH": str(HERE.parent)}
         self.process = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"),
-            text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)} | environment,
-        )  # fmt: skip
+            list(map(str, command)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env=os.environ | given | environment,
+        )
 
     def __enter__(self) -> Contestant:
         return self
@@ -45,8 +61,8 @@ class Contestant:
         self.process.kill()
         self.process.communicate()
 
-    def ask(self, what: str = "update", limit: float = 3600) -> tuple[float, dict[str, Any]]:
-        """Seconds that it took, and the answer.
+    def ask(self, request: str = "update", limit: float = 3600) -> tuple[float, JsonObject]:
+        """Returns the seconds until the answer, and the answer.
 
         Raises:
           Stopped: if there is none within `limit` seconds.
@@ -56,7 +72,7 @@ class Contestant:
         timer.start()
         began = time.perf_counter()
         try:
-            self.process.stdin.write(what + "\n")
+            self.process.stdin.write(request + "\n")
             self.process.stdin.flush()
             answer = json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
@@ -78,23 +94,37 @@ class Contestant:
         return log[-2000:].strip() or f"exit status {code}"
 
 
-def write_batch(folder: Path, vocabulary: int, lengths: np.ndarray, longest: int, prompt: int) -> None:
-    """batch.npz: tokens [B, T] padded on the right, lengths, old_logprobs [B, T] of completions, advantages [B].
+def write_results(name: str, record: JsonObject) -> Path:
+    """Writes results/NAME.json; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    return path
 
-    The old log-probs are those of a model with random weights, with ratios on both sides of the clip.
+
+def write_batch(folder: Path, vocabulary: int, lengths: np.ndarray, longest: int, prompt: int) -> None:
+    """Writes batch.npz: tokens [B, T] padded on the right, lengths [B], old_logprobs [B, T], advantages [B].
+
+    The old log-probs of completions are those of a model with random weights, with ratios on both sides of the clip.
     """
     rng, (rows,) = np.random.default_rng(1), lengths.shape
-    place, end = np.arange(longest), lengths[:, None]
-    tokens = rng.integers(2, vocabulary, (rows, longest)).astype(np.int32) * (place < end)
-    old = rng.normal(-np.log(vocabulary), 0.3, tokens.shape) * ((place >= prompt) & (place < end))
+    position, end = np.arange(longest), lengths[:, None]
+    tokens = rng.integers(2, vocabulary, (rows, longest)).astype(np.int32) * (position < end)
+    completion = (position >= prompt) & (position < end)
+    old = np.float32(rng.normal(-np.log(vocabulary), 0.3, tokens.shape) * completion)
+    advantages = np.float32(rng.choice([-1.2, -0.4, 0.6, 1.5], rows))
     np.savez(
-        folder / "batch.npz", tokens=tokens, lengths=lengths, prompt=prompt, old_logprobs=np.float32(old),
-        advantages=np.float32(rng.choice([-1.2, -0.4, 0.6, 1.5], rows)),
-    )  # fmt: skip
+        folder / "batch.npz",
+        tokens=tokens,
+        lengths=lengths,
+        prompt=prompt,
+        old_logprobs=old,
+        advantages=advantages,
+    )
 
 
 def answer_lengths(rng: np.random.Generator, count: int, longest: int = 15_360) -> np.ndarray:
-    """As R1-Distill-Qwen-1.5B answers: log-normal, standard deviation 0.8 of the mean, cut at about 3 means."""
+    """Lengths in tokens as R1-Distill-Qwen-1.5B's answers have: log-normal, the deviation 0.8 of the mean, cut at 3."""
     sigma = np.sqrt(np.log1p(0.8**2))
     mean = 5_000 / 15_360 * longest
     return np.clip(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count), 1, longest).astype(int)

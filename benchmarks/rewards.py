@@ -1,24 +1,26 @@
 """Time of scoring one training batch with each verifier: `python -m benchmarks.rewards`.
 
-2,048 responses of 60,000 characters (about 16k tokens), half of them right. Scoring runs inline between
-sampling and the update, so it has to be small beside the minutes that a step takes.
+2,048 responses of 60,000 characters (about 16k tokens), half of them right. Responses are scored as they are sampled,
+which has to take little beside the minutes of a step.
 """
 
-import json
+from __future__ import annotations
+
 import os
 import platform
 import random
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from benchmarks.harness import write_results
 from jaxrl.rewards import VERIFIERS, sandbox
+from jaxrl.types import JsonObject
 
 RESPONSES = 2048
 CHARACTERS = 60_000
 REPEATS = 5
-RESULTS = Path(__file__).parent / "results" / "rewards.json"
+Verify = Callable[[str, str], float]
 WORDS = ("so", "let me check", "$x^2$", "=", r"\frac{1}{2}", r"\boxed{7}", "Answer: 7", "a sum of 12 cm")
 
 
@@ -32,9 +34,7 @@ def main() -> None:
         print(f"{row['verifier']:<14}{row['seconds']:>10.4f}{each:>10.1f}{row['accuracy']:>10.2f}")
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "platform": sys.platform}
     setting = {"responses": RESPONSES, "characters": CHARACTERS, "repeats": REPEATS}
-    report = machine | setting | {"results": results}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+    write_results("rewards", machine | setting | {"results": results})
 
 
 def batch(rng: random.Random) -> tuple[list[str], list[str]]:
@@ -49,10 +49,8 @@ def batch(rng: random.Random) -> tuple[list[str], list[str]]:
     return responses, answers
 
 
-def measure(
-    name: str, verifier: Callable[[str, str], float], responses: list[str], answers: list[str]
-) -> dict:
-    seconds = []
+def measure(name: str, verifier: Verify, responses: list[str], answers: list[str]) -> JsonObject:
+    seconds, scores = list[float](), list[float]()
     for _ in range(REPEATS):
         sandbox.forget()
         start = time.perf_counter()

@@ -1,10 +1,10 @@
 """The demo trained by jaxrl and by TRL's GRPOTrainer: `python -m benchmarks.vs_trl`. TRL runs in PyTorch on the CPU.
 
 The same model, prompts in the same order, rewards, mini-batches and hyperparameters; each samples for itself. First
-both take twelve updates from the same weights on the same rollouts, and have to reach the same weights. Then they train
-in turn, seed by seed, with weights kept every few steps; the clock of each starts with its process. Held-out accuracy
-of the weights is measured afterwards, of both by jaxrl. `seconds`, `accuracy` (of a step's own samples) and `held_out`
-of every run are in results/vs_trl.json.
+both take twelve updates from the same parameters on the same rollouts, and have to reach the same parameters. Then they
+train in turn, seed by seed, and keep their parameters every few steps; the clock of each starts with its process.
+Afterwards jaxrl measures the held-out accuracy of both's parameters. `seconds`, `accuracy` (of a step's own samples)
+and `held_out` of every run are in results/vs_trl.json.
 
 TRL needs an environment of its own: `python -m benchmarks.vs_trl --setup` makes it.
 """
@@ -12,6 +12,7 @@ TRL needs an environment of its own: `python -m benchmarks.vs_trl --setup` makes
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -21,59 +22,64 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.harness import HERE, RESULTS
-from evals import in_training
+from benchmarks.harness import HERE, write_results
+from evals import held_out
 from jaxrl import config, data
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.grpo import packing
-from jaxrl.grpo import update as grpo
 from jaxrl.grpo.advantages import group_advantages
-from jaxrl.models import hf
+from jaxrl.marking import make_marker
+from jaxrl.models import decoder, hf
 from jaxrl.parallel.mesh import make_mesh, to_devices
-from jaxrl.prepare import verifier
-from jaxrl.programs import attention_buckets, make_optimizer, make_update, stream_lengths
+from jaxrl.programs import Programs, build_programs
 from jaxrl.report.runs import smooth
 from jaxrl.sampling.local import LocalSampler
-from jaxrl.types import Prompt, Rollout, SamplingParams
+from jaxrl.types import Groups, JsonObject, OnRollout, Prompt, Rollout, SamplingParams, Tokenizer
 
 TRL = HERE / ".envs" / "trl"
 REQUIREMENTS = ("trl==1.16.0", "torch==2.13.0", "pylatexenc")
-EVERY = 10  # steps between weights that are kept
-GOAL = 0.85
+EVERY = 10  # steps between parameters that are kept
+GOAL = 0.85  # held-out accuracy; the time until it is reached is compared
+SETTLED = 5  # steps of a run that do not count for the seconds a step
 EPSILON = 1e-4  # beside the standard deviation, which TRL cannot change
 COLORS = {"jaxrl": "#0072B2", "TRL": "#D55E00"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--setup", action="store_true", help="make TRL's environment first")
-    parser.add_argument("--check", action="store_true", help="compare updates, and train nothing")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each")
-    parser.add_argument("--folder", type=Path, default=Path("runs/vs_trl"), help="for models and runs")
+    add = parser.add_argument
+    add("--setup", action="store_true", help="make TRL's environment first")
+    add("--check", action="store_true", help="compare updates, and train nothing")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--steps", type=int, default=100)
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each")
+    add("--folder", type=Path, default=Path("runs/vs_trl"), help="for models and runs")
     options = parser.parse_args()
     if options.setup:
         venv.create(TRL, with_pip=True)
         subprocess.run([TRL / "bin/python", "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
-    result: dict[str, Any] = {
-        "trl": REQUIREMENTS[0], "torch": REQUIREMENTS[1], "threads": options.threads, "cores": os.cpu_count(),
-        "python": platform.python_version(), "jax": jax.__version__, "steps": options.steps,
-    }  # fmt: skip
-    result["check"] = check(prepare(options.folder, options.seeds[0]), options.threads)
+    result: JsonObject = {
+        "trl": REQUIREMENTS[0],
+        "torch": REQUIREMENTS[1],
+        "threads": options.threads,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "steps": options.steps,
+    }
+    result["check"] = compare_updates(prepare(options.folder, options.seeds[0]), options.threads)
     print(json.dumps(result["check"], indent=1))
     if options.check:
         return
-    runs: dict[str, list[dict]] = {"jaxrl": [], "TRL": []}
+    runs: dict[str, list[JsonObject]] = {"jaxrl": [], "TRL": []}
     for n, seed in enumerate(options.seeds):
         base = prepare(options.folder, seed)
         for name in ("jaxrl", "TRL") if n % 2 == 0 else ("TRL", "jaxrl"):
@@ -81,15 +87,15 @@ def main() -> None:
             runs[name].append({"seed": seed} | run)
             print(f"{name}, seed {seed}: " + describe(run), flush=True)
     result |= {"runs": runs, "ratios": ratios(runs)}
-    (RESULTS / "vs_trl.json").write_text(json.dumps(result, indent=1))
+    write_results("vs_trl", result)
     draw(runs, HERE.parent / "docs" / "vs_trl.png")
     for name, ratio in result["ratios"].items():
-        print(f"{name}: TRL takes {ratio['median']:.2f} times as long ({min(ratio['each']):.2f} to "
-              f"{max(ratio['each']):.2f})")  # fmt: skip
+        low, high = min(ratio["each"]), max(ratio["each"])
+        print(f"{name}: TRL takes {ratio['median']:.2f} times as long ({low:.2f} to {high:.2f})")
 
 
 def prepare(folder: Path, seed: int) -> Path:
-    """The demo's problems and its model that can reason a little."""
+    """Makes the demo's problems, and its model that can reason a little."""
     base = folder / f"seed_{seed}"
     if not (base / "base" / "generation_config.json").exists():
         subprocess.run([sys.executable, "recipes/demo.py", base, "--seed", str(seed)], check=True)
@@ -97,61 +103,88 @@ def prepare(folder: Path, seed: int) -> Path:
 
 
 def recipe_of(base: Path, seed: int, steps: int, out: Path) -> config.Recipe:
-    return config.load("recipes/demo.toml", [
-        "--run.directory", str(out), "--run.seed", str(seed), "--run.steps", str(steps),
-        "--model.path", str(base / "base"), "--data.path", str(base / "train.jsonl"),
-        "--eval.path", str(base / "heldout.jsonl"), "--advantage.epsilon", str(EPSILON),
-        "--checkpoint.every", str(EVERY), "--checkpoint.keep-last", "1000", "--run.rollouts-every", "0",
-    ])  # fmt: skip
+    values = {
+        "run.directory": out,
+        "run.seed": seed,
+        "run.steps": steps,
+        "run.rollouts-every": 0,
+        "model.path": base / "base",
+        "data.path": base / "train.jsonl",
+        "eval.path": base / "heldout.jsonl",
+        "advantage.epsilon": EPSILON,
+        "checkpoint.every": EVERY,
+        "checkpoint.keep-last": 1000,
+    }
+    flat = [str(part) for key, value in values.items() for part in (f"--{key}", value)]
+    return config.load("recipes/demo.toml", flat)
 
 
-def run_jaxrl(base: Path, seed: int, steps: int, threads: int) -> dict[str, Any]:
+def run_jaxrl(base: Path, seed: int, steps: int, threads: int) -> JsonObject:
     out = fresh(base / "jaxrl")
     recipe = recipe_of(base, seed, steps, out)
     (base / "recipe.toml").write_text(config.to_toml(recipe))
-    seconds, rows = watch(
-        [sys.executable, "-m", "jaxrl.cli", "train", base / "recipe.toml"], out, threads, base / "jaxrl.log"
-    )
+    command = [sys.executable, "-m", "jaxrl.cli", "train", str(base / "recipe.toml")]
+    seconds, rows = watch(command, out, threads, base / "jaxrl.log")
     checkpoints = Checkpoints(out / "checkpoints", read_only=True)
     like = hf.load(base / "base").params
-    weights = ((step, checkpoints.restore_params(step, like)) for step in range(EVERY, steps + 1, EVERY))
-    return measured(recipe, base, seconds, rows, weights)
+    kept = ((step, checkpoints.restore_params(step, like)) for step in range(EVERY, steps + 1, EVERY))
+    return measure(recipe, base, seconds, rows, kept)
 
 
-def run_trl(base: Path, seed: int, steps: int, threads: int) -> dict[str, Any]:
+def run_trl(base: Path, seed: int, steps: int, threads: int) -> JsonObject:
     out = fresh(base / "trl")
     recipe = recipe_of(base, seed, steps, out)
-    seconds, rows = watch(
-        trl_command(recipe, base, steps, threads, out, whole_groups=True), out, threads, base / "trl.log"
-    )
-    weights = ((step, hf.load(out / f"step_{step}").params) for step in range(EVERY, steps + 1, EVERY))
-    return measured(recipe, base, seconds, rows, weights)
+    command = trl_command(recipe, threads, out, whole_groups=True)
+    seconds, rows = watch(command, out, threads, base / "trl.log")
+    kept = ((step, hf.load(out / f"step_{step}").params) for step in range(EVERY, steps + 1, EVERY))
+    return measure(recipe, base, seconds, rows, kept)
 
 
 def trl_command(
     recipe: config.Recipe,
-    base: Path,
-    steps: int,
     threads: int,
     out: Path,
     rollouts: Path | None = None,
     whole_groups: bool = False,
-) -> list[Any]:
-    tokenizer = data.load_tokenizer(recipe.model.path)
+) -> list[str | Path]:
+    """The command line of TRL's trainer, whose prompts are written to `out`.
+
+    Args:
+      recipe: whose hyperparameters TRL takes.
+      threads: of PyTorch.
+      out: where TRL writes.
+      rollouts: a folder of rollouts to train on, in place of sampling.
+      whole_groups: mini-batches have the rollouts of whole prompts, in order.
+    """
+    tokenizer, steps = data.load_tokenizer(recipe.model.path), recipe.run.steps
     prompts = data.load_prompts(recipe.data, tokenizer).prompts
     ordered = [p for k in range(steps) for p in batch(recipe, prompts, k)]
     rows = [{"prompt": tokenizer.decode(p.tokens), "answer": p.answer} for p in ordered]
     path = out / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rollout, optimizer, loss = recipe.rollout, recipe.optimizer, recipe.loss
     settings = {
-        "model": recipe.model.path, "data": str(path), "out": str(out), "rollouts": rollouts and str(rollouts),
-        "threads": threads, "seed": recipe.run.seed, "steps": steps, "save_every": EVERY,
-        "updates": recipe.updates_per_step, "prompts": recipe.rollout.prompts, "samples": recipe.rollout.samples,
-        "max_tokens": recipe.rollout.max_tokens, "learning_rate": recipe.optimizer.learning_rate,
-        "warmup": recipe.optimizer.warmup_steps, "weight_decay": recipe.optimizer.weight_decay,
-        "max_grad_norm": recipe.optimizer.max_grad_norm, "clip_low": recipe.loss.clip_low,
-        "clip_high": recipe.loss.clip_high, "dual_clip": recipe.loss.dual_clip, "whole_groups": whole_groups,
-    }  # fmt: skip
+        "model": recipe.model.path,
+        "data": str(path),
+        "out": str(out),
+        "rollouts": rollouts and str(rollouts),
+        "threads": threads,
+        "seed": recipe.run.seed,
+        "steps": steps,
+        "save_every": EVERY,
+        "updates": recipe.updates_per_step,
+        "prompts": rollout.prompts,
+        "samples": rollout.samples,
+        "max_tokens": rollout.max_tokens,
+        "learning_rate": optimizer.learning_rate,
+        "warmup": optimizer.warmup_steps,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "dual_clip": loss.dual_clip,
+        "whole_groups": whole_groups,
+    }
     return [TRL / "bin/python", HERE / "contestants" / "trl_grpo.py", json.dumps(settings)]
 
 
@@ -159,20 +192,23 @@ def batch(recipe: config.Recipe, prompts: list[Prompt], step: int) -> list[Promp
     return data.batch(prompts, recipe.run.seed, step, recipe.rollout.prompts, recipe.data.order)
 
 
-def watch(command: list[Any], out: Path, threads: int, log: Path) -> tuple[list[float], list[dict]]:
-    """Runs a program; when each row of its metrics.jsonl came, in seconds since it was started, and the rows."""
+def watch(
+    command: Sequence[str | Path], out: Path, threads: int, log: Path
+) -> tuple[list[float], list[JsonObject]]:
+    """Runs a program; returns the seconds from its start to each row of its metrics.jsonl, and the rows."""
     environment = {
-        "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(HERE.parent), "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    pinned = ["taskset", "-c", f"0-{threads - 1}"]
+        "OMP_NUM_THREADS": str(threads),
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(HERE.parent),
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    pinned = ["taskset", "-c", f"0-{threads - 1}", *map(str, command)]
     seconds, path, began = list[float](), out / "metrics.jsonl", time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            list(map(str, [*pinned, *command])),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
+            pinned, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment
         )
         while True:
             ended = process.poll() is not None
@@ -187,38 +223,55 @@ def watch(command: list[Any], out: Path, threads: int, log: Path) -> tuple[list[
     return seconds, [json.loads(row) for row in rows]
 
 
-def measured(
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model that both start from, and jaxrl's sampler and verifier for it."""
+
+    model: hf.Model
+    tokenizer: Tokenizer
+    sampler: LocalSampler
+    params: SamplingParams
+    mark: OnRollout
+
+
+def load_base(recipe: config.Recipe, base: Path) -> Base:
+    folder, rollout = base / "base", recipe.rollout
+    model, tokenizer = hf.load(folder), data.load_tokenizer(str(folder))
+    sampler = LocalSampler(model.config, dtype=recipe.model.dtype, slots=rollout.slots)
+    params = SamplingParams(max_tokens=rollout.max_tokens, stop_ids=hf.stop_ids(folder))
+    return Base(model, tokenizer, sampler, params, make_marker(recipe, data.detokenizer(tokenizer)))
+
+
+def measure(
     recipe: config.Recipe,
     base: Path,
     seconds: list[float],
-    rows: list[dict],
-    weights: Iterator[tuple[int, Any]],
-) -> dict[str, Any]:
-    """Accuracy of each step's own samples, and of the weights on the held-out problems."""
-    model, tokenizer = hf.load(base / "base"), data.load_tokenizer(str(base / "base"))
-    sampler = LocalSampler(model.config, dtype=recipe.model.dtype, slots=recipe.rollout.slots)
-    prompts = in_training.load_held_out(recipe, tokenizer)
-    verify = verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-    params = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(base / "base"))
-    held_out = []
-    for step, trained in [(0, model.params), *weights]:
-        sampler.publish(trained, step)
-        groups = sampler.generate(prompts, recipe.eval.samples, params, (1,), verify)
-        held_out.append({"step": step, "accuracy": held_out.summary(groups, params)["accuracy"]})
-    at = float(np.interp(GOAL, np.maximum.accumulate([h["accuracy"] for h in held_out]),
-                         [h["step"] for h in held_out], right=np.nan))  # fmt: skip
+    rows: list[JsonObject],
+    kept: Iterator[tuple[int, decoder.Params]],
+) -> JsonObject:
+    """Accuracy of each step's own samples, and of the kept parameters on the held-out problems."""
+    b = load_base(recipe, base)
+    problems = held_out.load_problems(recipe, b.tokenizer)
+    results = []
+    for step, trained in [(0, b.model.params), *kept]:
+        b.sampler.publish(trained, step)
+        groups = b.sampler.generate(problems, recipe.eval.samples, b.params, (1,), b.mark)
+        accuracy = held_out.summary(groups, b.params, "step", step)["accuracy"]
+        results.append({"step": step, "accuracy": accuracy})
+    best = np.maximum.accumulate([result["accuracy"] for result in results])
+    at = float(np.interp(GOAL, best, [result["step"] for result in results], right=np.nan))
     clock = np.array([0.0, *seconds])
     return {
         "seconds": [round(x, 2) for x in seconds],
         "accuracy": [row["reward/accuracy"] for row in rows],
-        "held_out": held_out,
+        "held_out": results,
         "steps_to_goal": at,
         "seconds_to_goal": float(np.interp(at, np.arange(len(clock)), clock)),
-        "seconds_a_step": statistics.median(np.diff(clock)[5:]),
+        "seconds_a_step": statistics.median(np.diff(clock)[SETTLED:]),
     }
 
 
-def ratios(runs: dict[str, list[dict]]) -> dict[str, Any]:
+def ratios(runs: dict[str, list[JsonObject]]) -> JsonObject:
     """TRL over jaxrl, seed by seed."""
     found = {}
     for key in ("seconds_to_goal", "seconds_a_step"):
@@ -228,7 +281,7 @@ def ratios(runs: dict[str, list[dict]]) -> dict[str, Any]:
     return found | {"all_steps": {"median": statistics.median(each), "each": each}}
 
 
-def describe(run: dict[str, Any]) -> str:
+def describe(run: JsonObject) -> str:
     return (
         f"{run['held_out'][0]['accuracy']:.3f} -> {run['held_out'][-1]['accuracy']:.3f}, {GOAL:.0%} after "
         f"{run['steps_to_goal']:.0f} steps and {run['seconds_to_goal']:.0f} s; {run['seconds_a_step']:.2f} s a step, "
@@ -236,79 +289,86 @@ def describe(run: dict[str, Any]) -> str:
     )
 
 
-def check(base: Path, threads: int, steps: int = 3) -> dict[str, Any]:
+def compare_updates(base: Path, threads: int, steps: int = 3) -> JsonObject:
     """Both take the updates of `steps` steps on the same rollouts; the largest difference of a parameter after each."""
     out = fresh(base / "check")
     recipe = recipe_of(base, 1, steps, out)
-    model, tokenizer = hf.load(base / "base"), data.load_tokenizer(str(base / "base"))
-    mesh = make_mesh(1, 1)
-    verify = verifier(recipe, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-    prompts = data.load_prompts(recipe.data, tokenizer).prompts
-    sampler = LocalSampler(model.config, dtype="float32", slots=recipe.rollout.slots)
-    sampler.publish(model.params, 0)
-    params = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(base / "base"))
-    sampled = []
-    for k in range(steps):
-        chosen = batch(recipe, prompts, k)
-        sampled.append(sampler.generate(chosen, recipe.rollout.samples, params, (1, k), verify))
-        flat = [r for group in sampled[-1] for r in group]
-        rows = {"prompt_ids": [r.prompt.tokens.tolist() for r in flat],
-                "completion_ids": [r.tokens.tolist() for r in flat],
-                "logprobs": [r.logprobs.tolist() for r in flat]}  # fmt: skip
-        (out / f"{k}.json").write_text(json.dumps(rows))
-    watch(trl_command(recipe, base, steps, threads, out, out), out, threads, base / "check.log")
-
-    optimizer = make_optimizer(recipe)
-    update, score = make_update(recipe, model.config, optimizer, mesh)
-    state = grpo.init_state(model.params, optimizer, mesh)
-    differences, moved, clipped, advantage = [], [], [], 0.0
+    b = load_base(recipe, base)
+    sampled = sample(recipe, b, out)
+    watch(trl_command(recipe, threads, out, out), out, threads, base / "check.log")
+    programs = build_programs(recipe, b.model.config, make_mesh(1, 1))
+    state = programs.init_state(b.model.params)
     before = jax.tree.map(np.array, state.params)
+    found: dict[str, list[float]] = {"parameter_difference": [], "parameter_change": [], "clip_fraction": []}
+    advantage = 0.0
     for k, groups in enumerate(sampled):
         advantages = group_advantages(np.array([[r.score for r in g] for g in groups]), EPSILON)
         order = np.load(out / f"order_{k}.npz")
         flat = in_order(groups, advantages, order)
-        advantage = max(
-            advantage, max(abs(a - b) for (_, a), b in zip(flat, order["advantages"], strict=True))
-        )
-        old, size = state.params, len(flat) // recipe.updates_per_step
-        packed = [pack(recipe, flat[i : i + size]) for i in range(0, len(flat), size)]
-        scored = [to_devices(p, mesh) for p in packed]
-        scored = [b.replace(old_logprobs=score(old, b)) for b in scored]
-        for b in scored:
-            state, metrics = update(state, b)
+        pairs = zip(flat, order["advantages"], strict=True)
+        advantage = max(advantage, *(abs(own - theirs) for (_, own), theirs in pairs))
+        for minibatch in minibatches(recipe, programs, flat, state.params):
+            state, metrics = programs.update(state, minibatch)
             theirs = hf.load(out / f"update_{int(state.step)}").params
-            differences.append(largest(state.params, theirs))
-            moved.append(largest(state.params, before))
-            clipped.append(float(metrics["clip_fraction"]))
-    return {"advantage_difference": float(advantage), "parameter_difference": differences, "parameter_change": moved,
-            "clip_fraction": clipped}  # fmt: skip
+            found["parameter_difference"].append(largest(state.params, theirs))
+            found["parameter_change"].append(largest(state.params, before))
+            found["clip_fraction"].append(float(metrics["clip_fraction"]))
+    return {"advantage_difference": float(advantage)} | found
 
 
-def in_order(groups: list[list[Rollout]], advantages: np.ndarray, order: Any) -> list[tuple[Rollout, float]]:
-    """Rollouts and their advantages as TRL shuffled them."""
-    there: dict[tuple, list] = {}
+def sample(recipe: config.Recipe, b: Base, out: Path) -> list[Groups]:
+    """Samples the rollouts of each step from the base model; writes them to out/STEP.json for TRL."""
+    prompts = data.load_prompts(recipe.data, b.tokenizer).prompts
+    b.sampler.publish(b.model.params, 0)
+    sampled = list[Groups]()
+    for k in range(recipe.run.steps):
+        chosen = batch(recipe, prompts, k)
+        groups = b.sampler.generate(chosen, recipe.rollout.samples, b.params, (1, k), b.mark)
+        flat = [r for group in groups for r in group]
+        rows = {
+            "prompt_ids": [r.prompt.tokens.tolist() for r in flat],
+            "completion_ids": [r.tokens.tolist() for r in flat],
+            "logprobs": [r.logprobs.tolist() for r in flat],
+        }
+        (out / f"{k}.json").write_text(json.dumps(rows))
+        sampled.append(groups)
+    return sampled
+
+
+def in_order(
+    groups: Groups, advantages: np.ndarray, order: Mapping[str, np.ndarray]
+) -> list[tuple[Rollout, float]]:
+    """Rollouts and their advantages, in the order to which TRL shuffled them."""
+    found: dict[tuple[int, ...], list[tuple[Rollout, float]]] = {}
     for group, of_group in zip(groups, advantages, strict=True):
-        for rollout, a in zip(group, of_group, strict=True):
-            there.setdefault((*rollout.prompt.tokens, -1, *rollout.tokens), []).append((rollout, float(a)))
-    found = []
-    for prompt, completion, mask in zip(*(order[f"{n}_ids"] for n in ("prompt", "completion")),
-                                        order["completion_mask"], strict=True):  # fmt: skip
-        found.append(there[(*prompt, -1, *completion[mask == 1])].pop())
+        for rollout, advantage in zip(group, of_group, strict=True):
+            ids = (*rollout.prompt.tokens, -1, *rollout.tokens)
+            found.setdefault(ids, []).append((rollout, float(advantage)))
+    names = ("prompt_ids", "completion_ids", "completion_mask")
+    rows = zip(*(order[name] for name in names), strict=True)
+    return [found[(*prompt, -1, *completion[mask == 1])].pop() for prompt, completion, mask in rows]
+
+
+def minibatches(
+    recipe: config.Recipe,
+    programs: Programs,
+    flat: Sequence[tuple[Rollout, float]],
+    params: decoder.Params,
+) -> list[packing.PackedBatch]:
+    """Packs the step's mini-batches in this order, with old log-probs."""
+    size, found = len(flat) // recipe.updates_per_step, []
+    for first in range(0, len(flat), size):
+        rollouts, advantages = zip(*flat[first : first + size], strict=True)
+        packed = packing.pack(rollouts, np.array(advantages, np.float32), 1, programs.layout)
+        minibatch = to_devices(packed, programs.mesh)
+        found.append(minibatch.replace(old_logprobs=programs.logprobs(params, minibatch)))
     return found
 
 
-def pack(recipe: config.Recipe, chosen: list[tuple[Rollout, float]]) -> packing.PackedBatch:
-    return packing.pack(
-        [rollout for rollout, _ in chosen], np.array([a for _, a in chosen], np.float32), devices=1,
-        streams=stream_lengths(recipe), buckets=attention_buckets(recipe),
-        segments=recipe.packing.segments,
-    )  # fmt: skip
-
-
-def largest(a: Any, b: Any) -> float:
-    return max(
-        jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b))
-    )
+def largest(a: decoder.Params, b: decoder.Params) -> float:
+    """The largest difference of a parameter."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in pairs)
 
 
 def fresh(folder: Path) -> Path:
@@ -317,25 +377,20 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def draw(runs: dict[str, list[dict]], path: Path) -> None:
+def draw(runs: dict[str, list[JsonObject]], path: Path) -> None:
     figure = Figure(figsize=(13.5, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     reward, by_step, by_time = figure.subplots(1, 3)
     for name, of_name in runs.items():
         for i, run in enumerate(of_name):
-            style = {
-                "color": COLORS[name],
-                "label": name if i == 0 else None,
-                "linewidth": 1.5,
-                "alpha": 0.85,
-            }
-            reward.plot(
-                np.arange(1, len(run["accuracy"]) + 1), 2 * smooth(np.array(run["accuracy"])) - 1, **style
-            )
+            style = {"color": COLORS[name], "label": None if i else name, "linewidth": 1.5, "alpha": 0.85}
+            rewards = 2 * smooth(np.array(run["accuracy"])) - 1
+            reward.plot(np.arange(1, len(rewards) + 1), rewards, **style)
             steps, held = zip(*((h["step"], h["accuracy"]) for h in run["held_out"]), strict=True)
             clock = np.array([0.0, *run["seconds"]])
-            by_step.plot(steps, held, marker="o", markersize=3, **style)
-            by_time.plot(clock[list(steps)], held, marker="o", markersize=3, **style)
+            style |= {"marker": "o", "markersize": 3}
+            by_step.plot(steps, held, **style)
+            by_time.plot(clock[list(steps)], held, **style)
     for axes, x, y in (
         (reward, "step", "mean reward, smoothed"),
         (by_step, "step", "held-out accuracy"),

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""One host's part of a run: vLLM servers, trainers, or both. With --ssh, every host is made to run its part.
+"""Runs one host's part of a run: vLLM servers, trainers, or both. With --ssh, has every host run its part.
 
-All hosts are given the same arguments, and each works out the rest: what it has to run, where the coordinator and the
-servers are. Slurm, Kubernetes or ssh place this script; JAX and vLLM do the distributed work. It is Python, with
-nothing but jaxrl's own modules, because the servers' options come from the recipe and from `servers.command`.
+All hosts get the same arguments, and each works out what it has to run and where the coordinator and the servers are.
+Slurm, Kubernetes or ssh start this script; JAX and vLLM do the distributed work. It is Python and needs nothing but
+jaxrl's own modules, because the servers' options come from the recipe and from `servers.command`.
 """
 
 from __future__ import annotations
@@ -24,23 +24,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from jaxrl import config
+from jaxrl.commands.options import sampler_overrides
+from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError
+from jaxrl.sampling import process_group, servers
+from jaxrl.sampling.client import KEY, api_key
+from jaxrl.sampling.process_group import ProcessGroup
 
-from jaxrl import config  # noqa: E402
-from jaxrl.errors import InputError  # noqa: E402
-from jaxrl.sampling import (
-    process_group,  # noqa: E402
-    servers,  # noqa: E402
-)
-from jaxrl.sampling.client import KEY, api_key  # noqa: E402
-
-TRY_AGAIN = 75  # jaxrl.distributed's, without waiting for JAX
-NOTICE = 90.0  # seconds in which a trainer says which other one it has lost
+NOTICE = 90.0  # seconds in which the other trainers report which one they have lost
 LOOK = 5.0  # seconds from one look at the servers to the next
 AT_ONCE = 20.0  # seconds that are left after the second signal
 SENT = ("JAX_", "XLA_", "TF_", "NCCL_", "HF_", "OMP_", "PYTHONPATH")  # environment that goes to all hosts
-
+BACKENDS = {"files": "jaxrl_file", "nccl": "nccl"}  # vLLM's names of sampler.transport
 
 OPTIONS: dict[str, tuple[int, str]] = {
     "--trainer-gpus": (0, "of each trainer host; 0: its CPU"),
@@ -57,30 +52,19 @@ OPTIONS: dict[str, tuple[int, str]] = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("entry.py", description=__doc__, allow_abbrev=False)
-    names = lambda text: [name for name in text.split(",") if name]  # noqa: E731
-    host, add = os.environ.get("SLURMD_NODENAME") or socket.gethostname(), parser.add_argument
-    add("--trainer-hosts", type=names, required=True, metavar="HOST,HOST", help="the first coordinates")
-    add(
-        "--sampler-hosts",
-        type=names,
-        default=[],
-        metavar="HOST,HOST",
-        help="none: trainers sample themselves",
-    )
-    add("--here", default=host, metavar="HOST", help="which of them this is (default: %(default)s)")
+    add, hosts = parser.add_argument, "HOST,HOST"
+    here = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    add("--trainer-hosts", type=names, required=True, metavar=hosts, help="the first coordinates")
+    without = "none: trainers sample themselves"
+    add("--sampler-hosts", type=names, default=[], metavar=hosts, help=without)
+    add("--here", default=here, metavar="HOST", help="which of them this is (default: %(default)s)")
     for name, (default, text) in OPTIONS.items():
         add(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     add("--vllm-options", type=shlex.split, default=[], metavar="'...'", help="more, for every vllm serve")
-    add(
-        "--ssh",
-        type=shlex.split,
-        metavar="COMMAND",
-        help="start all hosts' parts by COMMAND HOST 'command line'",
-    )
+    ssh = "start all hosts' parts by COMMAND HOST 'command line'"
+    add("--ssh", type=shlex.split, metavar="COMMAND", help=ssh)
     add("--dry-run", action="store_true", help="print what each host would run")
-    add(
-        "--remote", action="store_true", help=argparse.SUPPRESS
-    )  # started by --ssh, which speaks through stdin
+    add("--remote", action="store_true", help=argparse.SUPPRESS)  # started by a Remote
     add("recipe", nargs=argparse.REMAINDER, metavar="RECIPE [--section.key value ...]")
     args = parser.parse_args(argv)
     if not args.recipe or args.recipe[0].startswith("-"):
@@ -88,85 +72,106 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 @dataclasses.dataclass
 class Part:
-    """What one host runs."""
+    """The processes of one host."""
 
     samplers: list[servers.Server] = dataclasses.field(default_factory=list)
-    trainers: list[process_group.ProcessGroup] = dataclasses.field(default_factory=list)
+    trainers: list[ProcessGroup] = dataclasses.field(default_factory=list)
 
 
-def plan(args: argparse.Namespace) -> dict[str, Part]:
-    """Every host's part.
+def assign(args: argparse.Namespace) -> dict[str, Part]:
+    """Returns every host's part.
 
     Raises:
       InputError: if the recipe or the arguments are not possible.
     """
-    tensor, processes = args.tensor_parallel, args.trainer_processes
-    each = args.samplers or max(1, args.sampler_gpus // tensor)
-    urls = [f"http://{host}:{args.port + 1 + i}" for host in args.sampler_hosts for i in range(each)]
-    engine = ["--rollout.engine", "vllm", "--sampler.urls", *urls] if urls else []
-    recipe = config.load(args.recipe[0], [*args.recipe[1:], *engine])
-    check(args, recipe, each)
-
+    per_host = args.samplers or max(1, args.sampler_gpus // args.tensor_parallel)
+    urls = [f"http://{host}:{args.port + 1 + i}" for host in args.sampler_hosts for i in range(per_host)]
+    recipe = config.load(args.recipe[0], [*args.recipe[1:], *sampler_overrides(",".join(urls))])
+    require_possible(args, recipe, per_host)
     parts = {host: Part() for host in (*args.trainer_hosts, *args.sampler_hosts)}
-    command = [sys.executable, "-m", "jaxrl.cli", "train", *args.recipe]
-    command += ["--samplers", ",".join(urls)] if urls else []
-    for i, (host, k) in enumerate(itertools.product(args.trainer_hosts, range(processes))):
-        where = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}
-        if args.trainer_gpus:
-            where = {"CUDA_VISIBLE_DEVICES": gpus(k, args.trainer_gpus // processes)}
-        who = {
-            "JAXRL_COORDINATOR": f"{args.trainer_hosts[0]}:{args.port}",
-            "JAXRL_PROCESSES": str(len(args.trainer_hosts) * processes), "JAXRL_PROCESS": str(i),
-        }  # fmt: skip
-        parts[host].trainers.append(process_group.ProcessGroup(command, who | where))
-    for i, (host, k) in enumerate(itertools.product(args.sampler_hosts, range(each))):
-        first = args.trainer_gpus if host in args.trainer_hosts else 0
-        parts[host].samplers.append(servers.prepare(
-            recipe.sampler.vllm, recipe.model.path, Path(recipe.run.directory) / "servers" / f"vllm_{i}.log",
-            on_cpu=not args.sampler_gpus, host=host, port=args.port + 1 + k, dtype=recipe.model.dtype,
-            backend={"files": "jaxrl_file", "nccl": "nccl"}[recipe.sampler.transport],
-            max_tokens=recipe.max_tokens,
-            environment={"CUDA_VISIBLE_DEVICES": gpus(k, tensor, first)} if args.sampler_gpus else {},
-            options=[*(["--tensor-parallel-size", str(tensor)] if tensor > 1 else []),
-                     *recipe.sampler.vllm_options, *args.vllm_options],
-        ))  # fmt: skip
+    for i, (host, k) in enumerate(itertools.product(args.trainer_hosts, range(args.trainer_processes))):
+        parts[host].trainers.append(make_trainer(args, urls, i, k))
+    for i, (host, k) in enumerate(itertools.product(args.sampler_hosts, range(per_host))):
+        parts[host].samplers.append(make_sampler(args, recipe, host, i, k))
     return parts
 
 
-def gpus(index: int, count: int, first: int = 0) -> str:
-    """The index-th `count` of this host's GPUs from `first` on, by the names that Slurm may have given them."""
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    at = first + index * count
-    return ",".join(names[at : at + count] if len(names) >= at + count else map(str, range(at, at + count)))
-
-
-def check(args: argparse.Namespace, recipe: config.Recipe, each: int) -> None:
+def require_possible(args: argparse.Namespace, recipe: config.Recipe, per_host: int) -> None:
     """Raises: InputError for what would fail only later, or on some hosts."""
-    if args.trainer_gpus % args.trainer_processes:
+    processes, gpus, tensor = args.trainer_processes, args.sampler_gpus, args.tensor_parallel
+    if args.trainer_gpus % processes:
+        raise InputError(f"--trainer-processes {processes} cannot share {args.trainer_gpus} GPUs evenly")
+    if gpus and gpus < per_host * tensor:
+        raise InputError(f"--samplers {per_host} of --tensor-parallel {tensor} need more than {gpus} GPUs")
+    first, section = args.trainer_hosts[0], recipe.sampler
+    far = [host for host in args.sampler_hosts if host != first]
+    if far and section.transport == "files" and section.folder.startswith("/dev/shm"):
         raise InputError(
-            f"--trainer-processes {args.trainer_processes} cannot share {args.trainer_gpus} GPUs evenly"
+            f"{far[0]} cannot read weights in {section.folder} of {first}; set sampler.folder to a folder that all "
+            'hosts share, or sampler.transport to "nccl"'
         )
-    if args.sampler_gpus and args.sampler_gpus < each * args.tensor_parallel:
-        raise InputError(
-            f"--samplers {each} of --tensor-parallel {args.tensor_parallel} need more than {args.sampler_gpus} GPUs"
-        )
-    far = [host for host in args.sampler_hosts if host != args.trainer_hosts[0]]
-    if far and recipe.sampler.transport == "files" and recipe.sampler.folder.startswith("/dev/shm"):
-        raise InputError(
-            f"{far[0]} cannot read weights in {recipe.sampler.folder} of {args.trainer_hosts[0]}; set sampler.folder "
-            'to a folder that all hosts share, or sampler.transport to "nccl"'
-        )
+
+
+def make_trainer(args: argparse.Namespace, urls: list[str], i: int, k: int) -> ProcessGroup:
+    """Trainer process i of the run, the k-th on its host."""
+    command = [sys.executable, "-m", "jaxrl.cli", "train", *args.recipe]
+    command += ["--samplers", ",".join(urls)] if urls else []
+    environment = {
+        "JAXRL_COORDINATOR": f"{args.trainer_hosts[0]}:{args.port}",
+        "JAXRL_PROCESSES": str(len(args.trainer_hosts) * args.trainer_processes),
+        "JAXRL_PROCESS": str(i),
+    }
+    if args.trainer_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = pick_gpus(k, args.trainer_gpus // args.trainer_processes)
+    else:
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}
+    return ProcessGroup(command, environment)
+
+
+def make_sampler(
+    args: argparse.Namespace, recipe: config.Recipe, host: str, i: int, k: int
+) -> servers.Server:
+    """vLLM server i of the run, the k-th on its host."""
+    section, tensor, environment = recipe.sampler, args.tensor_parallel, dict[str, str]()
+    if args.sampler_gpus:
+        first = args.trainer_gpus if host in args.trainer_hosts else 0
+        environment["CUDA_VISIBLE_DEVICES"] = pick_gpus(k, tensor, first)
+    parallel = ["--tensor-parallel-size", str(tensor)] if tensor > 1 else []
+    settings = servers.Settings(
+        section.vllm,
+        recipe.model.path,
+        recipe.model.dtype,
+        recipe.max_tokens,
+        BACKENDS[section.transport],
+        options=[*parallel, *section.vllm_options, *args.vllm_options],
+    )
+    log, on_cpu = Path(recipe.run.directory) / "servers" / f"vllm_{i}.log", not args.sampler_gpus
+    port = args.port + 1 + k
+    return servers.prepare(settings, log, on_cpu=on_cpu, host=host, port=port, environment=environment)
+
+
+def pick_gpus(index: int, count: int, first: int = 0) -> str:
+    """The index-th `count` of this host's GPUs from `first` on, by the names that Slurm may have given them."""
+    visible = names(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    at = first + index * count
+    return ",".join(
+        visible[at : at + count] if len(visible) >= at + count else map(str, range(at, at + count))
+    )
 
 
 class Stop:
-    """The signals to end that came, and when. They end nothing by themselves."""
+    """The signals that asked this process to end, and when they came. They end nothing by themselves."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, float]] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, lambda number, _: self.asked.append((number, time.monotonic())))
 
     @property
@@ -174,13 +179,13 @@ class Stop:
         return 130 if self.asked[0][0] == signal.SIGINT else TRY_AGAIN
 
     def limit(self, grace: float) -> float:
-        """When patience with those who were told to end is over."""
+        """The time.monotonic() at which processes that were asked to end are killed."""
         times = [when for _, when in self.asked]
         return times[1] + AT_ONCE if times[1:] else times[0] + grace if times else float("inf")
 
 
 def run(part: Part, urls: list[str], args: argparse.Namespace, stop: Stop) -> int:
-    """This host's part, to its end: returns the exit status, and leaves nothing behind.
+    """Runs this host's part to its end, and leaves nothing behind; returns the exit status.
 
     Raises:
       InputError: if a server does not get ready.
@@ -193,20 +198,19 @@ def run(part: Part, urls: list[str], args: argparse.Namespace, stop: Stop) -> in
             return stop.status
         for trainer in part.trainers:
             trainer.start()
-        return watch(part.trainers, tending(part.samplers, args.deadline), args, stop)
+        return watch(part.trainers, tend_to(part.samplers, args.deadline), args, stop)
     finally:
-        process_group.kill(part.trainers)  # before what they may still be asking
+        process_group.kill(part.trainers)  # first: they may have requests at the servers
         process_group.kill(part.samplers)
 
 
 def wait_for(urls: list[str], part: Part, args: argparse.Namespace, stop: Stop) -> None:
-    """Returns when all servers are ready, or this is to end.
+    """Returns when all servers are ready, or this process is asked to end.
 
     Raises:
-      InputError: if an own one ends, or the deadline is over.
+      InputError: if a server of this host ends, or the deadline is over.
     """
-    began = time.monotonic()
-    missing, next_line = urls, 0.0
+    began, missing, next_line = time.monotonic(), urls, 0.0
     while missing and not stop.asked:
         missing = [url for url in missing if not servers.well(url)]
         seconds = time.monotonic() - began
@@ -224,8 +228,11 @@ def wait_for(urls: list[str], part: Part, args: argparse.Namespace, stop: Stop) 
         time.sleep(1 if missing else 0)
 
 
-def tending(own: list[servers.Server], deadline: float) -> Callable[[], int | None]:
-    """What starts servers again that end or hang once they were ready."""
+def tend_to(own: list[servers.Server], deadline: float) -> Callable[[], int | None]:
+    """Returns a function that restarts servers which ended or hang, once they have been ready.
+
+    It raises InputError for a server that ends before it is ready again.
+    """
     seen = dict.fromkeys((server.url for server in own), time.monotonic())
     ready = set(seen)
 
@@ -237,7 +244,7 @@ def tending(own: list[servers.Server], deadline: float) -> Callable[[], int | No
                 ready.add(url)
             elif server.process.poll() is not None and url not in ready:
                 raise InputError(f"{server.log}: the vLLM server stopped again: {server.why()}")
-            elif server.restart(now - seen[url], limit=300 if url in ready else deadline):
+            elif server.restart(now - seen[url], limit=servers.UNWELL if url in ready else deadline):
                 say(f"{url} had ended or did not answer; started again")
                 seen[url] = now
                 ready.discard(url)
@@ -246,31 +253,35 @@ def tending(own: list[servers.Server], deadline: float) -> Callable[[], int | No
 
 
 def watch(
-    trainers: Sequence[process_group.ProcessGroup], tend: Callable[[], int | None], args: argparse.Namespace, stop: Stop
+    trainers: Sequence[ProcessGroup], tend: Callable[[], int | None], args: argparse.Namespace, stop: Stop
 ) -> int:
-    """Until all trainers have ended, or one has failed and the others had time to say so: the exit status."""
-    told, lost, look, named = 0, float("inf"), 0.0, set[str]()
+    """Waits until all trainers have ended, or one has failed and the others had NOTICE seconds to report it.
+
+    Args:
+      trainers: started; none on a host of samplers alone.
+      tend: called every LOOK seconds; where it returns a status, the run ends.
+      args: those of the command line.
+      stop: signals that are passed on to the trainers.
+
+    Returns:
+      the exit status.
+    """
+    passed_on, lost, look, reported = 0, float("inf"), 0.0, set[str]()
     while True:
         codes = [trainer.process.poll() for trainer in trainers]
         running = [trainer for trainer, code in zip(trainers, codes, strict=True) if code is None]
         if trainers and not running:
             return status(codes, stop)
-        for trainer, code in zip(
-            trainers, codes, strict=True
-        ):  # jax ends who loses the first, and names nobody
-            process = trainer.environment.get("JAXRL_PROCESS", "")
-            if process not in named and process and code and code < 0:
-                named.add(process)
-                say(f"process {process} on {args.here} was ended by {signal.Signals(-code).name}")
+        report_killed(trainers, codes, args.here, reported)
         if any(codes):
             lost = min(lost, time.monotonic() + NOTICE)
-        for number, _ in stop.asked[told:]:
-            told += 1
+        for number, _ in stop.asked[passed_on:]:
+            passed_on += 1
             for trainer in running:
-                trainer.tell(number)
-        if stop.asked and not trainers:  # those on other hosts may need servers to end their step
+                trainer.send_signal(number)
+        if stop.asked and not trainers:  # trainers on other hosts may need these servers to end their step
             at_once = len(stop.asked) > 1
-            if at_once or not listening(args.trainer_hosts[0], args.port):
+            if at_once or not is_listening(args.trainer_hosts[0], args.port):
                 return stop.status
         if time.monotonic() > min(lost, stop.limit(args.grace)):
             return status([*codes, TRY_AGAIN], stop)
@@ -281,27 +292,45 @@ def watch(
         time.sleep(0.2)
 
 
+def report_killed(
+    trainers: Sequence[ProcessGroup], codes: Sequence[int | None], here: str, reported: set[str]
+) -> None:
+    """Prints, once each, which trainers were killed: when process 0 dies, JAX kills the others without saying why."""
+    for trainer, code in zip(trainers, codes, strict=True):
+        process = trainer.environment.get("JAXRL_PROCESS", "")
+        if process not in reported and process and code and code < 0:
+            reported.add(process)
+            say(f"process {process} on {here} was ended by {signal.Signals(-code).name}")
+
+
 def status(codes: Sequence[int | None], stop: Stop) -> int:
-    """Of all: 0 if nothing failed, TRY_AGAIN if some were stopped or lost, anything else wants to be looked at."""
+    """The exit status of a run whose processes ended with `codes`.
+
+    It is 0 if nothing failed and TRY_AGAIN if processes were only stopped or lost (255: ssh lost its host); any other
+    status has to be looked at.
+    """
     failed = [TRY_AGAIN if code < 0 or code == 255 else code for code in codes if code]
     if failed and stop.asked:
         return stop.status
     return next((code for code in failed if code != TRY_AGAIN), TRY_AGAIN if failed else 0)
 
 
-def listening(host: str, port: int) -> bool:
+def is_listening(host: str, port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
         return True
     return False
 
 
-class Remote(process_group.ProcessGroup):
-    """This script on another host. It is spoken to through stdin: no command line shows the key, and when this end is
-    gone, however it went, that end sees it."""
+class Remote(ProcessGroup):
+    """This script on another host.
 
-    def __init__(self, host: str, args: argparse.Namespace, argv: Sequence[str]):
-        script = [sys.executable, str(ROOT / "launch" / "entry.py"), "--remote", "--here", host, *argv]
-        line = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(script)}"  # noqa: PTH109
+    It gets the environment and signals through its stdin: no command line shows the key, and it ends when this end is
+    gone for whatever reason. See `follow_stdin`.
+    """
+
+    def __init__(self, host: str, args: argparse.Namespace, argv: Sequence[str]) -> None:
+        script = [sys.executable, str(Path(__file__).resolve()), "--remote", "--here", host, *argv]
+        line = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(script)}"
         super().__init__([*args.ssh, host, line], {}, stdin=subprocess.PIPE)
         self.host = host
 
@@ -309,7 +338,7 @@ class Remote(process_group.ProcessGroup):
         super().start()
         self._write(json.dumps({k: v for k, v in os.environ.items() if k.startswith((*SENT, KEY))}))
 
-    def tell(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         self._write(signal.Signals(number).name)
 
     def _write(self, line: str) -> None:
@@ -319,7 +348,7 @@ class Remote(process_group.ProcessGroup):
             self.process.stdin.flush()
 
 
-def place(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
+def run_remotely(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
     """Has every host run its part; returns the exit status of all when the trainers have ended."""
     remotes = [Remote(host, args, argv) for host in hosts]
     trainers = [remote for remote in remotes if hosts[remote.host].trainers]
@@ -334,29 +363,29 @@ def place(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str],
         return watch(trainers, tend, args, stop)
     finally:
         for remote in remotes:
-            remote.tell(signal.SIGTERM)
-            remote.tell(signal.SIGTERM)
+            remote.send_signal(signal.SIGTERM)
+            remote.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 2 * AT_ONCE + 5
         while any(remote.process.poll() is None for remote in remotes) and time.monotonic() < deadline:
             time.sleep(0.2)
         process_group.kill(remotes)
 
 
-def hear() -> None:
-    """The other end of Remote."""
+def follow_stdin() -> None:
+    """Takes from stdin what a Remote sends: the environment, then signals, and SIGTERM at its end."""
     os.environ |= json.loads(sys.stdin.readline() or "{}")
 
-    def listen() -> None:
+    def follow() -> None:
         for line in sys.stdin:
             os.kill(os.getpid(), signal.Signals[line.strip()])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextlib.contextmanager
-def talking_to_nobody() -> Iterator[None]:
-    """What is printed here and by trainers goes through a thread, which does not mind when nobody listens any more."""
+def output_without_reader() -> Iterator[None]:
+    """Passes the output of this process and its trainers through a thread, so that nothing fails when ssh is gone."""
     end, start = os.pipe()
     out, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
 
@@ -381,16 +410,16 @@ def talking_to_nobody() -> Iterator[None]:
         thread.join(5)
 
 
-def find_here(args: argparse.Namespace, hosts: dict[str, Part]) -> str:
-    """This host's name among the hosts.
+def name_of_this_host(args: argparse.Namespace, hosts: dict[str, Part]) -> str:
+    """The name that this host has among `hosts`.
 
     Raises:
       InputError: if it has none, or one that others cannot reach.
     """
-    same = lambda host: args.here in (host, host.split(".")[0]) or args.here.split(".")[0] == host  # noqa: E731
-    here = next(filter(same, hosts), None)
+    own, short = args.here, args.here.split(".")[0]
+    here = next((host for host in hosts if own in (host, host.split(".")[0]) or short == host), None)
     if here is None:
-        raise InputError(f"{args.here} is none of {', '.join(hosts)}; say which of them this is with --here")
+        raise InputError(f"{own} is none of {', '.join(hosts)}; say which of them this is with --here")
     if len(hosts) > 1:
         try:
             address = socket.gethostbyname(here)
@@ -406,25 +435,27 @@ def find_here(args: argparse.Namespace, hosts: dict[str, Part]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: BAD_INPUT where the same command fails again, TRY_AGAIN where it may go on."""
     args, stop = parse(argv), Stop()
-    with talking_to_nobody() if args.remote else contextlib.nullcontext():
+    with output_without_reader() if args.remote else contextlib.nullcontext():
         try:
             if args.remote:
-                hear()
-            return begin(plan(args), args, argv, stop)
-        except InputError as error:
+                follow_stdin()
+            return run_parts(assign(args), args, argv, stop)
+        except (InputError, RunError) as error:
             say("\n".join(f"launch: {args.here}: {line}" for line in str(error).splitlines()))
-            return 2
+            return BAD_INPUT if isinstance(error, InputError) else TRY_AGAIN
 
 
-def begin(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
+def run_parts(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
+    """Runs this host's part, or with --ssh those of all; with --dry-run, prints them."""
     if args.dry_run:
         show(hosts, args, argv)
         return 0
     if args.ssh and not args.remote:
         os.environ[KEY] = api_key()
-        return place(hosts, args, argv, stop)
-    args.here = find_here(args, hosts)
+        return run_remotely(hosts, args, argv, stop)
+    args.here = name_of_this_host(args, hosts)
     os.environ[KEY] = api_key()
     urls = [server.url for part in hosts.values() for server in part.samplers]
     return run(hosts[args.here], urls, args, stop)
@@ -440,7 +471,7 @@ def show(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str]) 
 
 
 def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever listened may be gone
+    with contextlib.suppress(OSError):  # the reader may be gone
         print(text, flush=True)
 
 

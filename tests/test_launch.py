@@ -1,5 +1,7 @@
 """The launch scripts: what they would run where, and that nothing outlives them. vLLM and trainers are stand-ins."""
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import os
@@ -14,10 +16,10 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from sampling.test_servers import alive, assert_gone, pids_in
 
-from jaxrl.parallel import processes
+from jaxrl.errors import BAD_INPUT, TRY_AGAIN
 from jaxrl.sampling.servers import free_port
+from sampling.test_servers import alive, assert_gone, pids_in
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -75,7 +77,8 @@ sys.exit(entry.main(sys.argv[1:]))
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     names = {"python": sys.executable, "folder": tmp_path, "root": ROOT}
-    ssh = '#!/bin/sh\nshift\nexec setsid -w sh -c "$1"\n'  # as there, nothing but stdin ties the other end to this one
+    # as with ssh, nothing but stdin ties the other end to this one
+    ssh = '#!/bin/sh\nshift\nexec setsid -w sh -c "$1"\n'
     for name, text in {"vllm": VLLM, "python": PROGRAM, "driver": DRIVER, "ssh": ssh}.items():
         (tmp_path / name).write_text(text if name == "ssh" else text.format(**names))
         (tmp_path / name).chmod(0o755)
@@ -86,10 +89,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def dry_run(*command: object, **environment: str) -> list[str]:
-    done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment,
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment
+    line = [str(part) for part in command]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout.splitlines()
 
@@ -150,14 +152,8 @@ def test_four_hosts_by_ssh(folder: Path) -> None:
     recipe = [f"{folder}/recipe.toml", "--run.steps", "3"]
     options = ["--trainer-gpus", "2", "--sampler-gpus", "2", "--port", "9000", "--dry-run", *recipe]
     lines = dry_run("launch/ssh.sh", folder / "hosts", *options, LAUNCH_SSH="ssh -p 2222")
-    shared = [
-        "--ssh",
-        "ssh -p 2222",
-        "--trainer-hosts",
-        "10.0.0.1,10.0.0.2",
-        "--sampler-hosts",
-        "10.0.0.3,10.0.0.4",
-    ]
+    shared = ["--ssh", "ssh -p 2222"]
+    shared += ["--trainer-hosts", "10.0.0.1,10.0.0.2", "--sampler-hosts", "10.0.0.3,10.0.0.4"]
 
     def placed(host: str) -> str:
         script = [sys.executable, f"{ROOT}/launch/entry.py", "--remote", "--here", host, *shared, *options]
@@ -177,9 +173,8 @@ def test_four_hosts_by_ssh(folder: Path) -> None:
         server(folder, hosts[3], 9002, " CUDA_VISIBLE_DEVICES=1"),
     ]
     (folder / "hosts").write_text("10.0.0.1 trainer\n10.0.0.2 sampeler\n")
-    wrong = subprocess.run(
-        ["launch/ssh.sh", folder / "hosts", "r.toml"], cwd=ROOT, capture_output=True, check=False
-    )
+    command = ["launch/ssh.sh", str(folder / "hosts"), "r.toml"]
+    wrong = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert wrong.returncode == 2 and b"10.0.0.2 sampeler" in wrong.stderr
 
 
@@ -197,42 +192,31 @@ SLURM = {
     "SLURM_JOB_NODELIST_HET_GROUP_0": "a[1-8]",
     "SLURM_JOB_NODELIST_HET_GROUP_1": "b[1-8]",
 }
-SCONTROL = 'case $1 in show) printf "${3%%[*}%s\\n" {1..8};; *) echo "$@" >> $(dirname $0)/../said;; esac'
+SCONTROL = 'case $1 in show) printf "${3%%[*}%s\\n" {1..8};; *) echo "$@" >> $(dirname $0)/../calls;; esac'
 
 
 def test_sixteen_hosts_by_slurm(folder: Path) -> None:
-    lines = dry_run(
-        "launch/slurm.sbatch", "--dry-run", folder / "recipe.toml", "--run.steps", "3",
-        PATH=stub(folder, scontrol=SCONTROL), TENSOR="2", **SLURM,
-    )  # fmt: skip
+    command = ("launch/slurm.sbatch", "--dry-run", folder / "recipe.toml", "--run.steps", "3")
+    lines = dry_run(*command, PATH=stub(folder, scontrol=SCONTROL), TENSOR="2", **SLURM)
     port = 20000 + 1234567 % 390 * 32
     urls = [f"http://b{n}:{port + k}" for n in range(1, 9) for k in range(1, 5)]
-    expected = [
-        trainer(folder, f"a{n}", f"a1:{port}", f"8 {n - 1}", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7", urls)
-        for n in range(1, 9)
-    ] + [
-        server(
-            folder,
-            f"b{n}",
-            port + 1 + k,
-            f" CUDA_VISIBLE_DEVICES={2 * k},{2 * k + 1}",
-            " --tensor-parallel-size 2",
-        )
-        for n in range(1, 9)
-        for k in range(4)
-    ]
+    gpus, parallel = "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7", " --tensor-parallel-size 2"
+    expected = [trainer(folder, f"a{n}", f"a1:{port}", f"8 {n - 1}", gpus, urls) for n in range(1, 9)]
+    for n, k in itertools.product(range(1, 9), range(4)):
+        pair = f" CUDA_VISIBLE_DEVICES={2 * k},{2 * k + 1}"
+        expected.append(server(folder, f"b{n}", port + 1 + k, pair, parallel))
     assert lines == expected and len(lines) == 40
 
 
 SRUN = """
-echo "$@" >> {0}/said
-trap 'echo ${{5}} TERM >> {0}/said; {2}' TERM
+echo "$@" >> {0}/calls
+trap 'echo ${{5}} TERM >> {0}/calls; {2}' TERM
 case $5 in --het-group=0) {1};; *) {3};; esac
 """
 
 
 @pytest.mark.parametrize(
-    ("trainers", "told", "samplers", "status", "again"),
+    ("trainers", "on_signal", "samplers", "status", "again"),
     [
         ("exit 0", "", "sleep 30 & wait", 0, False),
         ("exit 75", "", "sleep 30 & wait", 75, True),
@@ -240,34 +224,28 @@ case $5 in --het-group=0) {1};; *) {3};; esac
         ("kill -9 $$", "", "sleep 30 & wait", 75, True),
         ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 2", 2, False),
         ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 75", 75, True),
-        (
-            "sleep 0.5; kill $PPID; sleep 30 & wait",
-            "sleep 1; exit 75",
-            "sleep 30 & wait",
-            75,
-            True,
-        ),  # preempted
+        # preempted
+        ("sleep 0.5; kill $PPID; sleep 30 & wait", "sleep 1; exit 75", "sleep 30 & wait", 75, True),
     ],
 )
 def test_slurm_starts_again_what_was_stopped(
-    folder: Path, trainers: str, told: str, samplers: str, status: int, again: bool
+    folder: Path, trainers: str, on_signal: str, samplers: str, status: int, again: bool
 ) -> None:
-    """With an srun that does as told; there is no Slurm here."""
-    srun = SRUN.format(folder, trainers, told or "exit 75", samplers)
+    """With a stand-in for srun that runs these lines; there is no Slurm here."""
+    srun = SRUN.format(folder, trainers, on_signal or "exit 75", samplers)
     path = stub(folder, scontrol=SCONTROL, srun=srun)
     environment = {**os.environ, "PATH": path, **SLURM}
-    done = subprocess.run(
-        ["launch/slurm.sbatch", "r.toml"], cwd=ROOT, env=environment, check=False, timeout=20
-    )
-    said = (folder / "said").read_text()
+    command = ["launch/slurm.sbatch", "r.toml"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=20)
+    calls = (folder / "calls").read_text()
     assert done.returncode == status
-    assert ("requeue 1234567" in said) == again
-    assert "--het-group=0 .venv/bin/python launch/entry.py --trainer-hosts a1,a2" in said
-    assert "JAXRL_API_KEY" not in said and "key" not in said
+    assert ("requeue 1234567" in calls) == again
+    assert "--het-group=0 .venv/bin/python launch/entry.py --trainer-hosts a1,a2" in calls
+    assert "JAXRL_API_KEY" not in calls and "key" not in calls
 
 
 def test_kubernetes(folder: Path) -> None:
-    """The container's command is valid, the jobs' pods are the hosts it names, and statuses mean what they should."""
+    """The container's command is valid, it names the jobs' pods as hosts, and statuses mean what they should."""
     spec = yaml.safe_load((ROOT / "launch" / "k8s.yaml").read_text())
     name, spec = spec["metadata"]["name"], spec["spec"]
     pods = {}
@@ -279,9 +257,8 @@ def test_kubernetes(folder: Path) -> None:
         ]
         rule = job_spec["podFailurePolicy"]["rules"][0]
         assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "NotIn"
-        assert (
-            processes.TRY_AGAIN in rule["onExitCodes"]["values"] and 2 not in rule["onExitCodes"]["values"]
-        )
+        passing = rule["onExitCodes"]["values"]
+        assert TRY_AGAIN in passing and BAD_INPUT not in passing
         container = job_spec["template"]["spec"]["containers"][0]
         assert container["command"] == [".venv/bin/python", "launch/entry.py"]
     args = [str(folder / "recipe.toml") if arg.endswith(".toml") else arg for arg in container["args"]]
@@ -292,45 +269,38 @@ def test_kubernetes(folder: Path) -> None:
     assert "JAXRL_COORDINATOR=jaxrl-trainers-0-0.jaxrl:8100 JAXRL_PROCESSES=2 JAXRL_PROCESS=1" in lines[1]
 
 
-flat = lambda lists: list(itertools.chain(*lists))  # noqa: E731
+def flat(lists: list[list[int]]) -> list[int]:
+    return list(itertools.chain(*lists))
 
 
 class Run:
     """A run of two trainers and two servers, on one host or on two by way of ssh."""
 
-    started: ClassVar[list[subprocess.Popen]] = []
+    started: ClassVar[list[subprocess.Popen[str]]] = []
 
-    def __init__(self, folder: Path, ssh: bool, *options: str):
+    def __init__(self, folder: Path, ssh: bool, *options: str) -> None:
         self.folder = folder
         hosts = ["--trainer-hosts", "127.0.0.1", "--sampler-hosts", "127.0.0.1", "--here", "127.0.0.1"]
         if ssh:
             hosts = ["--trainer-hosts", "127.0.0.2", "--sampler-hosts", "127.0.0.3", "--ssh", f"{folder}/ssh"]
-        command = [
-            f"{folder}/python",
-            "entry.py",
-            *hosts,
-            "--trainer-processes",
-            "2",
-            "--samplers",
-            "2",
-            "--port",
-        ]
+        command = [f"{folder}/python", "entry.py", *hosts, "--trainer-processes", "2", "--samplers", "2"]
+        command += ["--port", str(free_port()), *options, f"{folder}/recipe.toml"]
+        environment, out = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
         self.process = subprocess.Popen(
-            [*command, str(free_port()), *options, f"{folder}/recipe.toml"], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-
+            command, stdout=out, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
+        )
         self.started.append(self.process)
 
     def running(self) -> list[list[int]]:
-        """The processes of each trainer, and of the servers, when all are there."""
+        """The process ids of each trainer, and of the servers, once all have started."""
         trainers = [pids_in(self.folder / f"trainer{i}") for i in range(2)]
         return [*trainers, pids_in(self.folder / "pids")]
 
     def end(self, status: int) -> str:
-        said = self.process.communicate(timeout=60)[0]
-        assert self.process.returncode == status, said
-        return said
+        """Waits for its end, with this exit status; returns its output."""
+        output = self.process.communicate(timeout=60)[0]
+        assert self.process.returncode == status, output
+        return output
 
 
 @pytest.mark.parametrize("ssh", [False, True], ids=["local", "ssh"])
@@ -370,7 +340,7 @@ def test_kill_9_of_the_launcher_leaves_nothing(folder: Path, ssh: bool) -> None:
     run = Run(folder, ssh)
     pids = flat(run.running())
     assert run.process.stdout
-    run.process.stdout.close()  # nobody listens to what trainers say when they end
+    run.process.stdout.close()  # nobody reads what trainers print when they end
     run.process.kill()
     assert_gone(pids)
     assert [(folder / f"saved{i}").exists() for i in range(2)] == [ssh, ssh]
@@ -381,7 +351,7 @@ def test_a_trainer_that_fails_ends_the_run(folder: Path, ssh: bool) -> None:
     run = Run(folder, ssh)
     pids = flat(run.running())
     (folder / "exit1").write_text("2")
-    run.end(2)
+    run.end(BAD_INPUT)
     assert_gone(pids)
 
 
@@ -389,7 +359,7 @@ def test_a_trainer_that_is_killed_wants_another_try(folder: Path) -> None:
     run = Run(folder, False)
     trainers = run.running()
     os.kill(trainers[0][0], signal.SIGKILL)
-    assert run.end(processes.TRY_AGAIN).count("process 0 on 127.0.0.1 was ended by SIGKILL") == 1
+    assert run.end(TRY_AGAIN).count("process 0 on 127.0.0.1 was ended by SIGKILL") == 1
     assert_gone(flat(trainers))
 
 
@@ -403,21 +373,20 @@ def test_a_server_that_ends_is_started_again_unless_it_cannot(folder: Path) -> N
     assert_gone(server[:2])
     (folder / "broken").touch()
     os.kill(server[2], signal.SIGKILL)
-    said = run.end(2)
-    assert (
-        said.count("started again") == 2 and "the vLLM server stopped again: ValueError: it is broken" in said
-    )
+    output = run.end(BAD_INPUT)
+    assert output.count("started again") == 2
+    assert "the vLLM server stopped again: ValueError: it is broken" in output
     assert_gone([*flat(trainers), *server, *again])
 
 
-def test_what_cannot_work_is_said_before_anything_starts(folder: Path) -> None:
+def test_what_cannot_work_is_reported_before_trainers_start(folder: Path) -> None:
     (folder / "broken").touch()
-    said = Run(folder, True).end(2)
-    assert "127.0.0.3: " in said and "the vLLM server stopped: ValueError: it is broken" in said
-    said = Run(folder, False, "--samplers", "3", "--sampler-gpus", "2").end(2)
-    assert "--samplers 3 of --tensor-parallel 1 need more than 2 GPUs" in said
+    output = Run(folder, True).end(BAD_INPUT)
+    assert "127.0.0.3: " in output and "the vLLM server stopped: ValueError: it is broken" in output
+    output = Run(folder, False, "--samplers", "3", "--sampler-gpus", "2").end(BAD_INPUT)
+    assert "--samplers 3 of --tensor-parallel 1 need more than 2 GPUs" in output
     recipe = folder / "recipe.toml"
     recipe.write_text(recipe.read_text().replace(str(folder / "weights"), "/dev/shm/jaxrl"))
-    said = Run(folder, True).end(2)
-    assert "127.0.0.3 cannot read weights in /dev/shm/jaxrl of 127.0.0.2; set sampler.folder" in said
+    output = Run(folder, True).end(BAD_INPUT)
+    assert "127.0.0.3 cannot read weights in /dev/shm/jaxrl of 127.0.0.2; set sampler.folder" in output
     assert not (folder / "trainer0").exists()

@@ -24,10 +24,6 @@ EVALUATION = {
     "eval.top_p",
     "eval.max_tokens",
 }
-R1_DISTILL = plan.Config(
-    family="qwen2", vocab_size=151_936, width=1536, layers=28, heads=12, kv_heads=2, head_dim=128, mlp_width=8960,
-    rope_theta=10_000.0, norm_epsilon=1e-6, tied=False, max_positions=131_072,
-)  # fmt: skip
 
 
 def load(name: str) -> config.Recipe:
@@ -46,22 +42,17 @@ def test_every_value_says_where_it_comes_from(name: str) -> None:
     assert len(values) >= 8 and all(re.search(rf'["\w] +# ({sources})\b', line) for line in values)
 
 
-@pytest.mark.parametrize(
-    "name", [JUSTRL[0], ABLATIONS[1]]
-)  # each other is one of these in all that is planned
-def test_they_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "model_config", lambda path: R1_DISTILL)
+# to a plan, each other recipe is the same as one of these
+@pytest.mark.parametrize("name", [JUSTRL[0], ABLATIONS[1]])
+def test_they_can_be_planned(name: str) -> None:
     (step,) = plan.plan(load(name), plan.Assumptions(trainers=2, samplers=6))["steps"]
     assert 60 < step["total"] < 600  # seconds on H100s
 
 
 def test_the_two_bases_differ_in_the_model_alone() -> None:
     found = changed(*map(load, JUSTRL))
-    assert set(found) == {
-        "model.path",
-        "run.directory",
-        "run.steps",
-    }  # where it is kept, and when it was stopped
+    # the last two: where it is kept, and when it was stopped
+    assert set(found) == {"model.path", "run.directory", "run.steps"}
 
 
 def test_justrl_is_the_default_of_every_field_that_matters() -> None:
@@ -71,12 +62,8 @@ def test_justrl_is_the_default_of_every_field_that_matters() -> None:
 
 def test_values_of_the_released_script() -> None:
     r = load(JUSTRL[1])
-    assert (r.rollout.prompts, r.rollout.samples, r.optimizer.minibatch_prompts, r.updates_per_step) == (
-        256,
-        8,
-        64,
-        4,
-    )
+    assert (r.rollout.prompts, r.rollout.samples) == (256, 8)
+    assert (r.optimizer.minibatch_prompts, r.updates_per_step) == (64, 4)
     assert (r.data.max_prompt_tokens, r.rollout.max_tokens) == (1024, 15_360)
     assert (r.loss.clip_low, r.loss.clip_high, r.loss.dual_clip) == (0.2, 0.28, 10.0)
     o = r.optimizer
@@ -107,6 +94,7 @@ PRINTED = {"justrl-deepseek-1.5b": 1.4e8, "justrl-nemotron-1.5b": 1.1e8}
 
 
 def others(name: str) -> float:
+    """Tokens in units of 1,024 that a run of TABLE may have sampled, those before it included."""
     stages, prompts, kept, before, _ = TABLE[name]
     own = sum(steps * samples * context for steps, samples, context in stages) * prompts / kept
     return own + (others(before) if before else 0)

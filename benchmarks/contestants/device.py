@@ -1,8 +1,12 @@
-"""Makes the model on the device, and measures what the device can do at best; see benchmarks/update_gpu.py."""
+"""Makes the model on the device, and measures the device's best rates; see benchmarks/update_gpu.py."""
 
+from __future__ import annotations
+
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,8 +18,8 @@ folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 REPEATS = 20
 
 
-def seconds(function, *arguments):
-    """Of one call, in a row of many."""
+def seconds(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+    """Seconds of a call, in a row of many."""
     jax.block_until_ready(function(*arguments))
     began = time.perf_counter()
     for _ in range(REPEATS):
@@ -31,7 +35,7 @@ for _ in sys.stdin:
         jax.random.normal(jax.random.key(0), shape, settings["dtype"])
         for shape in ((tokens, config.width), (config.mlp_width, config.width), (settings["square"],) * 2)
     )
-    matmul, mlp = jax.jit(jnp.matmul), jax.jit(lambda x, w: jnp.einsum("ni,oi->no", x, w))
+    matmul, mlp = jax.jit(jnp.matmul), jax.jit(functools.partial(jnp.einsum, "ni,oi->no"))
     found = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -1,4 +1,6 @@
-"""jaxrl's update and scoring pass on packed streams; see benchmarks/contest.py."""
+"""jaxrl's update and log-prob pass on packed streams; see benchmarks/harness.py."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -40,7 +42,7 @@ state = grpo.init_state(model.params, optimizer, mesh)
 del model  # the state owns the parameters now
 for request in sys.stdin:
     found = {}
-    if request.strip() == "score":
+    if request.strip() == "logprobs":
         jax.block_until_ready(logprobs(state.params, packed))
     else:
         traced = request.strip() == "profile"

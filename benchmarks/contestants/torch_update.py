@@ -1,8 +1,10 @@
-"""The step in PyTorch with transformers' Qwen2 and SDPA; see benchmarks/contest.py.
+"""The step in PyTorch with transformers' Qwen2 and SDPA; see benchmarks/harness.py.
 
-Rows of like length are padded on the right to the longest of their micro-batch. Attention being causal, they need no
-mask, without which SDPA takes its fastest kernel.
+Rows of similar length are padded on the right to the longest of their micro-batch. As attention is causal they need no
+mask, and without one SDPA takes its fastest kernel.
 """
+
+from __future__ import annotations
 
 import json
 import sys
@@ -20,10 +22,8 @@ torch.set_num_threads(settings["threads"])
 torch.backends.cuda.matmul.allow_tf32 = True
 device = "cuda" if torch.cuda.is_available() else "cpu"
 batch = dict(np.load(folder / "batch.npz"))
-model = AutoModelForCausalLM.from_pretrained(
-    folder / "model", dtype=torch.float32, attn_implementation="sdpa"
-)
-model = model.to(device).train()
+kind = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+model = AutoModelForCausalLM.from_pretrained(folder / "model", **kind).to(device).train()
 if settings["remat"] != "none":
     model.gradient_checkpointing_enable({"use_reentrant": False})
 half = settings["dtype"] == "bfloat16"
@@ -32,7 +32,7 @@ completion_tokens = int((batch["lengths"] - batch["prompt"]).sum())
 
 
 def micro_batches() -> Iterator[np.ndarray]:
-    """Rows of the batch, as many at a time as `stream` tokens hold."""
+    """Yields rows of the batch, as many at a time as `stream` tokens hold."""
     waiting = np.argsort(-batch["lengths"], kind="stable")
     while len(waiting):
         rows = max(1, settings["stream"] // batch["lengths"][waiting[0]])
@@ -41,15 +41,15 @@ def micro_batches() -> Iterator[np.ndarray]:
 
 
 def on_device(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-    """Tokens [b, t]; of each but the first: old log-probs, whether it is of a completion; advantages [b, 1]."""
+    """Tokens [b, t]; old log-probs of all but the first, and whether they are a completion's; advantages [b, 1]."""
     end = batch["lengths"][rows].max()
-    place = np.arange(1, end)
-    live = (place >= batch["prompt"]) & (place < batch["lengths"][rows, None])
+    position = np.arange(1, end)
+    live = (position >= batch["prompt"]) & (position < batch["lengths"][rows, None])
     arrays = batch["tokens"][rows, :end].astype(int), batch["old_logprobs"][rows, 1:end], live
     return tuple(torch.tensor(x, device=device) for x in (*arrays, batch["advantages"][rows, None]))
 
 
-def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def head(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logprobs = torch.log_softmax(model.lm_head(hidden).float(), -1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -60,15 +60,14 @@ def logprobs_of(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies [b, t - 1]; logits whole, or recomputed `chunk` tokens at a time."""
     hidden, targets = model.model(tokens, use_cache=False).last_hidden_state[:, :-1], tokens[:, 1:]
     if not settings["chunk"]:
-        return of_chunk(hidden, targets)
-    parts = zip(
-        hidden.flatten(0, 1).split(settings["chunk"]), targets.flatten().split(settings["chunk"]), strict=True
-    )
-    found = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in parts]
+        return head(hidden, targets)
+    size = settings["chunk"]
+    parts = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+    found = [checkpoint(head, h, t, use_reentrant=False) for h, t in parts]
     return tuple(torch.cat(x).view_as(targets) for x in zip(*found, strict=True))
 
 
-def autocast() -> torch.autocast | nullcontext:
+def autocast() -> torch.autocast | nullcontext[None]:
     return torch.autocast(device, torch.bfloat16) if half else nullcontext()
 
 
@@ -76,8 +75,8 @@ def update() -> dict[str, float]:
     total, entropy_sum = 0.0, 0.0
     for tokens, old, live, advantages in map(on_device, micro_batches()):
         with autocast():
-            logprobs, entropy = logprobs_of(tokens)
-        ratio = torch.exp(logprobs - old)
+            new, entropy = logprobs_of(tokens)
+        ratio = torch.exp(new - old)
         losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
         loss = losses[live].sum() / completion_tokens
         loss.backward()
@@ -90,7 +89,7 @@ def update() -> dict[str, float]:
 
 
 @torch.no_grad()
-def score() -> dict[str, float]:
+def logprobs() -> dict[str, float]:
     for tokens, *_ in map(on_device, micro_batches()):
         with autocast():
             logprobs_of(tokens)
@@ -99,7 +98,7 @@ def score() -> dict[str, float]:
 
 executed = sum(len(rows) * int(batch["lengths"][rows].max()) for rows in micro_batches())
 for request in sys.stdin:
-    found = score() if request.strip() == "score" else update()
+    found = logprobs() if request.strip() == "logprobs" else update()
     if device == "cuda":
         torch.cuda.synchronize()
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
