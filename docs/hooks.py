@@ -3,65 +3,55 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from html import escape
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from latex2mathml.converter import convert
 
-ROOT = Path(__file__).parent.parent
+from jaxrl import config
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+
+FIELDS = "<!-- fields -->"
 
 
-def on_config(config: Any) -> Any:
-    fences = config.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
+def on_config(settings: MkDocsConfig) -> MkDocsConfig:
+    fences = settings.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
     fences.append({"name": "math", "class": "math", "format": _math})
-    return config
+    return settings
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return (
-        markdown.replace("<!-- fields -->", "\n".join(_sections()))
-        if "<!-- fields -->" in markdown
-        else markdown
-    )
+def on_page_markdown(markdown: str, **_: object) -> str:
+    return markdown.replace(FIELDS, "\n".join(_sections())) if FIELDS in markdown else markdown
 
 
-def _math(source: str, *_: Any, **__: Any) -> str:
+def _math(source: str, *_: object, **__: object) -> str:
     return f'<p style="overflow: auto hidden; padding: .3em 0">{convert(source, display="block")}</p>'
 
 
 def _sections() -> list[str]:
-    """A table for each section of jaxrl/config.py: key, default and docstring of every field, and what it may be."""
-    tree = ast.parse((ROOT / "jaxrl/config.py").read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    """A table for each section of a recipe: key, default and docstring of every field, and its type or choices."""
     lines = []
-    for section in classes["Recipe"].body:
-        if isinstance(section, ast.AnnAssign) and isinstance(section.target, ast.Name):
-            name, kind = section.target.id, ast.unparse(section.annotation)
-            lines += [f"## [{name}]", "", "| key | default | |", "|---|---|---|"]
-            lines += [
-                f"| {_code(key)} | {_code(value)} | {text} |" for key, value, text in _fields(classes[kind])
-            ]
-            lines.append("")
+    for name, section in get_type_hints(config.Recipe).items():
+        lines += [f"## [{name}]", "", "| key | default | |", "|---|---|---|", *_rows(section), ""]
     return lines
 
 
-def _fields(section: ast.ClassDef) -> list[tuple[str, str, str]]:
-    found = []
-    for field, text in zip(section.body, section.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-        ):
-            key, value = ast.unparse(field.target), ast.unparse(field.value or ast.Constant(""))
-            words, kind = (
-                escape(" ".join(str(text.value.value).split()), quote=False),
-                ast.unparse(field.annotation),
-            )
-            choices = kind.removeprefix("Literal[").removesuffix("]").replace("'", "")
-            found.append((key, value, words if choices == kind else f"{words}<br>One of: {choices}."))
-    return found
+def _rows(section: type[config.Section]) -> list[str]:
+    """A row for each field, from the source: the docstring of a field is the string that follows it."""
+    (tree,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(tree, ast.ClassDef)
+    types, rows = get_type_hints(section), []
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            key, default = ast.unparse(field.target), ast.unparse(field.value or ast.Constant(""))
+            words = escape(" ".join(str(ast.literal_eval(text.value)).split()), quote=False)
+            if get_origin(types[key]) is Literal:
+                words += f"<br>One of: {', '.join(get_args(types[key]))}."
+            rows.append(f"| {_code(key)} | {_code(default)} | {words} |")
+    return rows
 
 
 def _code(text: str) -> str:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from jaxrl.errors import InputError, RunError
     from jaxrl.grpo.advantages import group_advantages, sequence_weights, token_weights
     from jaxrl.grpo.objective import Objective, policy_objective
-    from jaxrl.grpo.packing import Layout, PackedBatch, fill, lay_out, pack
-    from jaxrl.grpo.update import Numerics, TrainState, init_state, make_optimizer, make_update
+    from jaxrl.grpo.packing import Layout, PackedBatch, Placement, bucket_lengths, fill, lay_out, pack
+    from jaxrl.grpo.update import Functions, Numerics, TrainState, init_state, make_optimizer, make_update
+    from jaxrl.models.decoder import Config as ModelConfig
+    from jaxrl.models.decoder import initialize
     from jaxrl.models.hf import Model
     from jaxrl.models.hf import load as load_model
     from jaxrl.models.hf import save as save_model
@@ -51,11 +53,14 @@ _PUBLIC = {
     "token_weights": "grpo.advantages",
     "Layout": "grpo.packing",
     "PackedBatch": "grpo.packing",
+    "Placement": "grpo.packing",
+    "bucket_lengths": "grpo.packing",
     "lay_out": "grpo.packing",
     "fill": "grpo.packing",
     "pack": "grpo.packing",
     "Objective": "grpo.objective",
     "policy_objective": "grpo.objective",
+    "Functions": "grpo.update",
     "Numerics": "grpo.update",
     "TrainState": "grpo.update",
     "init_state": "grpo.update",
@@ -65,48 +70,14 @@ _PUBLIC = {
     "build_programs": "programs",
     "make_mesh": "parallel.mesh",
     "to_devices": "parallel.mesh",
+    "ModelConfig": "models.decoder:Config",
+    "initialize": "models.decoder",
     "Model": "models.hf",
     "load_model": "models.hf:load",
     "save_model": "models.hf:save",
 }
 
-__all__ = [
-    "VERIFIERS",
-    "InputError",
-    "Layout",
-    "LocalSampler",
-    "Model",
-    "Numerics",
-    "Objective",
-    "PackedBatch",
-    "Programs",
-    "Prompt",
-    "Recipe",
-    "Rollout",
-    "RunError",
-    "Sampler",
-    "SamplingParams",
-    "TrainState",
-    "VLLMSampler",
-    "build_programs",
-    "fill",
-    "group_advantages",
-    "init_state",
-    "lay_out",
-    "load_model",
-    "load_recipe",
-    "make_mesh",
-    "make_optimizer",
-    "make_update",
-    "open_sampler",
-    "pack",
-    "policy_objective",
-    "save_model",
-    "sequence_weights",
-    "to_devices",
-    "token_weights",
-    "train_recipe",
-]
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> object:
