@@ -1,1 +1,1 @@
-"""Samplers: in process (local.py), behind one protocol (sampler.py)."""
+"""Samplers behind one protocol (sampler.py): in process (local.py), or vLLM servers over HTTP (vllm.py)."""

@@ -1,35 +1,39 @@
-"""Rollouts among the processes of a run: each samples its share of the prompts, and then all have everything."""
+"""Sampling by all processes of a run: each samples its share of the prompts, then all get every rollout."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
+from jaxrl.models.decoder import Params
 from jaxrl.parallel import processes
-from jaxrl.sampling.sampler import Sampler
+from jaxrl.sampling.sampler import Sampler, unchanged
 from jaxrl.sampling.transports.base import Transport
-from jaxrl.types import Prompt, Rollout, SamplingParams
+from jaxrl.types import Groups, OnRollout, Prompt, Rollout, SamplingParams
 
-LONGEST = 24 * 3600.0  # seconds; a process that is gone is noticed sooner
+LONGEST = 24 * 3600.0  # seconds that processes wait for the slowest; one that is gone is noticed sooner
 
 
-def share(count: int, process: int, processes: int) -> range:
-    """The prompts that one process samples: contiguous, and as even as can be."""
-    return range(count * process // processes, count * (process + 1) // processes)
+def share(count: int, index: int, parts: int) -> range:
+    """The prompts that process `index` of `parts` samples: contiguous, and as even as can be."""
+    return range(count * index // parts, count * (index + 1) // parts)
 
 
 class Shared:
-    """The samplers of all processes as one: `generate` samples the own share, `gather` has everyone's."""
+    """The samplers of all processes: `generate` samples this process's share; `gather` returns the rollouts of all."""
 
-    def __init__(self, sampler: Sampler, processes: int):
-        """Args: processes: how many sample, the first ones."""
-        self._sampler, self._processes = sampler, processes
+    def __init__(self, sampler: Sampler, samplers: int) -> None:
+        """
+        Args:
+          sampler: this process's own.
+          samplers: number of processes that sample, which are the first ones.
+        """
+        self._sampler, self._samplers = sampler, samplers
 
-    def publish(self, params: Any, version: int) -> None:
+    def publish(self, params: Params, version: int) -> None:
         self._sampler.publish(params, version)
 
     def generate(
@@ -38,14 +42,22 @@ class Shared:
         samples: int,
         params: SamplingParams,
         seed: tuple[int, ...],
-        each: Callable[[Rollout], Rollout],
+        on_rollout: OnRollout = unchanged,
     ) -> list[list[Rollout]]:
         """Rollouts of this process's share of the prompts; see `Sampler.generate`."""
-        own = share(len(prompts), jax.process_index(), self._processes)
-        return self._sampler.generate(prompts[own.start : own.stop], samples, params, seed, each, own.start)
+        own = share(len(prompts), jax.process_index(), self._samplers)
+        return self._sampler.generate(
+            prompts[own.start : own.stop], samples, params, seed, on_rollout, own.start
+        )
 
     def gather(self, own: list[list[Rollout]], prompts: Sequence[Prompt], name: str) -> list[list[Rollout]]:
-        """Rollouts of all prompts, at every process, which may wait long for whoever samples the longest."""
+        """Rollouts of all prompts, in every process; waits for the process that samples the longest.
+
+        Args:
+          own: what `generate` returned.
+          prompts: all of them, as `generate` was given them.
+          name: of the rollouts, unique in the run; error messages have it.
+        """
         if jax.process_count() == 1:
             return own
         processes.barrier(f"the rollouts of {name}", LONGEST)
@@ -53,20 +65,29 @@ class Shared:
 
 
 class Follower:
-    """Of a process that leaves the talking to the first one: takes part in making weights whole."""
+    """The sampler of processes other than 0: it only joins the collectives that gather the parameters."""
 
-    def __init__(self, transport: Transport):
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def publish(self, params: Any, version: int) -> None:
+    def publish(self, params: Params, version: int) -> None:
         self._transport.follow(params)
 
-    def generate(self, *_: Any) -> list[list[Rollout]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        params: SamplingParams,
+        seed: tuple[int, ...],
+        on_rollout: OnRollout = unchanged,
+        first: int = 0,
+    ) -> list[list[Rollout]]:
+        """Nothing: this process's share of the prompts is empty."""
         return []
 
 
-def to_bytes(groups: Sequence[Sequence[Rollout]]) -> bytes:
-    """NumPy arrays, without pickled objects, and without the prompts, which every process has."""
+def to_bytes(groups: Groups) -> bytes:
+    """Rollouts as NumPy arrays, without pickled objects, and without the prompts, which every process has."""
     flat = [rollout for group in groups for rollout in group]
     with io.BytesIO() as file:
         np.savez(
@@ -84,22 +105,29 @@ def to_bytes(groups: Sequence[Sequence[Rollout]]) -> bytes:
 
 
 def from_bytes(parts: Sequence[bytes], prompts: Sequence[Prompt]) -> list[list[Rollout]]:
-    """What all processes sampled, for all prompts in order."""
+    """Rollouts of all prompts, from each process's `to_bytes` in order."""
     groups: list[list[Rollout]] = []
     for part in parts:
-        with np.load(io.BytesIO(part), allow_pickle=False) as arrays:
-            a = dict(arrays)
-        ends = np.cumsum(a["lengths"])
-        at = 0
-        for samples in a["samples"]:
-            prompt = prompts[len(groups)]
-            groups.append([
-                Rollout(
-                    prompt, a["tokens"][ends[i] - a["lengths"][i] : ends[i]],
-                    a["logprobs"][ends[i] - a["lengths"][i] : ends[i]], "stop" if a["stopped"][i] else "length",
-                    int(a["versions"][i]), float(a["scores"][i]), float(a["penalties"][i]),
-                )
-                for i in range(at, at + samples)
-            ])  # fmt: skip
-            at += samples
+        with np.load(io.BytesIO(part), allow_pickle=False) as file:
+            arrays = dict(file)
+        ends = np.cumsum(arrays["lengths"])
+        first = 0
+        for samples in arrays["samples"]:
+            prompt, numbers = prompts[len(groups)], range(first, first + samples)
+            groups.append([_rollout(prompt, arrays, i, int(ends[i])) for i in numbers])
+            first += samples
     return groups
+
+
+def _rollout(prompt: Prompt, arrays: Mapping[str, np.ndarray], i: int, end: int) -> Rollout:
+    """Rollout i of `to_bytes`, whose tokens end before `end`."""
+    tokens = slice(end - int(arrays["lengths"][i]), end)
+    return Rollout(
+        prompt,
+        arrays["tokens"][tokens],
+        arrays["logprobs"][tokens],
+        "stop" if arrays["stopped"][i] else "length",
+        version=int(arrays["versions"][i]),
+        score=float(arrays["scores"][i]),
+        penalty=float(arrays["penalties"][i]),
+    )

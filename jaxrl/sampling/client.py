@@ -7,32 +7,35 @@ import functools
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 import httpx
 
+from jaxrl.types import JsonObject
+
 CONNECT = 10.0  # seconds
-
-
+EXCERPT = 300  # characters that are shown of a server's error
 KEY = "JAXRL_API_KEY"
 WRONG_KEY = f"it wants another API key; {KEY} here has to be what VLLM_API_KEY is there"
 
 
 @functools.cache
 def api_key() -> str:
-    """What servers of this run ask for: $JAXRL_API_KEY, or else one of this process and the servers that it starts.
+    """The key that this run's servers require: $JAXRL_API_KEY, or a random one for servers that this process starts.
 
-    Only environments hold it; a command line is there for everybody to see.
+    It is kept in environments alone, because every user can read command lines.
     """
     return os.environ.get(KEY) or secrets.token_urlsafe(32)
 
 
 class ServerError(Exception):
-    """A server that did not answer, or not with what was asked."""
+    """A server did not answer, or not as asked."""
+
+
+Failures = dict[str, ServerError]  # the reason for each server that failed, by URL
 
 
 class Client:
-    """One for all servers; belongs to the event loop that first uses it."""
+    """Requests to all servers; belongs to the event loop that first uses it."""
 
     def __init__(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -42,39 +45,27 @@ class Client:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def get(self, url: str, route: str, limit: float = CONNECT) -> dict[str, Any]:
+    async def get(self, url: str, route: str, limit: float = CONNECT) -> JsonObject:
         """Raises: ServerError."""
-        try:
-            answer = await self._http.get(url + route, timeout=limit)
-        except httpx.HTTPError as error:
-            raise ServerError(f"no answer ({type(error).__name__})") from None
-        if answer.status_code == 401:
-            raise ServerError(WRONG_KEY)
+        answer = await self._request("GET", url + route, None, httpx.Timeout(limit))
         if answer.status_code != 200:
             raise ServerError(f"{route} answered {answer.status_code}")
         return answer.json() if answer.content else {}
 
-    async def post(self, url: str, route: str, body: Any, limit: float) -> dict[str, Any] | str:
+    async def post(self, url: str, route: str, body: JsonObject | None, limit: float) -> JsonObject | str:
         """The answer, or the reason why the request itself was refused (HTTP 4xx).
 
         Raises:
           ServerError: for everything else, such as no answer within `limit` seconds.
         """
-        try:
-            answer = await self._http.post(
-                url + route, json=body, timeout=httpx.Timeout(limit, connect=CONNECT)
-            )
-        except httpx.HTTPError as error:
-            raise ServerError(f"no answer ({type(error).__name__})") from None
-        if answer.status_code == 401:
-            raise ServerError(WRONG_KEY)
+        answer = await self._request("POST", url + route, body, httpx.Timeout(limit, connect=CONNECT))
         if 400 <= answer.status_code < 500:
-            return f"HTTP {answer.status_code}: {answer.text[:300]}"
+            return f"HTTP {answer.status_code}: {answer.text[:EXCERPT]}"
         if answer.status_code != 200:
-            raise ServerError(f"{route} answered {answer.status_code}: {answer.text[:300]}")
+            raise ServerError(f"{route} answered {answer.status_code}: {answer.text[:EXCERPT]}")
         return answer.json() if answer.content else {}
 
-    async def order(self, url: str, route: str, body: Any, limit: float) -> dict[str, Any]:
+    async def order(self, url: str, route: str, body: JsonObject | None, limit: float) -> JsonObject:
         """A post that has to succeed.
 
         Raises:
@@ -85,11 +76,20 @@ class Client:
             raise ServerError(f"{route}: {answer}")
         return answer
 
+    async def _request(
+        self, method: str, url: str, body: JsonObject | None, timeout: httpx.Timeout
+    ) -> httpx.Response:
+        try:
+            answer = await self._http.request(method, url, json=body, timeout=timeout)
+        except httpx.HTTPError as error:
+            raise ServerError(f"no answer ({type(error).__name__})") from None
+        if answer.status_code == 401:
+            raise ServerError(WRONG_KEY)
+        return answer
 
-async def each(
-    urls: Sequence[str], ask: Callable[[str], Awaitable[Any]], failed: dict[str, ServerError]
-) -> None:
-    """Asks, all at once, those that have not failed yet; adds to `failed` those that do now."""
+
+async def ask_all(urls: Sequence[str], ask: Callable[[str], Awaitable[object]], failed: Failures) -> None:
+    """Asks all servers that have not failed yet, at once; adds those that fail now to `failed`."""
     left = [url for url in urls if url not in failed]
     for url, result in zip(left, await asyncio.gather(*map(ask, left), return_exceptions=True), strict=True):
         if isinstance(result, ServerError):

@@ -1,7 +1,10 @@
 """The in-process sampler: one prefill a prompt, decoding in slots, a slot refilled soon after its answer ends.
 
-What runs on the device is pure functions over `Slots`; LocalSampler only decides who sits in which slot. On a mesh
-each device decodes its own slots with whole parameters, so nothing but a count crosses between devices.
+What runs on the device is pure functions over `Slots`; LocalSampler only decides which request sits in which slot. On
+a mesh each device decodes its own slots with whole parameters, so nothing but a count crosses between devices.
+
+Shape letters: B slots, L layers, K key/value heads, D numbers of a head, T tokens of cache, C completion tokens,
+N prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,47 +13,58 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
 from jaxrl.errors import InputError
 from jaxrl.models import decoder
-from jaxrl.parallel.mesh import BATCH_AXES, local_copy, to_devices
-from jaxrl.types import Prompt, Rollout, SamplingParams
+from jaxrl.models.decoder import Params
+from jaxrl.parallel.mesh import BATCH_AXES, local_copy, mesh_over, to_devices
+from jaxrl.sampling.sampler import unchanged
+from jaxrl.types import FinishReason, OnRollout, Prompt, Rollout, SamplingParams
 
 BLOCK = 64  # decode steps between looks from the host, at most; also the shortest cache
+# Free slots wait until one in REFILL is free, as each refill stops all of them for a look from the host and prefills.
+REFILL = 8
+# Few live slots move to this share of the slots; each size is a program of its own, so sizes are few.
+SQUEEZE = 4
+# Answers that last fewer blocks end before a program for fewer slots would pay.
+SQUEEZE_BLOCKS = 4
+VOCABULARY_BLOCK = 256  # tokens; about the root of a vocabulary, so that both draws of a token are short
+
 Request = tuple[int, int]  # (prompt, sample)
 
 
 @flax.struct.dataclass
 class Slots:
-    """Sequences being decoded: B slots, L layers, K key/value heads, T tokens of cache, C completion tokens."""
+    """Sequences being decoded; the cache is in the compute dtype."""
 
-    keys: jax.Array  # [L, B, K, D, T] in the compute dtype; so laid out for the product with queries
-    values: jax.Array  # [L, B, K, T, D] in the compute dtype
-    token: jax.Array  # [B] int32: the newest token, not in the cache yet
-    length: jax.Array  # [B] int32: tokens in the cache, so also the position of the newest
-    made: jax.Array  # [B] int32: completion tokens so far
-    left: jax.Array  # [B] int32: completion tokens still allowed; 0 where the answer ended or nobody sits
-    noise: jax.Array  # [B] PRNG keys, of (seed, prompt, sample)
-    tokens: jax.Array  # [B, C] int32: the completion
-    logprobs: jax.Array  # [B, C] float32: its log-probabilities
+    keys: Float[Array, "L B K D T"]  # so laid out for the product with queries
+    values: Float[Array, "L B K T D"]
+    token: Int32[Array, " B"]  # the newest token, not in the cache yet
+    length: Int32[Array, " B"]  # tokens in the cache, so also the position of the newest
+    made: Int32[Array, " B"]  # completion tokens so far
+    left: Int32[Array, " B"]  # completion tokens still allowed; 0 where the answer ended or the slot is free
+    noise: Key[Array, " B"]  # of (seed, prompt, sample)
+    tokens: Int32[Array, "B C"]  # the completion
+    logprobs: Float32[Array, "B C"]  # its log-probabilities
 
 
 @flax.struct.dataclass
 class Prefilled:
-    """One prompt, ready to be continued any number of times; N tokens, padding included."""
+    """One prompt, ready to be continued any number of times; N includes padding."""
 
-    keys: jax.Array  # [L, K, D, N] in the compute dtype
-    values: jax.Array  # [L, K, N, D] in the compute dtype
-    logits: jax.Array  # [V] float32: of the first completion token
-    length: jax.Array  # [] int32: tokens without padding
+    keys: Float[Array, "L K D N"]
+    values: Float[Array, "L K N D"]
+    logits: Float32[Array, " V"]  # of the first completion token
+    length: Int32[Array, ""]  # tokens without padding
 
 
 class LocalSampler:
@@ -71,7 +85,7 @@ class LocalSampler:
       steps: decode steps so far, each of all slots together.
     """
 
-    def __init__(self, config: decoder.Config, *, dtype: str, slots: int, mesh: Mesh | None = None):
+    def __init__(self, config: decoder.Config, *, dtype: str, slots: int, mesh: Mesh | None = None) -> None:
         """
         Args:
           config: the model's.
@@ -81,15 +95,13 @@ class LocalSampler:
         """
         self.steps = 0
         self._config, self._dtype, self._slots = config, dtype, slots
-        self._mesh = mesh or jax.make_mesh(
-            (1, 1), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1]
-        )
+        self._mesh = mesh or mesh_over(jax.devices()[:1])
         self._programs = _programs(config, dtype, self._mesh)
-        self._params: Any = None
+        self._params: Params | None = None
         self._version = -1
 
-    def publish(self, params: Any, version: int) -> None:
-        """Keeps a copy of the weights in the compute dtype, whole on every device."""
+    def publish(self, params: Params, version: int) -> None:
+        """Keeps a copy of the parameters in the compute dtype, whole on every device."""
         self._params = None  # freed before the copy is made, not after
         self._params = self._programs.cast(local_copy(params, self._dtype))
         self._version = version
@@ -100,7 +112,7 @@ class LocalSampler:
         samples: int,
         params: SamplingParams,
         seed: tuple[int, ...],
-        each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+        on_rollout: OnRollout = unchanged,
         first: int = 0,
     ) -> list[list[Rollout]]:
         """See `Sampler.generate`.
@@ -108,41 +120,37 @@ class LocalSampler:
         Raises:
           InputError: before `publish`, for an empty prompt, or for one that leaves no room for the budget.
         """
-        self._check(prompts, params)
+        if self._params is None:
+            raise InputError("the local sampler has no parameters; publish some before generating")
+        self._require_possible(prompts, params)
         waiting = deque((p, g) for p in range(len(prompts)) for g in range(samples))
         if not waiting:
             return [[] for _ in prompts]
         noise = functools.reduce(jax.random.fold_in, seed, jax.random.key(0))
-        admit, decode = _steps(self._config, self._dtype, self._mesh, params)
+        admit, decode = _sampling_programs(self._config, self._dtype, self._mesh, params)
         table = self._table(len(waiting), max(len(p.tokens) for p in prompts), params.max_tokens)
-        ready: tuple[int, Any] = (-1, None)  # the newest prompt that was prefilled
+        newest, ready = -1, None  # the last prompt that was prefilled
         rollouts: dict[Request, Rollout] = {}
         while waiting or any(table.seats):
             entering = table.seat(waiting, prompts)
-            if not entering and params.max_tokens >= 4 * BLOCK:
+            if not entering and params.max_tokens >= SQUEEZE_BLOCKS * BLOCK:
                 self._squeeze(table)
             self._fit(table)
             for p, who in entering.items():
-                if p != ready[0]:
-                    ready = p, self._programs.prefill(self._params, *padded(prompts[p].tokens))
-                samples_in = np.array([who.get(slot, -1) for slot in range(table.size)], np.int32)
-                table.slots = admit(
-                    table.slots,
-                    ready[1],
-                    jax.random.fold_in(noise, first + p),
-                    to_devices(samples_in, self._mesh),
-                )
-            leave_at = max(1, table.size // 8) if waiting else table.size
+                if ready is None or p != newest:
+                    newest, ready = p, self._programs.prefill(self._params, *padded(prompts[p].tokens))
+                entrants = np.array([who.get(slot, -1) for slot in range(table.size)], np.int32)
+                own_noise = jax.random.fold_in(noise, first + p)
+                table.slots = admit(table.slots, ready, own_noise, to_devices(entrants, self._mesh))
+            leave_at = max(1, table.size // REFILL) if waiting else table.size
             limit = min(BLOCK, table.capacity - table.longest)
             table.slots, steps = decode(table.slots, self._params, np.int32(leave_at), np.int32(limit))
             for (p, g), ids, logprobs in self._harvest(table, steps):
-                reason: Any = "stop" if ids[-1] in params.stop_ids else "length"
-                rollouts[p, g] = each(Rollout(prompts[p], ids, logprobs, reason, self._version))
+                reason: FinishReason = "stop" if ids[-1] in params.stop_ids else "length"
+                rollouts[p, g] = on_rollout(Rollout(prompts[p], ids, logprobs, reason, self._version))
         return [[rollouts[p, g] for g in range(samples)] for p in range(len(prompts))]
 
-    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        if self._params is None:
-            raise InputError("the local sampler has no weights; publish some before generating")
+    def _require_possible(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         positions = self._config.max_positions
         for prompt in prompts:
             if not len(prompt.tokens):
@@ -160,7 +168,7 @@ class LocalSampler:
         return _Table(slots, [None] * size, np.zeros(size, np.int32))
 
     def _squeeze(self, table: _Table) -> None:
-        """Drops the free slots of every device once the last long answers would fit in a quarter of them."""
+        """Drops free slots of every device once the last long answers fit in one in SQUEEZE of its slots."""
         rows = table.keep(self._mesh.size)
         if rows.size < table.size:
             own = to_devices(rows.reshape(-1), self._mesh)
@@ -177,7 +185,7 @@ class LocalSampler:
                 table.slots = dataclasses.replace(table.slots, **{name: cache})
 
     def _harvest(self, table: _Table, steps: jax.Array) -> Iterator[tuple[Request, np.ndarray, np.ndarray]]:
-        """Looks at the slots, and empties the seats whose answers ended: their requests, ids and log-probs."""
+        """Empties the seats whose answers ended in the last `steps`; yields their requests, ids and log-probs."""
         slots, fetch = table.slots, self._programs.fetch
         ran, table.cached, made, left = map(np.array, fetch(steps, slots.length, slots.made, slots.left))
         self.steps += int(ran)
@@ -191,11 +199,11 @@ class LocalSampler:
 
 @dataclasses.dataclass
 class _Table:
-    """Who sits in which slot, as the host sees it."""
+    """Which request sits in which slot, as the host sees it."""
 
     slots: Slots
-    seats: list[Request | None]  # None: free
-    cached: np.ndarray  # [B] int32: tokens in each slot's cache
+    seats: list[Request | None]  # of each slot; None: free
+    cached: Int32[np.ndarray, " B"]  # tokens in each slot's cache
 
     @property
     def size(self) -> int:
@@ -211,7 +219,7 @@ class _Table:
         return max(int(n) for n, seat in zip(self.cached, self.seats, strict=True) if seat)
 
     def seat(self, waiting: deque[Request], prompts: Sequence[Prompt]) -> dict[int, dict[int, int]]:
-        """Gives the free slots to those who wait: {prompt: {slot: sample}}."""
+        """Gives the free slots to waiting requests; returns {prompt: {slot: sample}} of those that enter."""
         entering: dict[int, dict[int, int]] = {}
         for i in [i for i, seat in enumerate(self.seats) if not seat][: len(waiting)]:
             self.seats[i] = p, g = waiting.popleft()
@@ -219,38 +227,39 @@ class _Table:
             entering.setdefault(p, {})[i] = g
         return entering
 
-    def keep(self, devices: int) -> np.ndarray:
-        """[devices, n] int32: which of its slots a device keeps, all or, as the live ones allow, a quarter of them."""
+    def keep(self, devices: int) -> Int32[np.ndarray, "devices n"]:
+        """The slots that each device keeps: all, or one in SQUEEZE (and so on) where the live ones fit in them."""
         free = np.array([seat is None for seat in self.seats]).reshape(devices, -1)
         size = free.shape[1]
-        while 4 * (~free).sum(axis=1).max() <= size:
-            size //= 4
+        while SQUEEZE * (~free).sum(axis=1).max() <= size:
+            size //= SQUEEZE
         return np.argsort(free, axis=1, kind="stable")[:, :size].astype(np.int32)
 
 
 def bucket(length: int, least: int = 16) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, 128, ..., from `least`: a few shapes, each at most a half too long."""
+    """The next of 16, 24, 32, 48, 64, 96, 128, ... from `least` on: few shapes, each at most a half too long."""
     power = max(least, 1 << (length - 1).bit_length())
     return power * 3 // 4 if max(least, length) <= power * 3 // 4 else power
 
 
-def padded(tokens: np.ndarray) -> tuple[np.ndarray, np.int32]:
+def padded(tokens: Int[np.ndarray, " n"]) -> tuple[Int32[np.ndarray, " N"], np.int32]:
+    """Token ids padded to the next `bucket`, and how many there are."""
     n = len(tokens)
     return np.pad(tokens, (0, bucket(n) - n)).astype(np.int32), np.int32(n)
 
 
 def sample_tokens(
-    logits: jax.Array, noise: jax.Array, sampling: SamplingParams
-) -> tuple[jax.Array, jax.Array]:
-    """One token a row, by the Gumbel-max trick: of the top_k likeliest, the fewest with top_p of their probability.
+    logits: Float32[Array, "B V"], noise: Key[Array, " B"], sampling: SamplingParams
+) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
+    """Samples one token a row, from the fewest likeliest tokens that hold top_p of the top_k's probability.
 
     Args:
-      logits: [B, V] float32.
-      noise: [B] PRNG keys.
+      logits: of the next token.
+      noise: PRNG keys.
       sampling: temperature 0 takes the likeliest token. Ties at the edge of a top-k or nucleus are kept.
 
     Returns:
-      ids [B] int32, and their log-probs [B] float32 under softmax(logits / (temperature or 1)), unfiltered.
+      ids, and their log-probs (nats) under softmax(logits / (temperature or 1)), unfiltered.
     """
     scaled = logits / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
@@ -264,13 +273,13 @@ def sample_tokens(
     return token.astype(jnp.int32), logprob
 
 
-def _categorical(noise: jax.Array, logits: jax.Array) -> jax.Array:
-    """A draw a row of [B, V], first of a block of the vocabulary and then within it.
+def _categorical(noise: Key[Array, " B"], logits: Float32[Array, "B V"]) -> Int[Array, " B"]:
+    """Draws one token a row by the Gumbel-max trick, first a block of the vocabulary and then a token of it.
 
-    The same distribution as one draw over all of it, for a hundredth of the random numbers, which on a CPU take a
+    The distribution is that of one draw over all of it, for a hundredth of the random numbers, which on a CPU take a
     quarter of the decode step.
     """
-    rows, size = logits.shape[0], min(256, logits.shape[1])
+    rows, size = logits.shape[0], min(VOCABULARY_BLOCK, logits.shape[1])
     blocks = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % size)), constant_values=-jnp.inf)
     blocks = blocks.reshape(rows, -1, size)
     first, second = jnp.unstack(jax.vmap(jax.random.split)(noise), axis=1)
@@ -279,8 +288,8 @@ def _categorical(noise: jax.Array, logits: jax.Array) -> jax.Array:
     return block * size + draw(second, blocks[jnp.arange(rows), block])
 
 
-def _likeliest(probs: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """Mask of the top-k and then the nucleus (arXiv 1904.09751) of the rows of [B, V]."""
+def _likeliest(probs: Float32[Array, "B V"], sampling: SamplingParams) -> Bool[Array, "B V"]:
+    """Mask of each row's top-k, and then of the nucleus (arXiv 1904.09751) of what is left."""
     if sampling.top_k:
         probs = jnp.where(_fewest(probs, jnp.ones_like(probs), sampling.top_k), probs, 0)
     if sampling.top_p < 1:
@@ -289,8 +298,10 @@ def _likeliest(probs: jax.Array, sampling: SamplingParams) -> jax.Array:
     return probs > 0
 
 
-def _fewest(probs: jax.Array, weights: jax.Array, enough: Any) -> jax.Array:
-    """Mask of the largest probabilities, just so many that their weights sum to `enough`, or all.
+def _fewest(
+    probs: Float32[Array, "B V"], amounts: Float32[Array, "B V"], enough: float | Float32[Array, "B 1"]
+) -> Bool[Array, "B V"]:
+    """Mask of each row's largest probabilities, just so many that their amounts sum to `enough`, or all.
 
     Bisects the threshold over the bit patterns of float32, which order as the numbers do: exact after 30 sums over
     the vocabulary, which cost less than sorting it.
@@ -300,7 +311,7 @@ def _fewest(probs: jax.Array, weights: jax.Array, enough: Any) -> jax.Array:
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # `low` and more is enough, `high` and more is not
         middle = (low + high) // 2
-        fits = jnp.sum(jnp.where(bits >= middle, weights, 0), axis=-1, keepdims=True) >= enough
+        fits = jnp.sum(jnp.where(bits >= middle, amounts, 0), axis=-1, keepdims=True) >= enough
         return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
     low = jnp.zeros((len(probs), 1), jnp.int32)
@@ -311,13 +322,22 @@ def _fewest(probs: jax.Array, weights: jax.Array, enough: Any) -> jax.Array:
 class _Programs(NamedTuple):
     """What is compiled whatever the sampling parameters; arguments follow the functions of the same name."""
 
-    cast: Callable[..., Any]
-    fetch: Callable[..., Any]  # makes arrays readable in every process
-    empty: Callable[..., Slots]
-    prefill: Callable[..., Prefilled]
-    take: Callable[..., Slots]
-    resize: Callable[..., jax.Array]
+    cast: Callable[[Params], Params]
+    fetch: Fetch
+    empty: Callable[[int, int, int], Slots]
+    prefill: Callable[[Params, np.ndarray, np.int32], Prefilled]
+    take: Callable[[Slots, np.ndarray | jax.Array], Slots]
+    resize: Callable[[jax.Array, int, int], jax.Array]
 
+
+class Fetch(Protocol):
+    """Makes arrays readable in every process."""
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]: ...
+
+
+Admit = Callable[[Slots, Prefilled, jax.Array, np.ndarray | jax.Array], Slots]
+Decode = Callable[[Slots, Params, np.int32, np.int32], tuple[Slots, jax.Array]]
 
 _ROWS, _CACHE = P(BATCH_AXES), P(None, BATCH_AXES)
 _SLOTS = Slots(_CACHE, _CACHE, *[_ROWS] * 7)  # type: ignore[arg-type]
@@ -327,35 +347,36 @@ _SLOTS = Slots(_CACHE, _CACHE, *[_ROWS] * 7)  # type: ignore[arg-type]
 def _programs(config: decoder.Config, dtype: str, mesh: Mesh) -> _Programs:
     whole, cache = NamedSharding(mesh, P()), NamedSharding(mesh, _CACHE)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _SLOTS)
-    # copies even where the dtype is the same: the trainer donates its parameters to the next update
-    cast = lambda params: jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), params)  # noqa: E731
+
+    def cast(params: Params) -> Params:
+        # copies even where the dtype is the same: the trainer donates its parameters to the next update
+        return jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), params)
+
+    def fetch(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return arrays
+
+    empty, prefill = functools.partial(_empty, config, dtype), functools.partial(_prefill, config, dtype)
     take = jax.shard_map(_take, mesh=mesh, in_specs=(_SLOTS, _ROWS), out_specs=_SLOTS, check_vma=False)
     return _Programs(
         cast=jax.jit(cast, out_shardings=whole),
-        fetch=jax.jit(lambda *arrays: arrays, out_shardings=whole),
-        empty=jax.jit(
-            functools.partial(_empty, config, dtype), static_argnums=(0, 1, 2), out_shardings=shardings
-        ),
-        prefill=jax.jit(functools.partial(_prefill, config, dtype), out_shardings=whole),
+        fetch=jax.jit(fetch, out_shardings=whole),
+        empty=jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=shardings),
+        prefill=jax.jit(prefill, out_shardings=whole),
         take=jax.jit(take),
         resize=jax.jit(_resize, static_argnums=(1, 2), out_shardings=cache),
     )
 
 
 @functools.cache
-def _steps(
+def _sampling_programs(
     config: decoder.Config, dtype: str, mesh: Mesh, sampling: SamplingParams
-) -> tuple[Callable[..., Slots], Callable[..., tuple[Slots, jax.Array]]]:
+) -> tuple[Admit, Decode]:
     """`_admit` and `_decode` on every device's own slots."""
     on_slots = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-    admit = on_slots(
-        functools.partial(_admit, sampling), in_specs=(_SLOTS, P(), P(), _ROWS), out_specs=_SLOTS
-    )
-    decode = on_slots(
-        functools.partial(_decode, config, dtype, sampling),
-        in_specs=(_SLOTS, P(), P(), P()),
-        out_specs=(_SLOTS, P()),
-    )
+    admit = functools.partial(_admit, sampling)
+    decode = functools.partial(_decode, config, dtype, sampling)
+    admit = on_slots(admit, in_specs=(_SLOTS, P(), P(), _ROWS), out_specs=_SLOTS)
+    decode = on_slots(decode, in_specs=(_SLOTS, P(), P(), P()), out_specs=(_SLOTS, P()))
     return jax.jit(admit, donate_argnums=0), jax.jit(decode, donate_argnums=0)
 
 
@@ -368,21 +389,23 @@ def _empty(config: decoder.Config, dtype: str, size: int, length: int, budget: i
     )
 
 
-def _take(slots: Slots, rows: jax.Array) -> Slots:
+def _take(slots: Slots, rows: Int32[Array, " n"]) -> Slots:
     return jax.tree.map(lambda x: x[:, rows] if x.ndim == slots.keys.ndim else x[rows], slots)
 
 
-def _resize(cache: jax.Array, length: int, axis: int) -> jax.Array:
+def _resize(cache: Float[Array, "L B K _ _"], length: int, axis: int) -> Float[Array, "L B K _ _"]:
+    """Cuts or pads the token axis of keys or values to `length`."""
     cache = jax.lax.slice_in_dim(cache, 0, min(length, cache.shape[axis]), axis=axis)
-    return jax.lax.pad(
-        cache,
-        jnp.zeros((), cache.dtype),
-        [(0, (i == axis) * (length - n), 0) for i, n in enumerate(cache.shape)],
-    )
+    padding = [(0, (i == axis) * (length - n), 0) for i, n in enumerate(cache.shape)]
+    return jax.lax.pad(cache, jnp.zeros((), cache.dtype), padding)
 
 
 def _prefill(
-    config: decoder.Config, dtype: str, params: Any, tokens: jax.Array, length: jax.Array
+    config: decoder.Config,
+    dtype: str,
+    params: Params,
+    tokens: Int32[Array, " N"],
+    length: Int32[Array, ""],
 ) -> Prefilled:
     positions = jnp.arange(len(tokens))[None]
     hidden, kept = decoder.forward(config, params, tokens[None], positions, decoder.dense_attend, dtype=dtype)
@@ -390,19 +413,26 @@ def _prefill(
     return Prefilled(keys, values, _logits(params, hidden[:, length - 1], dtype)[0], length)
 
 
-def _logits(params: Any, hidden: jax.Array, dtype: str) -> jax.Array:
+def _logits(params: Params, hidden: Float[Array, "B width"], dtype: str) -> Float32[Array, "B V"]:
     head = decoder.head(params).astype(dtype)
     return jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
 
 
 def _admit(
-    sampling: SamplingParams, slots: Slots, prompt: Prefilled, noise: jax.Array, sample: jax.Array
+    sampling: SamplingParams,
+    slots: Slots,
+    prompt: Prefilled,
+    noise: Key[Array, ""],
+    sample: Int32[Array, " B"],
 ) -> Slots:
     """Starts samples of one prompt and draws their first token.
 
     Args:
+      sampling: how tokens are sampled.
+      slots: all of a device.
+      prompt: prefilled.
       noise: PRNG key of (seed, prompt).
-      sample: [B] int32: the sample that a slot is given, -1 where it is left alone.
+      sample: the sample that each slot is given, -1 where it is left alone.
     """
     rows = jnp.nonzero(sample >= 0, size=len(sample), fill_value=0)[0]
 
@@ -426,15 +456,21 @@ def _admit(
 
 
 def _decode(
-    config: decoder.Config, dtype: str, sampling: SamplingParams, slots: Slots, params: Any, leave_at: jax.Array,
-    limit: jax.Array,
-) -> tuple[Slots, jax.Array]:  # fmt: skip
-    """Decodes until `leave_at` slots of all devices are free, `limit` tokens at most; returns the steps taken too."""
+    config: decoder.Config,
+    dtype: str,
+    sampling: SamplingParams,
+    slots: Slots,
+    params: Params,
+    leave_at: Int32[Array, ""],
+    limit: Int32[Array, ""],
+) -> tuple[Slots, Int32[Array, ""]]:
+    """Decodes until `leave_at` slots of all devices are free, at most `limit` steps; returns the steps taken too."""
+    Carry = tuple[Slots, jax.Array, jax.Array]
 
     def free(s: Slots) -> jax.Array:
         return jax.lax.psum(jnp.sum(s.left == 0), BATCH_AXES)
 
-    def step(carry: tuple[Slots, jax.Array, jax.Array]) -> tuple[Slots, jax.Array, jax.Array]:
+    def step(carry: Carry) -> Carry:
         s, steps, _ = carry
         attend = functools.partial(_attend, s.length)
         tokens, positions, cache = s.token[:, None], s.length[:, None], (s.keys, s.values)
@@ -442,9 +478,8 @@ def _decode(
         noise = jax.vmap(jax.random.fold_in)(s.noise, s.made)
         token, logprob = sample_tokens(_logits(params, hidden[:, 0], dtype), noise, sampling)
         rows, live = jnp.arange(len(token)), s.left > 0
-        at = jnp.where(
-            live, s.made, sampling.max_tokens
-        )  # out of range, so dropped, once the answer has ended
+        # once the answer has ended, out of range and so dropped
+        at = jnp.where(live, s.made, sampling.max_tokens)
         s = Slots(
             keys=s.keys.at[:, rows, :, :, s.length].set(jnp.swapaxes(k, 0, 1), mode="drop"),
             values=s.values.at[:, rows, :, s.length].set(jnp.swapaxes(v, 0, 1), mode="drop"),
@@ -458,30 +493,34 @@ def _decode(
         )
         return s, steps + 1, free(s)
 
-    def more(carry: tuple[Slots, jax.Array, jax.Array]) -> jax.Array:
+    def more(carry: Carry) -> jax.Array:
         return (carry[2] < leave_at) & (carry[1] < limit)
 
     return jax.lax.while_loop(more, step, (slots, jnp.int32(0), free(slots)))[:2]
 
 
 def _attend(
-    length: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One new token a row, [B, 1, heads, D], over the row's cached tokens and itself.
+    length: Int32[Array, " B"],
+    q: Float[Array, "B 1 heads D"],
+    k: Float[Array, "B 1 K D"],
+    v: Float[Array, "B 1 K D"],
+    cache: tuple[Float[Array, "B K D T"], Float[Array, "B K T D"]],
+) -> tuple[Float[Array, "B 1 heads D"], tuple[Float[Array, "B K D"], Float[Array, "B K D"]]]:
+    """Attention of one new token a row over the row's cached tokens and itself.
 
     The cache is only read; the loop writes all layers' new keys and values at once, in place.
     """
-    keys, values = cache  # [B, K, D, T], [B, K, T, D]
+    keys, values = cache
     b, heads, t, d = values.shape
     q, k, v = q.reshape(b, heads, -1, d), k[:, 0], v[:, 0]
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     cached = (jnp.arange(t)[None] < length[:, None])[:, None, None]
     past = jnp.where(cached, dot("bkgd,bkdt->bkgt", q, keys), -jnp.inf)
-    scores = jnp.concatenate([past, dot("bkgd,bkd->bkg", q, k)[..., None]], axis=-1)
-    weights = jax.nn.softmax(scores * d**-0.5).astype(q.dtype)
-    out = dot("bkgt,bktd->bkgd", weights[..., :t], values) + dot("bkg,bkd->bkgd", weights[..., t], v)
+    logits = jnp.concatenate([past, dot("bkgd,bkd->bkg", q, k)[..., None]], axis=-1)
+    shares = jax.nn.softmax(logits * d**-0.5).astype(q.dtype)
+    out = dot("bkgt,bktd->bkgd", shares[..., :t], values) + dot("bkg,bkd->bkgd", shares[..., t], v)
     return out.astype(q.dtype).reshape(b, 1, -1, d), (k, v)
 
 
-def _stops(token: jax.Array, sampling: SamplingParams) -> jax.Array:
+def _stops(token: Int32[Array, " B"], sampling: SamplingParams) -> Bool[Array, " B"]:
     return jnp.any(token[:, None] == jnp.array(sampling.stop_ids, jnp.int32)[None], axis=-1)

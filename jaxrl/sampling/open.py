@@ -35,7 +35,7 @@ def open_sampler(
     say: Say,
     devices: servers.Devices = servers.CPU,
 ) -> Iterator[Shared]:
-    """The recipe's sampler; vLLM servers that are started for it end with the context.
+    """Opens the recipe's sampler; vLLM servers that are started for it end with the context.
 
     With several processes, each samples its share of the prompts in process; only the first calls vLLM servers.
 
@@ -43,13 +43,13 @@ def open_sampler(
       recipe: with [rollout] and [sampler].
       folder: the model's Hugging Face folder, from which servers start.
       model: its config.
-      mesh: of the trainer, over which the in-process sampler decodes.
+      mesh: the trainer's, over which the in-process sampler decodes.
       say: prints a line.
       devices: where started servers run.
 
     Raises:
-      InputError: for a server that cannot be used.
-      RunError: for a server that does not start or answer.
+      InputError: if a server cannot be used, or one that is started ends at once.
+      RunError: if a started server does not get ready in time.
     """
     with open_own_sampler(recipe, folder, model, mesh, say, devices) as own:
         yield Shared(own, jax.process_count() if recipe.rollout.engine == "local" else 1)
@@ -64,7 +64,7 @@ def open_own_sampler(
     say: Say,
     devices: servers.Devices = servers.CPU,
 ) -> Iterator[Sampler]:
-    """This process's part of `open_sampler`."""
+    """Opens this process's part of `open_sampler`."""
     if recipe.rollout.engine == "local":
         here = local_mesh() if jax.process_count() > 1 else mesh
         yield LocalSampler(model, dtype=recipe.model.dtype, slots=recipe.rollout.slots, mesh=here)
@@ -81,6 +81,7 @@ def _open_transport(recipe: config.Recipe, model: decoder.Config, stack: ExitSta
     section, dtype = recipe.sampler, recipe.model.dtype
     if section.transport == "nccl":
         return NCCL(model, dtype, section.publish_seconds)
+    # runs may share sampler.folder: the hash keeps those of the same name apart
     run = Path(recipe.run.directory).absolute()
     published = Path(section.folder) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
     stack.callback(shutil.rmtree, published, ignore_errors=True)
@@ -95,35 +96,24 @@ def _open_vllm(
     devices: servers.Devices,
     stack: ExitStack,
 ) -> VLLMSampler:
+    """Starts the servers that the recipe asks for, and opens a sampler in front of all there are."""
     section, started = recipe.sampler, dict[str, servers.Server]()
     if section.servers:
-        running = servers.running(
-            section.servers,
+        settings = servers.Settings(
             section.vllm,
             str(folder),
-            Path(recipe.run.directory).absolute() / "servers",
-            dtype=recipe.model.dtype,
-            backend=transport.backend,
-            max_tokens=recipe.max_tokens,
-            devices=devices,
+            recipe.model.dtype,
+            recipe.max_tokens,
+            transport.backend,
             options=section.vllm_options,
-            say=say,
         )
+        logs = Path(recipe.run.directory).absolute() / "servers"
+        running = servers.running(section.servers, settings, logs, devices=devices, say=say)
         started = {server.url: server for server in stack.enter_context(running)}
 
     def restart(url: str, unwell: float) -> bool:
         return url in started and started[url].restart(unwell)
 
-    sampler = VLLMSampler(
-        section.urls or list(started),
-        transport,
-        concurrency=section.concurrency,
-        limit=section.request_seconds,
-        publish_limit=section.publish_seconds,
-        patience=section.patience_seconds,
-        on_update=section.on_update,
-        restart=restart,
-        say=say,
-    )
+    sampler = VLLMSampler(section.urls or list(started), transport, section, restart, say)
     stack.callback(sampler.close)
     return sampler

@@ -1,4 +1,4 @@
-"""A program and everything that it started, as one process group that never outlives this process."""
+"""A program and everything that it starts, as one process group that never outlives this process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# ends a process group when this process is gone, however it went: its end of the pipe closes
+# kills a process group when this process is gone, even by SIGKILL: then its end of the pipe closes
 REAPER = 'read _; kill -s KILL -- -"$0"'
 
 
 @dataclasses.dataclass
 class ProcessGroup:
-    """A program and everything that it started: a process group of its own, which never outlives this process.
+    """A program and everything that it starts: a process group of its own, which never outlives this process.
 
     Attributes:
-      environment: what it gets beside this process's own.
+      arguments: the program and its arguments.
+      environment: variables set in addition to this process's own.
+      log: file to which the output is appended; this process's own output where None.
+      stdin: as `subprocess.Popen` takes it.
+      process: the program, once started.
     """
 
     arguments: list[str]
@@ -32,19 +36,24 @@ class ProcessGroup:
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(self.log.open("a")) if self.log else None
             self.process = subprocess.Popen(
-                self.arguments, stdout=out, stderr=subprocess.STDOUT if out else None, stdin=self.stdin,
-                env=self._all_environment(), start_new_session=True,
-            )  # fmt: skip
+                self.arguments,
+                stdout=out,
+                stderr=subprocess.STDOUT if out else None,
+                stdin=self.stdin,
+                env=self._all_environment(),
+                start_new_session=True,
+            )
+        reaper, null = ["sh", "-c", REAPER, str(self.process.pid)], subprocess.DEVNULL
         self._reaper = subprocess.Popen(
-            ["sh", "-c", REAPER, str(self.process.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            reaper, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+        )
 
-    def tell(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """Sends a signal to the program alone, not to what it started."""
         self.process.send_signal(number)
 
     def kill(self) -> None:
+        """Ends the whole group; see the function `kill`."""
         kill([self])
 
     def _all_environment(self) -> dict[str, str]:
@@ -52,14 +61,19 @@ class ProcessGroup:
 
 
 def kill(groups: Sequence[ProcessGroup], seconds: float = 10.0) -> None:
-    """Stops all of each: killing vLLM's API server alone leaves its engine alive for ever."""
+    """Ends whole process groups: killing vLLM's API server alone would leave its engine running forever.
+
+    Args:
+      groups: those that were never started are skipped.
+      seconds: from SIGTERM to SIGKILL.
+    """
     groups = [group for group in groups if hasattr(group, "process")]
     for group in groups:
         group._reaper.kill()
         group._reaper.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group.process.pid, signal.SIGTERM)
-            os.killpg(group.process.pid, signal.SIGCONT)  # one that was stopped could not end
+            os.killpg(group.process.pid, signal.SIGCONT)  # a stopped process does not handle SIGTERM
     deadline = time.monotonic() + seconds
     for group in groups:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -10,42 +10,60 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, RunError
 from jaxrl.sampling.client import api_key
 from jaxrl.sampling.process_group import ProcessGroup, kill
+from jaxrl.types import Say
 
+LOCALHOST = "127.0.0.1"
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_HOST_IP": LOCALHOST,
 }
-ON_CPU = {
+CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less
     "OMP_NUM_THREADS": "1",  # more threads steal from each other
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-
-
+CPU_CACHE = 256 << 20  # bytes of keys and values; models that are served on CPUs are small
+CPU_OPTIONS = [
+    *["--enforce-eager", "--distributed-executor-backend", "uni", "--kv-cache-memory-bytes", str(CPU_CACHE)],
+    "--no-enable-chunked-prefill",  # a seeded request whose prompt is cut kills the engine on a CPU
+]
 FULL_MEMORY = 0.9  # share of a GPU that serves alone
 TRAINERS_MEMORY, SERVERS_MEMORY = 0.62, 0.3  # of one that trains too
+UNWELL = 300.0  # seconds without an answer after which a server is restarted
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a vLLM server serves and how, wherever it runs."""
+
+    vllm: str  # the program
+    model: str  # Hugging Face folder or Hub id
+    dtype: str
+    max_tokens: int  # of a prompt and its completion; 0 takes the model's own limit
+    backend: str = "jaxrl_file"  # how it gets model weights; see `Transport.backend`
+    chat: bool = False  # an ordinary chat server, whose weights never change
+    options: Sequence[str] = ()  # more options of `vllm serve`
 
 
 class Server(ProcessGroup):
     """A `vllm serve`."""
 
-    def __init__(self, url: str, log: Path, arguments: list[str], environment: dict[str, str]):
+    def __init__(self, url: str, log: Path, arguments: list[str], environment: dict[str, str]) -> None:
         super().__init__(arguments, environment, log=log)
         self.url = url
 
-    def restart(self, unwell: float, limit: float = 300.0) -> bool:
-        """Starts it again if it has ended, or has not been well for `limit` seconds; says whether it did."""
+    def restart(self, unwell: float, limit: float = UNWELL) -> bool:
+        """Restarts it if it has ended, or has been unwell for `limit` seconds; returns whether it did."""
         if self.process.poll() is None and unwell < limit:
             return False
         self.kill()
@@ -56,11 +74,11 @@ class Server(ProcessGroup):
         return well(self.url)
 
     def why(self) -> str:
+        """The line of its log that best explains why it ended: the last one with an error, or the last one."""
         assert self.log
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return next(
-            (line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output"
-        )
+        last = lines[-1] if lines else "no output"
+        return next((line for line in reversed(lines) if "Error" in line), last)
 
     def _all_environment(self) -> dict[str, str]:
         environment = super()._all_environment() | {"VLLM_API_KEY": api_key()}
@@ -68,87 +86,58 @@ class Server(ProcessGroup):
         return environment
 
 
-def command(
-    vllm: str,
-    model: str,
-    port: int,
-    *,
-    dtype: str,
-    max_tokens: int,
-    on_cpu: bool,
-    host: str = "127.0.0.1",
-    backend: str = "jaxrl_file",
-    chat: bool = False,
-    options: Sequence[str] = (),
-) -> list[str]:
-    """The `vllm serve` that VLLMSampler expects, or with `chat` one for people's requests, of weights that stay.
-
-    `max_tokens`: of a prompt and its completion; 0 takes the model's own limit.
-    """
-    weights = {
-        "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
-        "--weight-transfer-config": json.dumps({"backend": backend}),
-    }
-    always = {
-        "--host": host, "--port": str(port), "--dtype": dtype,
-        **({"--max-model-len": str(max_tokens)} if max_tokens else {}),
-        "--generation-config": "vllm",  # sampling parameters are the request's
-        **({} if chat else weights),
-        "--middleware": "jaxrl.sampling.vllm_plugin.Guard",  # vLLM's own asks for the key on some routes only
-    }  # fmt: skip
-    cpu = [
-        "--enforce-eager",
-        "--distributed-executor-backend",
-        "uni",
-        "--kv-cache-memory-bytes",
-        str(256 << 20),
-    ]
-    cpu += ["--no-enable-chunked-prefill"]  # a seeded request whose prompt is cut kills the engine on a CPU
-    flat = [part for pair in always.items() for part in pair]
-    return [
-        vllm,
-        "serve",
-        model,
-        *flat,
-        *([] if chat else ["--enable-scale-out", "--tokens-only"]),
-        *(cpu if on_cpu else []),
-        *options,
-    ]
+def command(settings: Settings, host: str, port: int, on_cpu: bool) -> list[str]:
+    """The `vllm serve` that VLLMSampler expects, or with `chat` an ordinary chat server."""
+    options = ["--host", host, "--port", str(port), "--dtype", settings.dtype]
+    if settings.max_tokens:
+        options += ["--max-model-len", str(settings.max_tokens)]
+    options += ["--generation-config", "vllm"]  # sampling parameters are the request's
+    if not settings.chat:
+        options += ["--logprobs-mode", "processed_logprobs"]  # at the sampling temperature
+        options += ["--weight-transfer-config", json.dumps({"backend": settings.backend})]
+    # vLLM's own key guards only some routes
+    options += ["--middleware", "jaxrl.sampling.vllm_plugin.Guard"]
+    if not settings.chat:
+        options += ["--enable-scale-out", "--tokens-only"]
+    if on_cpu:
+        options += CPU_OPTIONS
+    return [settings.vllm, "serve", settings.model, *options, *settings.options]
 
 
 def prepare(
-    vllm: str, model: str, log: Path, *, on_cpu: bool, host: str = "127.0.0.1", port: int = 0,
-    environment: Mapping[str, str] | None = None, **options: Any,
-) -> Server:  # fmt: skip
-    """A server that is yet to be started; `options`: see `command`."""
-    port = port or free_port(host)
-    arguments = command(vllm, model, port, on_cpu=on_cpu, host=host, **options)
-    environment = ENVIRONMENT | (ON_CPU if on_cpu else {}) | dict(environment or {})
-    return Server(f"http://{host}:{port}", log, arguments, environment)
+    settings: Settings,
+    log: Path,
+    *,
+    on_cpu: bool,
+    host: str = LOCALHOST,
+    port: int = 0,
+    environment: Mapping[str, str] | None = None,
+) -> Server:
+    """A server that is yet to be started.
 
-
-def start(vllm: str, model: str, log: Path, **options: Any) -> Server:
-    """Starts a server, which is ready only after `wait`; `options`: see `prepare`.
-
-    Raises:
-      InputError: if there is no such program.
+    Args:
+      settings: what it serves and how.
+      log: file for its output.
+      on_cpu: without a GPU.
+      host: the address at which it listens.
+      port: 0 takes a free one.
+      environment: variables for it alone.
     """
-    server = prepare(vllm, model, log, **options)
-    begin(server)
-    return server
+    port = port or free_port(host)
+    variables = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {}) | dict(environment or {})
+    return Server(f"http://{host}:{port}", log, command(settings, host, port, on_cpu), variables)
 
 
 def begin(server: Server) -> None:
-    """Starts what was prepared, with an empty log.
+    """Starts a prepared server with an empty log; it is ready only after `wait`.
 
     Raises:
       InputError: if there is no such program.
     """
     assert server.log
-    if not shutil.which(server.arguments[0]):
-        raise InputError(
-            f"{server.arguments[0]}: no such program; run make vllm, or set sampler.vllm to where vllm is"
-        )
+    program = server.arguments[0]
+    if not shutil.which(program):
+        raise InputError(f"{program}: no such program; run make vllm, or set sampler.vllm to where vllm is")
     server.log.parent.mkdir(parents=True, exist_ok=True)
     server.log.unlink(missing_ok=True)
     server.start()
@@ -158,7 +147,8 @@ def wait(server: Server, limit: float) -> None:
     """Returns when the server answers.
 
     Raises:
-      InputError: if it ends, or is not ready within `limit` seconds.
+      InputError: if it ends, which it does on options or a model that it cannot use.
+      RunError: if it is not ready within `limit` seconds.
     """
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
@@ -167,7 +157,7 @@ def wait(server: Server, limit: float) -> None:
         if server.well():
             return
         time.sleep(0.3)
-    raise InputError(f"{server.log}: the vLLM server was not ready after {limit:.0f} s; see its log")
+    raise RunError(f"{server.log}: the vLLM server was not ready after {limit:.0f} s; see its log")
 
 
 def gpus() -> list[str]:
@@ -184,20 +174,20 @@ def gpus() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Where servers are to run: a GPU for each, or the CPU, and what vLLM has to be told."""
+    """Where servers run."""
 
-    gpus: Sequence[str] = ()
-    options: Sequence[str] = ()
+    gpus: Sequence[str] = ()  # one a server, by names that CUDA_VISIBLE_DEVICES takes; empty: on the CPU
+    options: Sequence[str] = ()  # of `vllm serve`, that go with them
 
 
 CPU = Devices()
 
 
 def choose_devices(count: int, trains: bool) -> Devices:
-    """The last GPUs of this machine for `count` servers; a process that trains keeps the others to itself.
+    """Chooses the last GPUs of this machine for `count` servers; a process that trains keeps the others to itself.
 
-    Where there are too few, several share one, and so does the trainer, whose memory is then limited. Call it before
-    JAX has looked for GPUs.
+    Where there are too few, servers share them, with the trainer too, whose memory is then limited. Call it before JAX
+    looks for GPUs: it sets environment variables for that.
     """
     names = gpus()
     if not names or not count:
@@ -215,21 +205,38 @@ def choose_devices(count: int, trains: bool) -> Devices:
 
 @contextlib.contextmanager
 def running(
-    count: int, vllm: str, model: str, logs: Path, *, devices: Devices = CPU, limit: float = 600,
-    say: Callable[[str], None] = print, options: Sequence[str] = (), **more: Any,
-) -> Iterator[list[Server]]:  # fmt: skip
-    """`count` servers that are ready, and are stopped on the way out, whatever the way; `more`: see `start`.
+    count: int,
+    settings: Settings,
+    logs: Path,
+    *,
+    devices: Devices = CPU,
+    host: str = LOCALHOST,
+    limit: float = 600,
+    say: Say = print,
+) -> Iterator[list[Server]]:
+    """Starts `count` servers and yields them once they are ready; they are killed on every way out.
+
+    Args:
+      count: of servers.
+      settings: what they serve and how.
+      logs: folder for their output.
+      devices: where they run.
+      host: the address at which they listen.
+      limit: seconds for each to get ready.
+      say: prints a line.
 
     Raises:
-      InputError: see `start` and `wait`.
+      InputError, RunError: see `begin` and `wait`.
     """
+    settings = dataclasses.replace(settings, options=[*devices.options, *settings.options])
     started: list[Server] = []
     try:
         for i in range(count):
-            started.append(start(
-                vllm, model, logs / f"vllm_{i}.log", on_cpu=not devices.gpus, options=[*devices.options, *options],
-                environment={"CUDA_VISIBLE_DEVICES": devices.gpus[i]} if devices.gpus else {}, **more,
-            ))  # fmt: skip
+            gpu = {"CUDA_VISIBLE_DEVICES": devices.gpus[i]} if devices.gpus else {}
+            log, on_cpu = logs / f"vllm_{i}.log", not devices.gpus
+            server = prepare(settings, log, on_cpu=on_cpu, host=host, environment=gpu)
+            begin(server)
+            started.append(server)
         say(f"starting {count} vLLM servers; logs in {logs}")
         for server in started:
             wait(server, limit)
@@ -239,14 +246,14 @@ def running(
 
 
 def well(url: str) -> bool:
-    """Whether a server is there and can serve; the one thing that it says without a key."""
+    """Whether a server answers and can serve; its route /health needs no key."""
     try:  # without certificates, which take longer to load than the answer
         return httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=False).status_code == 200
     except httpx.HTTPError:
         return False
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def free_port(host: str = LOCALHOST) -> int:
     with socket.socket() as s:
         s.bind((host, 0))
         return int(s.getsockname()[1])

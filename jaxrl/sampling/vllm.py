@@ -1,9 +1,8 @@
 """Sampling by `vllm serve` processes, over their own HTTP API.
 
-Token ids go out, token ids, their log-probabilities and the version of the weights come back. Every server has the
-same weights: `publish` has each server load them while its requests stand still. A prompt's samples are one request,
-so its prompt is prefilled once; requests go to the server with the fewest under way, and to another one where a server
-fails.
+Token ids go out; token ids, their log-probabilities and the version of the model weights come back. Every server has
+the same weights: `publish` makes each load them while its requests are paused. A prompt's samples are one request, so
+its prompt is prefilled once. Requests go to the server with the fewest under way, and to another one where it fails.
 """
 
 from __future__ import annotations
@@ -13,18 +12,35 @@ import functools
 import hashlib
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from jaxrl.errors import InputError
-from jaxrl.sampling.client import Client, ServerError, each
+from jaxrl import config
+from jaxrl.errors import InputError, RunError
+from jaxrl.models.decoder import Params
+from jaxrl.sampling.client import Client, Failures, ServerError, ask_all
+from jaxrl.sampling.sampler import unchanged
 from jaxrl.sampling.transports.base import Transport
-from jaxrl.types import Prompt, Rollout, SamplingParams
+from jaxrl.types import JsonObject, OnRollout, OnUpdate, Prompt, Rollout, SamplingParams, Say
 
 SUPPORTED = "0.32"  # the minor version whose routes these are
-PAUSE = {"keep": "keep", "drain": "wait"}  # what vLLM calls them
+PAUSE: dict[OnUpdate, str] = {"keep": "keep", "drain": "wait"}  # vLLM's names for them
+LOOK = 0.2  # seconds between looks whether a batch is complete while a server is down
+RETRY = 1.0  # seconds between requests to a server that is down
+JUST_BACK = 5.0  # seconds for which a server that was found well is not asked again
+
+T = TypeVar("T")
+Ask = Callable[[str, int], Awaitable[list[Rollout]]]  # (server, index of a prompt) to its samples
+Restart = Callable[
+    [str, float], bool
+]  # (server, seconds that it has been unwell) to whether it was restarted
+
+
+def never(url: str, unwell: float) -> bool:
+    """The `Restart` that leaves servers to whoever started them."""
+    return False
 
 
 class VLLMSampler:
@@ -38,42 +54,41 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, urls: Sequence[str], transport: Transport, *, concurrency: int = 64, limit: float = 3600.0,
-        publish_limit: float = 300.0, patience: float = 600.0, on_update: Literal["keep", "drain"] = "keep",
-        restart: Callable[[str, float], bool] = lambda url, seconds: False, say: Callable[[str], None] = print,
-    ):  # fmt: skip
+        self,
+        urls: Sequence[str],
+        transport: Transport,
+        section: config.Sampler | None = None,
+        restart: Restart = never,
+        say: Say = print,
+    ) -> None:
         """
         Args:
           urls: of the servers.
-          transport: carries weights to them.
-          concurrency: requests under way at one server.
-          limit: seconds for one request.
-          publish_limit: seconds for one request of a publication.
-          patience: seconds without any server that answers, after which `generate` and `publish` give up.
-          on_update: what happens to requests that are under way when weights are published: they go on with the new
-            ones, or end first.
-          restart: is told of a server that has been unwell for some seconds; returns whether it started it again.
+          transport: carries model weights to them.
+          section: `concurrency`, `on_update` and the limits in seconds of requests, publications and patience, after
+            which `generate` and `publish` give up; a recipe's defaults where None.
+          restart: called with a server that is down; returns whether it restarted it.
+          say: prints a line.
 
         Raises:
           InputError: if a server is not there, or is not one that this can work with.
         """
-        self._urls, self._transport, self._pause = list(urls), transport, PAUSE[on_update]
-        self._concurrency, self._limit, self._patience = concurrency, limit, patience
-        self._publish_limit, self._restart, self._say = publish_limit, restart, say
+        self._urls, self._transport, self._restart, self._say = list(urls), transport, restart, say
+        self._settings = section or config.Sampler()
         self._version: int | None = None  # newest, published or being published
         self._current: dict[str, int | None] = dict.fromkeys(urls)  # what each has, where that is known
         self._back: dict[str, float] = {}  # when each server was last found to be well
         self.dropped: dict[str, str] = {}
-        # one thread does all the talking, so that nothing here needs a lock between threads
+        # one thread does everything with servers, so that nothing here needs a lock between threads
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vLLM", daemon=True).start()
         self._loading = asyncio.Lock()
-        self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._reviving: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._client = Client()
         self._closed = False
         try:
-            self._run(self._inspect())
-        except BaseException:
+            self._run(self._inspect_all())
+        except BaseException:  # Ctrl-C too: nothing may go on in the thread
             self.close()
             raise
 
@@ -93,15 +108,16 @@ class VLLMSampler:
         self._run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def publish(self, params: Any, version: int) -> None:
-        """Has every server load the weights. One that fails gets them when it is back.
+    def publish(self, params: Params, version: int) -> None:
+        """Has every server load the parameters. One that fails gets them when it is back.
 
         Raises:
-          InputError: when no server has taken them for `patience` seconds, or they are not fit to be published.
+          InputError: if the parameters are not the model's.
+          RunError: if no server has taken them within the patience, the transport fails, or they are not finite.
         """
         self._transport.prepare(params, version)
         try:
-            self._run(self._everywhere(version))
+            self._run(self._load_everywhere(version))
         finally:
             self._transport.done()
 
@@ -111,29 +127,36 @@ class VLLMSampler:
         samples: int,
         params: SamplingParams,
         seed: tuple[int, ...],
-        each: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+        on_rollout: OnRollout = unchanged,
         first: int = 0,
     ) -> list[list[Rollout]]:
-        """See `Sampler.generate`. Groups of prompts that servers refuse are empty; `dropped` says why.
+        """See `Sampler.generate`. Groups of prompts that servers refuse are empty; `dropped` has the reason.
 
         Raises:
-          InputError: before `publish`, when no server has answered for `patience` seconds, or none took any prompt.
+          InputError: before `publish`, or if no server takes any of the prompts.
+          RunError: if no server has answered within the patience.
         """
         if self._version is None:
             raise InputError("the vLLM servers have no weights; publish some before generating")
-        return self._run(self._generate(prompts, samples, params, seed, each, first))
 
-    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        async def ask(url: str, p: int) -> list[Rollout]:
+            rollouts = await self._ask(url, prompts[p], samples, params, (*seed, first + p))
+            return [on_rollout(rollout) for rollout in rollouts]
+
+        return self._run(self._generate(len(prompts), ask))
+
+    def _run(self, work: Coroutine[None, None, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except BaseException:
-            future.cancel()  # on Ctrl-C
+        except BaseException:  # on Ctrl-C the work would go on
+            future.cancel()
             raise
 
-    async def _generate(self, prompts, samples, params, seed, each, first) -> list[list[Rollout]]:
-        groups: list[list[Rollout]] = [[] for _ in prompts]
-        waiting, open_ = deque(range(len(prompts))), set(range(len(prompts)))
+    async def _generate(self, count: int, ask: Ask) -> list[list[Rollout]]:
+        """Shares `count` prompts out among lanes of all servers, each with one request under way."""
+        groups: list[list[Rollout]] = [[] for _ in range(count)]
+        waiting, open_ = deque(range(count)), set(range(count))
         changed = asyncio.Condition()
 
         async def serve(url: str) -> None:
@@ -145,9 +168,7 @@ class VLLMSampler:
                         return
                     p = waiting.popleft()
                 try:
-                    groups[p] = [
-                        each(r) for r in await self._ask(url, prompts[p], samples, params, (*seed, first + p))
-                    ]
+                    groups[p] = await ask(url, p)
                 except ServerError as error:
                     async with changed:
                         waiting.appendleft(p)
@@ -158,20 +179,20 @@ class VLLMSampler:
                     open_.remove(p)
                     changed.notify_all()
 
-        lanes = max(1, min(self._concurrency, -(-len(prompts) // len(self._urls))))
+        lanes = max(1, min(self._settings.concurrency, -(-count // len(self._urls))))
         tasks = {asyncio.create_task(serve(url)) for _ in range(lanes) for url in self._urls}
         pending = tasks
         try:
             while open_:  # a server that is down does not hold up what others can finish
-                done, pending = await asyncio.wait(pending, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
-                errors = [task.exception() for task in done if task.exception()]
-                if errors and (not pending or not isinstance(errors[0], InputError)):
-                    raise errors[0]  # type: ignore[misc]
+                done, pending = await asyncio.wait(pending, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
+                errors = [error for task in done if (error := task.exception())]
+                if errors and (not pending or not isinstance(errors[0], InputError | RunError)):
+                    raise errors[0]
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if prompts and not any(groups):
+        if count and not any(groups):
             raise InputError(f"the servers refused every prompt; the last: {list(self.dropped.values())[-1]}")
         return groups
 
@@ -181,21 +202,30 @@ class VLLMSampler:
         """All samples of one prompt.
 
         Raises:
-          ServerError: if the server does not answer, or with other weights than it should have.
+          ServerError: if the server does not answer, or with other model weights than it should have.
         """
         oldest = self._current[url]
         if oldest is None:
             raise ServerError("it does not have the current weights")
+        sampling = {
+            "n": samples if params.temperature else 1,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "max_tokens": params.max_tokens,
+            "stop_token_ids": list(params.stop_ids),
+            "ignore_eos": True,
+            "seed": request_seed(seed),
+            "logprobs": 0,
+            "detokenize": False,
+        }
         body = {
             "token_ids": prompt.tokens.tolist(),
             "cache_salt": str(oldest),  # a cached prefix is of one version
-            "sampling_params": {
-                "n": samples if params.temperature else 1, "temperature": params.temperature, "top_p": params.top_p,
-                "top_k": params.top_k, "max_tokens": params.max_tokens, "stop_token_ids": list(params.stop_ids),
-                "ignore_eos": True, "seed": request_seed(seed), "logprobs": 0, "detokenize": False,
-            },
-        }  # fmt: skip
-        answer = await self._client.post(url, "/inference/v1/generate", body, self._limit)
+            "sampling_params": sampling,
+        }
+        limit = self._settings.request_seconds
+        answer = await self._client.post(url, "/inference/v1/generate", body, limit)
         if isinstance(answer, str):  # refused: it would be refused everywhere
             self.dropped[prompt.id] = answer
             self._say(f"prompt {prompt.id} was refused and is left out: {answer}")
@@ -208,16 +238,14 @@ class VLLMSampler:
         return rollouts if params.temperature else rollouts * samples
 
     def _rollout(
-        self, url: str, prompt: Prompt, params: SamplingParams, choice: dict[str, Any], oldest: int
+        self, url: str, prompt: Prompt, params: SamplingParams, choice: JsonObject, oldest: int
     ) -> Rollout:
         tokens = np.array(choice["token_ids"], np.int32)
         logprobs = np.array([entry["logprob"] for entry in choice["logprobs"]["content"]], np.float32)
         versions, reason = {span["version"] for span in choice["weight_versions"]}, choice["finish_reason"]
         known = {str(version) for version in range(oldest, (self._version or 0) + 1)}
         if not versions <= known or len(tokens) != len(logprobs) or reason not in ("stop", "length"):
-            raise ServerError(
-                f"a completion of weights {versions}, not {known}, ended by {choice['finish_reason']}"
-            )
+            raise ServerError(f"a completion of weights {versions}, not {known}, ended by {reason}")
         if reason == "length" and len(tokens) < params.max_tokens:
             raise InputError(
                 f"{url} cut a completion at {len(prompt.tokens)} + {len(tokens)} tokens; start it with "
@@ -225,7 +253,7 @@ class VLLMSampler:
             )
         return Rollout(prompt, tokens, logprobs, reason, min(map(int, versions)), server=url)
 
-    async def _everywhere(self, version: int) -> None:
+    async def _load_everywhere(self, version: int) -> None:
         self._version = version
         failed = await self._load(self._urls)
         for url, error in failed.items():
@@ -233,18 +261,20 @@ class VLLMSampler:
         if len(failed) == len(self._urls):
             await self._revive(*next(iter(failed.items())))
 
-    async def _load(self, urls: Sequence[str]) -> dict[str, ServerError]:
-        """vLLM's update protocol: pausing frees the cache; only a server that took everything goes on.
+    async def _load(self, urls: Sequence[str]) -> Failures:
+        """Follows vLLM's update protocol: pausing frees the cache; only a server that took everything resumes.
 
         Returns:
-          why, for each server that did not take the newest weights.
+          the reason, for each server that did not take the newest model weights.
         """
-        failed: dict[str, ServerError] = {}
-        order = functools.partial(self._client.order, limit=self._publish_limit)
+        failed: Failures = {}
+        publish_limit = self._settings.publish_seconds
+        order = functools.partial(self._client.order, limit=publish_limit)
 
         async def pause(url: str) -> None:
-            limit = self._limit if self._pause == "wait" else self._publish_limit
-            await self._client.order(url, f"/pause?mode={self._pause}", None, limit)
+            mode = PAUSE[self._settings.on_update]
+            limit = self._settings.request_seconds if mode == "wait" else publish_limit
+            await self._client.order(url, f"/pause?mode={mode}", None, limit)
             await order(url, "/start_weight_update", None)
 
         async def resume(url: str) -> None:
@@ -255,25 +285,25 @@ class VLLMSampler:
         async with self._loading:
             version = self._version
             await self._transport.connect(self._client, urls, failed)
-            await each(urls, pause, failed)
+            await ask_all(urls, pause, failed)
             await self._transport.deliver(self._client, urls, failed)
-            await each(urls, resume, failed)
+            await ask_all(urls, resume, failed)
         self._current |= dict.fromkeys(failed)
         return failed
 
-    async def _revive(self, url: str, error: BaseException) -> None:
-        """Waits until a server is back, and gives it the current weights before anything else.
+    async def _revive(self, url: str, error: ServerError) -> None:
+        """Waits until a server is back, and gives it the current model weights before anything else.
 
         Raises:
-          InputError: after `patience` seconds.
+          RunError: after `patience_seconds`.
         """
-        clock = self._loop.time
-        async with self._asking[url]:  # one asks for all its lanes
+        clock, patience = self._loop.time, self._settings.patience_seconds
+        async with self._reviving[url]:  # one lane asks for all of its server's
             unwell = began = clock()
-            if began < self._back.get(url, -1) + 5:
+            if began < self._back.get(url, -1) + JUST_BACK:
                 return
             self._say(f"{url}: {error}; waiting for it")
-            while clock() < began + self._patience:
+            while clock() < began + patience:
                 try:
                     info = await self._client.get(url, "/weight_info")
                     if self._current[url] is None or info.get("weight_version") != str(self._version):
@@ -289,41 +319,49 @@ class VLLMSampler:
                 if await asyncio.to_thread(self._restart, url, clock() - unwell):
                     self._say(f"{url}: started again")
                     unwell = clock()
-                await asyncio.sleep(1.0)
-        raise InputError(
-            f"{url}: {error}; it was not back after {self._patience:.0f} s. Start it again and repeat the command"
+                await asyncio.sleep(RETRY)
+        raise RunError(
+            f"{url}: {error}; it was not back after {patience:.0f} s. Start it again and repeat the command"
         )
 
-    async def _inspect(self) -> None:
-        """Refuses servers that would give other numbers than they seem to."""
-        backend = self._transport.backend
+    async def _inspect_all(self) -> None:
         for url in self._urls:
             try:
-                version = str((await self._client.get(url, "/version")).get("version", "unknown"))
-                if not version.startswith(SUPPORTED + "."):
-                    raise InputError(f"{url} runs vLLM {version}; jaxrl works with {SUPPORTED}.*")
-                info = await self._client.get(url, "/server_info?config_format=json", self._publish_limit)
-                by = (info["vllm_config"]["weight_transfer_config"] or {}).get("backend")
-                if by != backend:
-                    raise InputError(
-                        f"{url} takes weights by {by}; start it with --weight-transfer-config "
-                        f'\'{{"backend": "{backend}"}}\', or choose another sampler.transport'
-                    )
-                await self._transport.greet(self._client, url)
-                body = {
-                    "token_ids": [0],
-                    "sampling_params": {"top_k": 1, "max_tokens": 1, "logprobs": 0, "detokenize": False},
-                }
-                answer = await self._client.post(url, "/inference/v1/generate", body, self._limit)
+                await self._inspect(url)
             except ServerError as error:
                 raise InputError(f"{url}: {error}; is a vLLM server of this run there?") from None
-            if isinstance(answer, str):
-                raise InputError(f"{url} takes no token ids ({answer}); start it with --enable-scale-out")
-            # of one likeliest token alone the log-probability is 0, unless it is of the logits before sampling
-            if answer["choices"][0]["logprobs"]["content"][0]["logprob"] != 0.0:
-                raise InputError(
-                    f"{url} gives log-probs of before sampling; start it with --logprobs-mode processed_logprobs"
-                )
+
+    async def _inspect(self, url: str) -> None:
+        """Rejects a server whose settings would silently change the log-probabilities.
+
+        Raises:
+          InputError: with the option that it has to be started with.
+          ServerError: if it does not answer.
+        """
+        version = str((await self._client.get(url, "/version")).get("version", "unknown"))
+        if not version.startswith(SUPPORTED + "."):
+            raise InputError(f"{url} runs vLLM {version}; jaxrl works with {SUPPORTED}.*")
+        limit = self._settings.publish_seconds
+        info = await self._client.get(url, "/server_info?config_format=json", limit)
+        found = (info["vllm_config"]["weight_transfer_config"] or {}).get("backend")
+        backend = self._transport.backend
+        if found != backend:
+            raise InputError(
+                f"{url} takes weights by {found}; start it with --weight-transfer-config "
+                f'\'{{"backend": "{backend}"}}\', or choose another sampler.transport'
+            )
+        await self._transport.greet(self._client, url)
+        sampling = {"top_k": 1, "max_tokens": 1, "logprobs": 0, "detokenize": False}
+        body = {"token_ids": [0], "sampling_params": sampling}
+        limit = self._settings.request_seconds
+        answer = await self._client.post(url, "/inference/v1/generate", body, limit)
+        if isinstance(answer, str):
+            raise InputError(f"{url} takes no token ids ({answer}); start it with --enable-scale-out")
+        # with one candidate token the log-probability is 0, unless it is that of the logits before sampling
+        if answer["choices"][0]["logprobs"]["content"][0]["logprob"] != 0.0:
+            raise InputError(
+                f"{url} gives log-probs from before sampling; start it with --logprobs-mode processed_logprobs"
+            )
 
 
 def request_seed(seed: tuple[int, ...]) -> int:

@@ -1,8 +1,9 @@
-"""Weights from a file, inside vLLM's processes: `--weight-transfer-config '{"backend": "jaxrl_file"}'`.
+"""Model weights from a file, inside vLLM's processes: `--weight-transfer-config '{"backend": "jaxrl_file"}'`.
 
-vLLM finds `register` as an entry point of "vllm.general_plugins" in whatever environment it runs; there is torch there
-and no JAX. The engine follows vLLM's own update protocol (start, update, finish), so tensor parallelism, compiled
-graphs and prepacked weights are vLLM's business: it is given Hugging Face's names, a whole checkpoint at a time.
+vLLM finds `register` as an entry point of "vllm.general_plugins" in its own environment, which has torch but neither
+JAX nor what jaxrl's other modules need. The engine follows vLLM's own update protocol (start, update, finish), so
+tensor parallelism, compiled graphs and prepacked weights are vLLM's business: it is given a whole checkpoint at a time,
+under Hugging Face's names.
 """
 
 from __future__ import annotations
@@ -10,10 +11,18 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+
+Fields = Mapping[str, str | int]  # of config.json
 
 
 def register() -> None:
+    """Registers the backend "jaxrl_file"; vLLM calls it in each of its processes."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
@@ -23,7 +32,7 @@ def register() -> None:
 
     @dataclasses.dataclass
     class Model(WeightTransferInitInfo):
-        model: dict  # the trainer's, as config.json has it
+        model: Fields  # the trainer's
 
     @dataclasses.dataclass
     class File(WeightTransferUpdateInfo):
@@ -33,34 +42,27 @@ def register() -> None:
     class FileEngine(WeightTransferEngine):
         init_info_cls, update_info_cls = Model, File
 
-        def init_transfer_engine(self, init_info) -> None:
-            same(init_info.model, self.model_config.hf_config)
+        def init_transfer_engine(self, init_info: Model) -> None:
+            require_same_model(init_info.model, self.model_config.hf_config)
 
         def start_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
             initialize_layerwise_reload(self.model)
 
-        def update_weights(self, update_info: dict) -> None:
-            # the base class synchronizes an accelerator, which a CPU has not
+        def update_weights(self, update_info: dict[str, str]) -> None:
+            # the base class synchronizes an accelerator, which a CPU does not have
             self.receive_weights(self.parse_update_info(update_info))
 
-        def receive_weights(self, file) -> None:
-            import torch
-            from safetensors import safe_open
-
-            check(Path(file.path), file.blake3)
-            with safe_open(file.path, framework="pt", device="cpu") as tensors:  # mapped, not read
-                self.model.load_weights((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize()
+        def receive_weights(self, update_info: File) -> None:
+            load_file(self.model, Path(update_info.path), update_info.blake3, self.device)
 
         def finish_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
             finalize_layerwise_reload(self.model, self.model_config)
-            # a CPU multiplies by a packed copy of the weights; a tied LM head's is of the old embedding, as no weight
-            # came under its name
+            # a CPU multiplies by a packed copy of the weights; that of a tied LM head is still of the old embedding,
+            # because no weight came under its name
             if self.device.type == "cpu" and self.model_config.hf_config.tie_word_embeddings:
                 self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
 
@@ -70,8 +72,30 @@ def register() -> None:
     WeightTransferEngineFactory.register_engine("jaxrl_file", FileEngine)
 
 
-def same(model: dict, served: object) -> None:
-    """Raises: ValueError if this is another model: vLLM keeps a layer that is missing in a file as it was."""
+class Loads(Protocol):
+    """The part of a vLLM model that loads a checkpoint."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object: ...
+
+
+def load_file(model: Loads, path: Path, digest: str, device: torch.device) -> None:
+    """Loads a safetensors file into a model on `device`.
+
+    Raises:
+      ValueError: see `verify_digest`.
+    """
+    import torch
+    from safetensors import safe_open
+
+    verify_digest(path, digest)
+    with safe_open(path, framework="pt", device="cpu") as tensors:  # mapped, not read
+        model.load_weights((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def require_same_model(model: Fields, served: object) -> None:
+    """Raises: ValueError if the server has another model: vLLM keeps layers that a file does not have as they were."""
     theirs = {key: getattr(served, key, None) for key in model}
     different = [
         f"{key} is {theirs[key]!r}, not {value!r}"
@@ -82,7 +106,7 @@ def same(model: dict, served: object) -> None:
         raise ValueError(f"this server has another model: {', '.join(different)}")
 
 
-def check(path: Path, digest: str) -> None:
+def verify_digest(path: Path, digest: str) -> None:
     """Raises: ValueError if the file is not what was written."""
     from blake3 import blake3
 
@@ -91,18 +115,31 @@ def check(path: Path, digest: str) -> None:
         raise ValueError(f"{path}: digest {found}, not {digest}; the file was damaged on its way")
 
 
-class Guard:
-    """Asks for VLLM_API_KEY on every route but /health; vLLM's own middleware knows only those that generate.
+class Scope(TypedDict):
+    """What is used of an ASGI connection's scope."""
 
-    ASGI, by `--middleware jaxrl.sampling.vllm_plugin.Guard`. Without a key nobody is let in.
+    type: str
+    path: str
+    headers: Iterable[tuple[bytes, bytes]]
+
+
+Receive = Callable[[], Awaitable[Mapping[str, object]]]
+Send = Callable[[Mapping[str, object]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Guard:
+    """Requires VLLM_API_KEY on every route but /health; vLLM's own middleware guards only those that generate.
+
+    ASGI, by `--middleware jaxrl.sampling.vllm_plugin.Guard`. Without a key in the environment it rejects everything.
     """
 
-    def __init__(self, app):
+    def __init__(self, app: App) -> None:
         self._app = app
         self._key = os.environ.get("VLLM_API_KEY", "").encode()
 
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] == "/health" or self._knows(scope["headers"]):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope["path"] == "/health" or self._has_key(scope["headers"]):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await send({"type": "http.response.start", "status": 401, "headers": []})
@@ -110,6 +147,6 @@ class Guard:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _knows(self, headers) -> bool:
+    def _has_key(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         given = dict(headers).get(b"authorization", b"")
         return bool(self._key) and hmac.compare_digest(given, b"Bearer " + self._key)

@@ -1,52 +1,52 @@
 """The in-process sampler: right ids, right log-probs, and neither depends on the company a sequence keeps."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import Mesh
 from scipy import stats
 
 from jaxrl.errors import InputError
 from jaxrl.models import Config, hf, initialize
+from jaxrl.models.decoder import Params
+from jaxrl.parallel.mesh import mesh_over
 from jaxrl.sampling import local
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.types import Prompt, Rollout, SamplingParams
 
 SMOLLM2 = Path(os.environ.get("SMOLLM2", "models/smollm2-135m-instruct"))
 EOS = 1
-TINY = Config(
-    family="qwen2", vocab_size=24, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
-    rope_theta=1e4, norm_epsilon=1e-6, tied=True, max_positions=512,
-)  # fmt: skip
+SIZES = {"vocab_size": 24, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 48}
+TINY = Config("qwen2", **SIZES, layers=2, rope_theta=1e4, norm_epsilon=1e-6, tied=True, max_positions=512)
 
 
 @pytest.fixture(scope="module")
-def params() -> Any:
-    """Of a model that is neither sure nor indifferent, and ends one answer in twenty tokens or so."""
+def params() -> Params:
+    """A model that is neither sure nor indifferent, and ends an answer after twenty tokens or so."""
     return initialize(TINY, 0, scale=0.3)
 
 
 @pytest.fixture(scope="module")
-def sampler(params: Any) -> LocalSampler:
+def sampler(params: Params) -> LocalSampler:
     return make(params, slots=8)
 
 
-def make(params: Any, slots: int, config: Config = TINY, mesh: Any = None) -> LocalSampler:
+def make(params: Params, slots: int, config: Config = TINY, mesh: Mesh | None = None) -> LocalSampler:
     sampler = LocalSampler(config, dtype="float32", slots=slots, mesh=mesh)
     sampler.publish(params, 7)
     return sampler
 
 
-def make_mesh(data: int, fsdp: int) -> jax.sharding.Mesh:
-    devices, axes = jax.devices()[: data * fsdp], ("data", "fsdp")
-    return jax.make_mesh((data, fsdp), axes, axis_types=(AxisType.Auto,) * 2, devices=devices)
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    return mesh_over(jax.devices()[: data * fsdp], data)
 
 
 def make_prompts(*lengths: int, vocabulary: int = TINY.vocab_size) -> list[Prompt]:
@@ -74,9 +74,8 @@ def transformers_greedy(folder: Path, prompts: list[Prompt], tokens: int) -> lis
     for prompt in prompts:
         row = torch.tensor(prompt.tokens[None], dtype=torch.long)
         with torch.inference_mode():
-            out = model.generate(
-                row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=tokens
-            )
+            mask = torch.ones_like(row)
+            out = model.generate(row, attention_mask=mask, do_sample=False, max_new_tokens=tokens)
         answers.append(out[0, row.shape[1] :].tolist())
     return answers
 
@@ -95,11 +94,15 @@ def test_greedy_equals_transformers(family: str, tmp_path: Path) -> None:
     import transformers
 
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": 104, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 8,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3,
-    }  # fmt: skip
-    config = getattr(transformers, f"{family}Config")(**shape)
+    sizes = {
+        "vocab_size": 104,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+    }
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = getattr(transformers, f"{family}Config")(**sizes, initializer_range=0.3)
     transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path)
     prompts = make_prompts(5, 40, 1, 17, 33, vocabulary=104)
     expected = transformers_greedy(tmp_path, prompts, 48)
@@ -129,7 +132,9 @@ def test_greedy_equals_transformers_on_a_real_model() -> None:
     ],
     ids=["plain", "filtered", "greedy"],
 )
-def test_logprobs_are_of_the_whole_vocabulary_at_the_temperature(params: Any, sampling: Any) -> None:
+def test_logprobs_are_of_the_whole_vocabulary_at_the_temperature(
+    params: Params, sampling: SamplingParams
+) -> None:
     model = hf.Model(TINY, params)
     for group in make(params, slots=5).generate(PROMPTS, 2, sampling, (3,)):
         for rollout in group:
@@ -137,13 +142,12 @@ def test_logprobs_are_of_the_whole_vocabulary_at_the_temperature(params: Any, sa
             logits = model.logits(params, tokens) / (sampling.temperature or 1.0)
             expected = jax.nn.log_softmax(logits)[np.arange(len(tokens) - 1), tokens[1:]]
             assert rollout.logprobs.dtype == np.float32
-            np.testing.assert_allclose(
-                rollout.logprobs, expected[len(rollout.prompt.tokens) - 1 :], atol=1e-4
-            )
+            completion = expected[len(rollout.prompt.tokens) - 1 :]
+            np.testing.assert_allclose(rollout.logprobs, completion, atol=1e-4)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])
-def test_ids_do_not_depend_on_the_slots(params: Any, sampler: LocalSampler, slots: int) -> None:
+def test_ids_do_not_depend_on_the_slots(params: Params, sampler: LocalSampler, slots: int) -> None:
     expected = sampler.generate(PROMPTS, 3, SAMPLING, (5, 2))
     assert len({len(r.tokens) for group in expected for r in group}) > 4  # so slots are refilled at odd times
     assert ids(make(params, slots).generate(PROMPTS, 3, SAMPLING, (5, 2))) == ids(expected)
@@ -166,7 +170,7 @@ def test_every_part_of_the_seed_counts(sampler: LocalSampler) -> None:
     assert len(set(answers)) == 12  # nor do two samples of a prompt, or two places in the list, agree
 
 
-def test_the_mesh_changes_nothing(params: Any, sampler: LocalSampler) -> None:
+def test_the_mesh_changes_nothing(params: Params, sampler: LocalSampler) -> None:
     """Two devices, and eight with one slot each; both leave devices idle at the end."""
     expected = ids(sampler.generate(PROMPTS, 3, SAMPLING, (5, 2)))
     for mesh, slots in [(make_mesh(1, 2), 4), (make_mesh(2, 4), 3)]:
@@ -175,7 +179,7 @@ def test_the_mesh_changes_nothing(params: Any, sampler: LocalSampler) -> None:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_last_long_answers_move_to_fewer_slots(
-    params: Any, devices: int, monkeypatch: pytest.MonkeyPatch
+    params: Params, devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """16 slots become 4 and then 1, or of each device's 8 become 2: other rows, the same ids."""
     sizes = []
@@ -235,7 +239,7 @@ def test_tokens_follow_the_filtered_distribution(temperature: float, top_p: floa
     np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits / temperature)[token], atol=1e-5)
 
 
-def test_first_tokens_follow_the_filtered_distribution(params: Any) -> None:
+def test_first_tokens_follow_the_filtered_distribution(params: Params) -> None:
     """The same, through prefill, slots and seeds: 3,000 samples of one prompt."""
     logits = np.asarray(hf.Model(TINY, params).logits(params, PROMPTS[1].tokens))[-1]
     sampling = SamplingParams(temperature=1.3, top_p=0.9, top_k=8, max_tokens=1)
@@ -258,7 +262,12 @@ def test_the_smallest_nucleus_is_kept_whole_vocabulary_or_not() -> None:
 
 def test_eos_is_kept_and_the_budget_respected(sampler: LocalSampler) -> None:
     seen = []
-    groups = sampler.generate(PROMPTS, 4, SAMPLING, (0,), lambda rollout: seen.append(rollout) or rollout)
+
+    def on_rollout(rollout: Rollout) -> Rollout:
+        seen.append(rollout)
+        return rollout
+
+    groups = sampler.generate(PROMPTS, 4, SAMPLING, (0,), on_rollout)
     rollouts = [rollout for group in groups for rollout in group]
     for rollout in rollouts:
         stopped = np.isin(rollout.tokens, SAMPLING.stop_ids)
@@ -273,7 +282,7 @@ def test_eos_is_kept_and_the_budget_respected(sampler: LocalSampler) -> None:
     assert sorted(map(id, seen)) == sorted(map(id, rollouts))
 
 
-def test_a_free_slot_is_refilled(params: Any) -> None:
+def test_a_free_slot_is_refilled(params: Params) -> None:
     """One answer of the full length does not hold the short ones: they pass through the other slots meanwhile."""
     sampler = make(params, slots=4)
     sampling = SamplingParams(max_tokens=200, stop_ids=(EOS, 2, 3, 4))
@@ -284,7 +293,7 @@ def test_a_free_slot_is_refilled(params: Any) -> None:
     assert ideal <= sampler.steps < 1.25 * ideal < 0.75 * batch_by_batch
 
 
-def test_weights_are_a_copy_in_the_compute_dtype(params: Any) -> None:
+def test_parameters_are_a_copy_in_the_compute_dtype(params: Params) -> None:
     """The update donates the trainer's parameters; the sampler must not lose its own with them."""
     mine = jax.tree.map(jnp.copy, params)
     sampler = make(mine, slots=2)
@@ -301,7 +310,7 @@ def test_decoding_never_copies_the_cache() -> None:
     """At most two layers' slices of it are in flight; the cache itself is updated in place."""
     deep = dataclasses.replace(TINY, layers=16)
     sampler = LocalSampler(deep, dtype="float32", slots=8)
-    _, decode = local._steps(deep, "float32", sampler._mesh, SAMPLING)
+    _, decode = local._sampling_programs(deep, "float32", sampler._mesh, SAMPLING)
     slots = sampler._programs.empty(8, 384, 40)
     memory = decode.lower(slots, initialize(deep, 0), np.int32(8), np.int32(64)).compile().memory_analysis()
     cache = 2 * slots.keys.nbytes
@@ -309,7 +318,7 @@ def test_decoding_never_copies_the_cache() -> None:
     assert memory.temp_size_in_bytes < cache / 4
 
 
-def test_a_second_call_compiles_nothing(params: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_second_call_compiles_nothing(params: Params, caplog: pytest.LogCaptureFixture) -> None:
     sampler = make(params, slots=8)
     sampler.generate(PROMPTS, 2, SAMPLING, (0,))
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -331,13 +340,15 @@ def test_nothing_to_do(sampler: LocalSampler) -> None:
         (make_prompts(4, 500), 13, ["prompt 500 ", "512", "max_tokens"]),
     ],
 )
-def test_a_bad_prompt_is_named(sampler: LocalSampler, prompts: Any, budget: int, words: list[str]) -> None:
+def test_a_bad_prompt_is_named(
+    sampler: LocalSampler, prompts: list[Prompt], budget: int, words: list[str]
+) -> None:
     with pytest.raises(InputError) as error:
         sampler.generate(prompts, 1, SamplingParams(max_tokens=budget), (0,))
     assert all(word in str(error.value) for word in words)
 
 
-def test_weights_come_first() -> None:
+def test_parameters_come_first() -> None:
     with pytest.raises(InputError, match="publish"):
         LocalSampler(TINY, dtype="float32", slots=2).generate(PROMPTS, 1, SAMPLING, (0,))
 

@@ -1,5 +1,7 @@
 """Nothing that was started outlives the trainer. The program here is no vLLM, but leaves a child behind as it does."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess
@@ -9,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxrl.errors import InputError, RunError
 from jaxrl.sampling import servers
+from jaxrl.types import silent
 
 PROGRAM = """#!/bin/sh
 sleep 600 &
@@ -21,7 +25,8 @@ import sys, time
 from pathlib import Path
 from jaxrl.sampling import servers
 program, folder = sys.argv[1:]
-servers.start(program, folder + "/server", Path(folder) / "log", on_cpu=True, dtype="float32", max_tokens=8)
+settings = servers.Settings(program, folder + "/server", "float32", max_tokens=8)
+servers.begin(servers.prepare(settings, Path(folder) / "log", on_cpu=True))
 time.sleep(600)
 """
 
@@ -67,8 +72,9 @@ def test_kill_9_of_the_trainer_ends_the_servers(tmp_path: Path) -> None:
 
 def test_one_that_ended_or_is_long_unwell_is_started_again(tmp_path: Path) -> None:
     program, path = start_server(tmp_path)
-    options = {"on_cpu": True, "dtype": "float32", "max_tokens": 8}
-    server = servers.start(str(program), str(tmp_path / "server"), tmp_path / "log", **options)
+    settings = servers.Settings(str(program), str(tmp_path / "server"), "float32", max_tokens=8)
+    server = servers.prepare(settings, tmp_path / "log", on_cpu=True)
+    servers.begin(server)
     first = pids_in(path)
     assert not server.restart(unwell=10, limit=300)
     os.kill(first[0], signal.SIGKILL)  # its child goes on, as vLLM's engine does
@@ -98,23 +104,27 @@ def test_one_that_ended_or_is_long_unwell_is_started_again(tmp_path: Path) -> No
     ],
 )
 def test_gpus_are_divided(
-    visible: str, count: int, trains: bool, own: str, taken: list[str], options: list[str],
+    visible: str,
+    count: int,
+    trains: bool,
+    own: str,
+    taken: list[str],
+    options: list[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.7")  # the user's own stays
-    place = servers.choose_devices(count, trains)
-    assert (list(place.gpus), list(place.options)) == (taken, options)
+    devices = servers.choose_devices(count, trains)
+    assert (list(devices.gpus), list(devices.options)) == (taken, options)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.7"
 
 
 def test_gpus_are_those_that_the_driver_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lists = tmp_path / "nvidia-smi"
-    lists.write_text(
-        "#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho '  MIG 1g'\necho 'GPU 1: H100 (UUID: GPU-2)'\n"
-    )
-    lists.chmod(0o755)
+    driver = tmp_path / "nvidia-smi"
+    listed = ["GPU 0: H100 (UUID: GPU-1)", "  MIG 1g", "GPU 1: H100 (UUID: GPU-2)"]
+    driver.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in listed))
+    driver.chmod(0o755)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert servers.gpus() == ["0", "1"]
@@ -124,17 +134,26 @@ def test_gpus_are_those_that_the_driver_lists(tmp_path: Path, monkeypatch: pytes
 
 def test_each_server_gets_its_gpu_and_options(tmp_path: Path) -> None:
     program = tmp_path / "program"
-    program.write_text(
-        '#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $@"\n'
-    )  # and ends, which is said with what it printed
+    # it ends at once, which is reported with what it printed
+    program.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $@"\n')
     program.chmod(0o755)
-    place = servers.Devices(["3", "5"], ["--gpu-memory-utilization", "0.3"])
-    with pytest.raises(servers.InputError, match="stopped"), servers.running(
-        2, str(program), "model", tmp_path, where=place, options=["--seed", "7"], dtype="bfloat16", max_tokens=0,
-        chat=True, say=lambda _: None,
-    ):  # fmt: skip
+    devices = servers.Devices(["3", "5"], ["--gpu-memory-utilization", "0.3"])
+    settings = servers.Settings(str(program), "model", "bfloat16", 0, chat=True, options=["--seed", "7"])
+    running = servers.running(2, settings, tmp_path, devices=devices, say=silent)
+    with pytest.raises(InputError, match=r"stopped: .* serve model "), running:
         raise AssertionError
-    for i, gpu in enumerate(place.gpus):
-        said = (tmp_path / f"vllm_{i}.log").read_text()
-        assert said.startswith(f"{gpu} serve model ") and "--gpu-memory-utilization 0.3 --seed 7" in said
-        assert "--tokens-only" not in said and "--max-model-len" not in said and "--enforce-eager" not in said
+    for i, gpu in enumerate(devices.gpus):
+        log = (tmp_path / f"vllm_{i}.log").read_text()
+        assert log.startswith(f"{gpu} serve model ") and "--gpu-memory-utilization 0.3 --seed 7" in log
+        assert "--tokens-only" not in log and "--max-model-len" not in log and "--enforce-eager" not in log
+
+
+def test_a_server_that_does_not_get_ready_may_the_next_time(tmp_path: Path) -> None:
+    program, pids = start_server(tmp_path)
+    settings = servers.Settings(str(program), str(tmp_path / "server"), "float32", max_tokens=8)
+    with (
+        pytest.raises(RunError, match=r"vllm_0\.log: the vLLM server was not ready after 1 s"),
+        servers.running(1, settings, tmp_path, limit=1, say=silent),
+    ):
+        raise AssertionError
+    assert_gone(pids_in(pids))

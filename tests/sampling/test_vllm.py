@@ -1,5 +1,7 @@
 """Sampling by real vLLM servers on this machine: `make test-vllm`."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -13,19 +15,20 @@ import httpx
 import jax
 import numpy as np
 import pytest
-import tiny_run
 
+import tiny_run
 from jaxrl import config
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, RunError
 from jaxrl.models import Model, initialize, load, save
+from jaxrl.models.decoder import Params
 from jaxrl.sampling import servers
 from jaxrl.sampling.client import api_key
-from jaxrl.sampling.prefetch import Ahead
+from jaxrl.sampling.prefetch import Prefetch, Sampled
 from jaxrl.sampling.transports.files import Files
 from jaxrl.sampling.transports.nccl import NCCL, Communicator
-from jaxrl.sampling.vllm import VLLMSampler
+from jaxrl.sampling.vllm import Restart, VLLMSampler, never
 from jaxrl.train import train
-from jaxrl.types import Prompt, Rollout, SamplingParams
+from jaxrl.types import Groups, OnUpdate, Prompt, Rollout, SamplingParams, Say, silent
 
 pytestmark = pytest.mark.vllm
 VLLM = os.environ.get("VLLM", ".venv-vllm/bin/vllm")
@@ -34,9 +37,8 @@ SAMPLING = SamplingParams(max_tokens=24, stop_ids=(1,))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
-    folder = tiny_run.make_base(
-        tmp_path_factory.mktemp("base"), head_dim=32
-    )  # vLLM on a CPU has no smaller one
+    # vLLM on a CPU has no smaller head_dim
+    folder = tiny_run.make_base(tmp_path_factory.mktemp("base"), head_dim=32)
     return folder, load(folder)
 
 
@@ -48,18 +50,27 @@ def untied(model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) 
     return folder, load(folder)
 
 
+def settings(folder: Path, backend: str = "jaxrl_file") -> servers.Settings:
+    return servers.Settings(VLLM, str(folder), "float32", max_tokens=64, backend=backend)
+
+
 @pytest.fixture(scope="module")
 def running(
     model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[servers.Server]]:
-    logs = tmp_path_factory.mktemp("servers")
-    with servers.running(2, VLLM, str(model[0]), logs, dtype="float32", max_tokens=64) as started:
+    with servers.running(2, settings(model[0]), tmp_path_factory.mktemp("servers")) as started:
         yield started
 
 
-def make_sampler(urls: list[str], model: Model, folder: Path, **options) -> VLLMSampler:
-    options = {"say": lambda _: None} | options
-    return VLLMSampler(urls, Files(model.config, folder, "float32"), **options)
+def make_sampler(
+    urls: list[str],
+    model: Model,
+    folder: Path,
+    section: config.Sampler | None = None,
+    restart: Restart = never,
+    say: Say = silent,
+) -> VLLMSampler:
+    return VLLMSampler(urls, Files(model.config, folder, "float32"), section, restart, say)
 
 
 @pytest.fixture
@@ -70,25 +81,23 @@ def sampler(running: list[servers.Server], model: tuple[Path, Model], tmp_path: 
 
 
 def make_prompts(count: int, length: int = 9) -> list[Prompt]:
-    return [
-        Prompt(str(i), np.random.default_rng(i).integers(2, 9, length).astype(np.int32), "")
-        for i in range(count)
-    ]
+    ids = [np.random.default_rng(i).integers(2, 9, length).astype(np.int32) for i in range(count)]
+    return [Prompt(str(i), row, "") for i, row in enumerate(ids)]
 
 
-def random_params(model: Model, seed: int):
+def random_params(model: Model, seed: int) -> Params:
     """Far from uniform, so that log-probs say whose they are."""
     return initialize(model.config, seed, scale=0.1)
 
 
-def logprobs_of(model: Model, params, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
+def logprobs_of(model: Model, params: Params, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
     ids = np.append(rollout.prompt.tokens, rollout.tokens)
     logp = jax.nn.log_softmax(model.logits(params, ids[None])[0] / temperature)
     at = np.arange(len(rollout.prompt.tokens) - 1, len(ids) - 1)
     return np.asarray(logp[at, rollout.tokens])
 
 
-def assert_from(model: Model, params, groups: list[list[Rollout]], temperature: float = 1.0) -> None:
+def assert_from(model: Model, params: Params, groups: Groups, temperature: float = 1.0) -> None:
     for rollout in [rollout for group in groups for rollout in group]:
         expected = logprobs_of(model, params, rollout, temperature)
         np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-5)
@@ -110,7 +119,9 @@ def test_logprobs_are_the_trainers(
 
 
 def test_equal_seeds_give_equal_answers(sampler: VLLMSampler) -> None:
-    ids = lambda groups: [[rollout.tokens.tolist() for rollout in group] for group in groups]  # noqa: E731
+    def ids(groups: Groups) -> list[list[list[int]]]:
+        return [[rollout.tokens.tolist() for rollout in group] for group in groups]
+
     params = SamplingParams(max_tokens=24)  # nothing stops: long enough to differ
     prompts = make_prompts(5)
     one, two, other = (ids(sampler.generate(prompts, 4, params, seed)) for seed in ((1, 2), (1, 2), (1, 3)))
@@ -146,7 +157,7 @@ def check_publishing(sampler: VLLMSampler, model: Model) -> None:
         assert abs(old - groups[0][0].logprobs).max() > 0.1
 
 
-def test_rollouts_are_told_of_as_they_come(sampler: VLLMSampler) -> None:
+def test_rollouts_are_given_as_they_come(sampler: VLLMSampler) -> None:
     seen: list[str] = []
 
     def mark(rollout: Rollout) -> Rollout:
@@ -184,13 +195,14 @@ def test_nobody_there(model: tuple[Path, Model], tmp_path: Path) -> None:
 def test_kill_9_of_one_server_loses_nothing(model: tuple[Path, Model], tmp_path: Path) -> None:
     """Its requests move to the other; it is started again and has to take the newest weights first."""
     params = random_params(model[1], 9)
-    options = {"dtype": "float32", "max_tokens": 64}
-    with servers.running(2, VLLM, str(model[0]), tmp_path / "logs", **options) as started:
+    with servers.running(2, settings(model[0]), tmp_path / "logs") as started:
         own = {server.url: server for server in started}
-        sampler = make_sampler(
-            list(own), model[1], tmp_path / "weights", concurrency=4,
-            restart=lambda url, unwell: own[url].restart(unwell),
-        )  # fmt: skip
+
+        def restart(url: str, unwell: float) -> bool:
+            return own[url].restart(unwell)
+
+        section = config.Sampler(concurrency=4)
+        sampler = make_sampler(list(own), model[1], tmp_path / "weights", section, restart)
         sampler.publish(params, 4)
         prompts, seen, killed = make_prompts(48), [], started[0].process
 
@@ -217,14 +229,14 @@ def test_kill_9_of_one_server_loses_nothing(model: tuple[Path, Model], tmp_path:
 
 
 def test_untied_weights_and_then_no_server_left(untied: tuple[Path, Model], tmp_path: Path) -> None:
-    options = {"dtype": "float32", "max_tokens": 64}
-    with servers.running(1, VLLM, str(untied[0]), tmp_path / "logs", **options) as started:
-        sampler = make_sampler([started[0].url], untied[1], tmp_path / "weights", patience=3)
+    with servers.running(1, settings(untied[0]), tmp_path / "logs") as started:
+        section = config.Sampler(patience_seconds=3)
+        sampler = make_sampler([started[0].url], untied[1], tmp_path / "weights", section)
         check_publishing(sampler, untied[1])
         os.killpg(started[0].process.pid, signal.SIGKILL)
-        with pytest.raises(InputError, match=r"was not back after 3 s\. Start it again"):
+        with pytest.raises(RunError, match=r"was not back after 3 s\. Start it again"):
             sampler.generate(make_prompts(4), 2, SAMPLING, (1,))
-        with pytest.raises(InputError, match="was not back"):
+        with pytest.raises(RunError, match="was not back"):
             sampler.publish(untied[1].params, 4)
 
 
@@ -234,7 +246,7 @@ def test_a_server_that_hangs_without_dying_loses_nothing(
     """Its requests time out and go to the other; when it goes on it serves again."""
     said: list[str] = []
     urls = [server.url for server in running]
-    sampler = make_sampler(urls, model[1], tmp_path, limit=3.0, say=said.append)
+    sampler = make_sampler(urls, model[1], tmp_path, config.Sampler(request_seconds=3), say=said.append)
     sampler.publish(model[1].params, 3)
     os.killpg(running[0].process.pid, signal.SIGSTOP)
     try:
@@ -262,11 +274,11 @@ def test_another_model_is_refused(
 
 @pytest.mark.parametrize("on_update", ["keep", "drain"])
 def test_weights_change_while_requests_are_under_way(
-    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path, on_update: str
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path, on_update: OnUpdate
 ) -> None:
     """Each token is of one policy: with "drain" all of a completion, with "keep" all after the change."""
     urls = [server.url for server in running]
-    sampler = make_sampler(urls, model[1], tmp_path, on_update=on_update)
+    sampler = make_sampler(urls, model[1], tmp_path, config.Sampler(on_update=on_update))
     old, new = random_params(model[1], 1), random_params(model[1], 2)
     sampler.publish(old, 6)
     begun, published = threading.Event(), threading.Event()
@@ -287,9 +299,8 @@ def test_weights_change_while_requests_are_under_way(
     assert published.is_set() and {len(group) for group in groups} == {4}
     cut = set()
     for rollout in (rollout for group in groups[::7] for rollout in group):
-        of_old, of_new = (
-            np.abs(logprobs_of(model[1], p, rollout) - rollout.logprobs) < 1e-5 for p in (old, new)
-        )
+        differences = [logprobs_of(model[1], params, rollout) - rollout.logprobs for params in (old, new)]
+        of_old, of_new = np.abs(differences) < 1e-5
         first_new = next((t for t in range(54) if of_new[t:].all()), 54)
         assert of_old[:first_new].all()
         assert rollout.version == (6 if first_new else 7)
@@ -305,25 +316,25 @@ def test_one_batch_ahead(
 ) -> None:
     """Updates go on while the next batch is being sampled, by weights one step old."""
     taken, updates = [], []
-    take, publish = Ahead.take, VLLMSampler.publish
-    monkeypatch.setattr(Ahead, "take", lambda self, step: taken.append(take(self, step)) or taken[-1])
+    take, publish = Prefetch.take, VLLMSampler.publish
 
-    def timed(self: VLLMSampler, params: object, version: int) -> None:
+    def recorded(self: Prefetch[list[list[Rollout]]], step: int) -> Sampled[list[list[Rollout]]]:
+        taken.append(take(self, step))
+        return taken[-1]
+
+    def timed(self: VLLMSampler, params: Params, version: int) -> None:
         updates.append(time.monotonic())  # the end of the update before it
         publish(self, params, version)
 
+    monkeypatch.setattr(Prefetch, "take", recorded)
     monkeypatch.setattr(VLLMSampler, "publish", timed)
-    overrides = {"engine": "vllm", "prompts": 32, "samples": 8, "max_tokens": 24}
-    options = {
-        "urls": [server.url for server in running],
-        "max_staleness": 1,
-        "folder": str(tmp_path / "shm"),
-    }
-    values = {f"rollout.{k}": v for k, v in overrides.items()} | {
-        f"sampler.{k}": v for k, v in options.items()
-    }
-    values |= {"optimizer.minibatch_prompts": 8, "packing.bucket_tokens": 16, "run.steps": 5}
-    train(config.load(tiny_run.write_recipe(tmp_path, model[0], **values)), say=lambda _: None)
+    rollout = {"engine": "vllm", "prompts": 32, "samples": 8, "max_tokens": 24}
+    section = {"max_staleness": 1, "folder": str(tmp_path / "shm")}
+    values = {f"rollout.{name}": value for name, value in rollout.items()}
+    values |= {f"sampler.{name}": value for name, value in section.items()}
+    values |= {"sampler.urls": [server.url for server in running], "optimizer.minibatch_prompts": 8}
+    values |= {"packing.bucket_tokens": 16, "run.steps": 5}
+    train(config.load(tiny_run.write_recipe(tmp_path, model[0], **values)), say=silent)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     staleness = [row["sampler/staleness"] for row in rows]
     assert staleness[0] == 0 and all(0 < s <= 1 for s in staleness[1:])
@@ -335,7 +346,7 @@ def test_one_batch_ahead(
 def test_two_trainer_processes(
     running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path
 ) -> None:
-    """The first one talks to the servers; the weights that it publishes are divided among both."""
+    """The first one calls the servers; the parameters that it publishes are sharded over both."""
     values = {"rollout.max_tokens": 16, "packing.bucket_tokens": 16, "sampler.folder": str(tmp_path / "shm")}
     recipe = tiny_run.write_recipe(tmp_path, model[0], **values, **{"run.steps": 4})
     urls = ",".join(server.url for server in running)
@@ -357,13 +368,12 @@ def test_two_trainer_processes(
 
 @pytest.fixture(scope="module")
 def by_nccl(model: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
-    options = {"dtype": "float32", "max_tokens": 64, "backend": "nccl"}
-    with servers.running(1, VLLM, str(model[0]), tmp_path_factory.mktemp("nccl"), **options) as started:
+    with servers.running(1, settings(model[0], "nccl"), tmp_path_factory.mktemp("nccl")) as started:
         yield started[0]
 
 
 def nccl_sampler(url: str, model: Model) -> VLLMSampler:
-    return VLLMSampler([url], NCCL(model.config, "float32", limit=60), say=lambda _: None)
+    return VLLMSampler([url], NCCL(model.config, "float32", limit=60), say=silent)
 
 
 def test_the_way_of_weights_has_to_be_the_servers(
@@ -391,9 +401,8 @@ def test_nccl_without_a_gpu(
     monkeypatch.setattr(Communicator, "unique_id", lambda: bytes(range(128)))
     monkeypatch.setattr(Communicator, "__init__", join)
     began = time.monotonic()
-    with pytest.raises(
-        InputError, match=rf"{by_nccl.url}.*Cannot access accelerator device.*start the servers"
-    ):
+    reason = rf"{by_nccl.url}.*Cannot access accelerator device.*start the servers"
+    with pytest.raises(RunError, match=reason):
         sampler.publish(model[1].params, 0)
     assert joined == [(bytes(range(128)), 2)] and time.monotonic() - began < 50
 
@@ -402,14 +411,19 @@ def test_every_route_but_health_wants_the_key(
     running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, right = running[0], {"Authorization": f"Bearer {api_key()}"}
-    get = lambda route, headers: httpx.get(server.url + route, headers=headers, timeout=60)  # noqa: E731
+
+    def get(route: str, headers: dict[str, str]) -> httpx.Response:
+        return httpx.get(server.url + route, headers=headers, timeout=60)
+
+    def bearer(key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key}"}
+
     schema = get("/openapi.json", right).json()
     routes = [(method.upper(), path) for path, methods in schema["paths"].items() for method in methods]
     changing = {"/pause", "/resume", "/update_weights", "/collective_rpc", "/reset_prefix_cache"}
     assert {"/inference/v1/generate", "/v1/models", *changing} <= {path for _, path in routes}
-    routes += [("GET", "/metrics"), ("GET", "/openapi.json"), ("OPTIONS", "/pause"), ("POST", "//pause"),
-               ("POST", "/health/../pause"), ("POST", "/no/such/route")]  # fmt: skip
-    bearer = lambda key: {"Authorization": f"Bearer {key}"}  # noqa: E731
+    routes += [("GET", "/metrics"), ("GET", "/openapi.json"), ("OPTIONS", "/pause")]
+    routes += [("POST", route) for route in ("//pause", "/health/../pause", "/no/such/route")]
     for headers in ({}, bearer("wrong"), bearer(f"{api_key()}x"), {"Authorization": api_key()}):
         with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
             answers = {route: client.request(*route).status_code for route in routes if route[1] != "/health"}
@@ -426,8 +440,7 @@ def test_every_route_but_health_wants_the_key(
 
 def test_a_server_listens_where_it_was_told_to(model: tuple[Path, Model], tmp_path: Path) -> None:
     """127.0.0.2 is this machine too; a server on all interfaces would answer at 127.0.0.1."""
-    options = {"dtype": "float32", "max_tokens": 64, "host": "127.0.0.2"}
-    with servers.running(1, VLLM, str(model[0]), tmp_path / "logs", **options) as started:
+    with servers.running(1, settings(model[0]), tmp_path / "logs", host="127.0.0.2") as started:
         assert started[0].url.startswith("http://127.0.0.2:")
         sampler = make_sampler([started[0].url], model[1], tmp_path / "weights")
         sampler.publish(model[1].params, 0)

@@ -1,1 +1,1 @@
-"""How model weights get from the trainer to vLLM servers: what a transport is (base.py), by files, by NCCL."""
+"""How model weights get from the trainer to vLLM servers: the protocol (base.py), by files, by NCCL."""

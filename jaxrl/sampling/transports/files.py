@@ -1,83 +1,89 @@
-"""The trainer's weights on their way to samplers: by a file, in safetensors' format and with Hugging Face's names."""
+"""Model weights by file: the safetensors format, with Hugging Face's names."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from blake3 import blake3
 
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, RunError
 from jaxrl.files import safetensors_header
-from jaxrl.models import decoder, hf
-from jaxrl.models.decoder import Config
-from jaxrl.sampling.client import Client, ServerError, each
-from jaxrl.sampling.transports.base import cast, check_parameters
+from jaxrl.models import hf
+from jaxrl.models.decoder import Config, Params
+from jaxrl.sampling.client import Client, Failures, ask_all
+from jaxrl.sampling.transports.base import cast, require_shapes
+from jaxrl.types import JsonObject
 
 
 class Published(NamedTuple):
+    """A complete file of model weights."""
+
     path: Path
     blake3: str  # digest of the file
     version: int
 
 
 class Files:
-    """Every server reads the file in which the newest weights are."""
+    """The Transport in which every server reads a file of the newest model weights."""
 
     backend = "jaxrl_file"
 
-    def __init__(self, config: Config, folder: Path, dtype: str = "bfloat16", limit: float = 300.0):
+    def __init__(self, config: Config, folder: Path, dtype: str = "bfloat16", limit: float = 300.0) -> None:
         """
         Args:
+          config: the model's.
           folder: where the files go; every server must be able to read it (/dev/shm, a shared file system).
-          limit: seconds for a server to load one.
+          dtype: of the served weights.
+          limit: seconds for a server to load a file.
         """
         self._config, self._folder, self._dtype, self._limit = config, folder, dtype, limit
         self._published: Published | None = None
 
-    def prepare(self, params: decoder.Params, version: int) -> None:
+    def prepare(self, params: Params, version: int) -> None:
         self._published = write(params, self._config, self._folder, version, self._dtype)
 
-    def follow(self, params: decoder.Params) -> None:
+    def follow(self, params: Params) -> None:
         for _ in cast(params, self._config, self._dtype, split=True):
             pass
 
     async def greet(self, client: Client, url: str) -> None:
-        model = {
-            key: value for key, value in hf.describe(self._config).items() if isinstance(value, str | int)
-        }
-        del model["max_position_embeddings"]  # of which a server may be told another
+        fields = hf.describe(self._config)
+        del fields["max_position_embeddings"]  # servers may have another limit
+        model = {key: value for key, value in fields.items() if isinstance(value, str | int)}
         await client.order(url, "/init_weight_transfer_engine", {"init_info": {"model": model}}, self._limit)
 
-    async def connect(self, client: Client, urls: Sequence[str], failed: dict[str, ServerError]) -> None:
-        await each(urls, functools.partial(self.greet, client), failed)  # it may have been started anew
+    async def connect(self, client: Client, urls: Sequence[str], failed: Failures) -> None:
+        await ask_all(urls, functools.partial(self.greet, client), failed)  # it may have been restarted
 
-    async def deliver(self, client: Client, urls: Sequence[str], failed: dict[str, ServerError]) -> None:
+    async def deliver(self, client: Client, urls: Sequence[str], failed: Failures) -> None:
         assert self._published
         info = {"path": str(self._published.path.absolute()), "blake3": self._published.blake3}
-        update = lambda url: client.order(url, "/update_weights", {"update_info": info}, self._limit)  # noqa: E731
-        await each(urls, update, failed)
+
+        def update(url: str) -> Awaitable[JsonObject]:
+            return client.order(url, "/update_weights", {"update_info": info}, self._limit)
+
+        await ask_all(urls, update, failed)
 
     def done(self) -> None:
         pass
 
 
-def write(
-    params: decoder.Params, config: Config, folder: Path, version: int, dtype: str = "bfloat16"
-) -> Published:
+def write(params: Params, config: Config, folder: Path, version: int, dtype: str = "bfloat16") -> Published:
     """Writes FOLDER/weights_VERSION.safetensors; it and its predecessor are kept.
 
-    A part is gathered and cast while the one before it is being written. The file appears under its name when it is
+    Each part is gathered and cast while the one before it is being written. The file appears under its name once it is
     complete.
 
     Raises:
-      InputError: see `check` and `cast`; or if the file cannot be written.
+      InputError: see `require_shapes`; or if the folder is none that can be written to.
+      RunError: see `cast`; or if the disk is full or fails.
     """
-    check_parameters(params, config)
+    require_shapes(params, config)
     path, hasher = folder / f"weights_{version:08d}.safetensors", blake3(max_threads=blake3.AUTO)
     try:
         with _recycled(folder, path) as file:
@@ -89,17 +95,17 @@ def write(
                 hasher.update(part)
                 file.write(part)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot write the weights ({error.strerror}); choose another folder"
-        ) from None
+        no_folder = PermissionError, NotADirectoryError, FileExistsError
+        kind = InputError if isinstance(error, no_folder) else RunError
+        raise kind(f"{path}: cannot write the weights ({error.strerror}); choose another folder") from None
     return Published(path, hasher.hexdigest(), version)
 
 
 @contextlib.contextmanager
 def _recycled(folder: Path, path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that becomes `path` when that is done: one that is older than the newest, if there is one.
+    """A file to write that becomes `path` when that is done: an older one than the newest, where there is one.
 
-    Memory that a file system in memory holds already takes a quarter of the time of new memory.
+    Overwriting pages that tmpfs has already allocated is four times faster than allocating new ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
