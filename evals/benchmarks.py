@@ -1,4 +1,4 @@
-"""The benchmarks: where their problems are, how many there have to be, and how many responses each one gets."""
+"""The benchmarks: where their problems are, how many there must be, and how many responses each one gets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,7 +16,7 @@ from jaxrl.errors import InputError
 from jaxrl.rewards.latex_equality import reference
 
 BUILT_IN = Path(__file__).with_name("benchmarks.toml")
-# columns of the problem and of the answer, in the files that JustRL released and on the Hub
+# The columns of problem and answer, in the files that JustRL released and on the Hub.
 LAYOUTS = (
     ("prompt", "reward_model.ground_truth"),
     ("problem", "answer"),
@@ -28,7 +27,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Benchmark(Section):
-    """See benchmarks.toml."""
+    """A benchmark as benchmarks.toml describes it."""
 
     path: str
     title: str = ""
@@ -41,12 +40,14 @@ class Benchmark(Section):
 
 @dataclass(frozen=True)
 class Problem:
+    """A problem as the benchmark has it."""
+
     question: str
-    answer: str
+    answer: str  # ground truth, out of its box
 
 
 def select(names: str) -> dict[str, Benchmark]:
-    """The benchmarks of a list such as "aime24,mine.toml": names, "all", and files that describe others.
+    """Returns the benchmarks of a list such as "aime24,mine.toml": names, "all", and files that describe others.
 
     Raises:
       InputError: for a name that is not known, or a file that does not describe benchmarks.
@@ -54,28 +55,27 @@ def select(names: str) -> dict[str, Benchmark]:
     known = _read(BUILT_IN)
     chosen: dict[str, Benchmark] = {}
     for name in names.split(","):
-        if name != "all" and not name.endswith(".toml") and name not in known:
+        if name == "all":
+            chosen |= known
+        elif name in known:
+            chosen[name] = known[name]
+        elif name.endswith(".toml"):
+            chosen |= _read(Path(name).expanduser())
+        else:
             raise InputError(
                 f"--benchmarks: there is no '{name}'; take some of {', '.join(known)}, or all, or describe your own "
                 "in a .toml file"
             )
-        chosen |= (
-            known
-            if name == "all"
-            else {name: known[name]}
-            if name in known
-            else _read(Path(name).expanduser())
-        )
     return chosen
 
 
 def load(name: str, benchmark: Benchmark, folder: Path | None = None) -> list[Problem]:
-    """Its problems, in the order of the file; answers are taken out of a box that they may come in.
+    """Loads its problems, in the order of the file; answers that come in a box are taken out of it.
 
     Args:
       name: the benchmark's.
-      benchmark: which one.
-      folder: with local copies; what is not a file itself is taken from there instead of the Hub.
+      benchmark: its description.
+      folder: with local copies, which replace what would come from the Hub.
 
     Raises:
       InputError: if problems or columns are missing, or there are more or fewer than there should be.
@@ -104,14 +104,13 @@ def load(name: str, benchmark: Benchmark, folder: Path | None = None) -> list[Pr
 
 
 def _read(path: Path) -> dict[str, Benchmark]:
+    """The benchmarks that a .toml file describes, by name."""
     try:
-        found = TypeAdapter(dict[str, Benchmark]).validate_json(
-            json.dumps(tomllib.loads(path.read_text()), default=str)
-        )
+        text = json.dumps(tomllib.loads(path.read_text()), default=str)
+        found = TypeAdapter(dict[str, Benchmark]).validate_json(text)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); give a .toml file of benchmarks"
-        ) from None
+        remedy = "give a .toml file of benchmarks"
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
         raise InputError("\n".join(lines)) from None
@@ -126,6 +125,7 @@ def _read(path: Path) -> dict[str, Benchmark]:
 
 
 def _source(name: str, benchmark: Benchmark, folder: Path | None) -> str:
+    """The file or the Hub id of its problems."""
     if folder is None or benchmark.path.endswith((".parquet", ".jsonl")):
         return benchmark.path
     local = benchmark.folder or name
@@ -136,7 +136,7 @@ def _source(name: str, benchmark: Benchmark, folder: Path | None) -> str:
     return str(found)
 
 
-def _text(value: Any, column: str, where: str) -> str:
+def _text(value: object, column: str, where: str) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = value[0].get("content")  # a chat
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
@@ -146,7 +146,7 @@ def _text(value: Any, column: str, where: str) -> str:
     return str(value)
 
 
-def _answer(value: Any, column: str, where: str) -> str:
+def _answer(value: object, column: str, where: str) -> str:
     answer = reference(_text(value, column, where).strip())
     if not answer:
         raise InputError(f"{where}: the box in '{column}' is empty or does not end; write the answer alone")

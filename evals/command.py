@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from jaxrl import config
 from jaxrl.commands.options import positive, sampler_overrides
 from jaxrl.errors import InputError
+from jaxrl.results import EvalProtocol
 
 if TYPE_CHECKING:
     from evals.judge import Judge
+    from evals.suite import OpenJudge
     from jaxrl.sampling.servers import Devices
 
 HELP = "accuracy on benchmarks, or on a recipe's held-out problems"
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--benchmarks", metavar="LIST", help="aime24,math500,..., all, or .toml files of your own")
     add("--data", type=Path, metavar="DIR", help="local copies; default: from the Hub")
     add("--samples", type=positive, default=0, help="responses to each problem; default: 32 or 4")
-    add("--protocol", choices=("default", "justrl_released"), default="default")
+    add("--protocol", choices=get_args(EvalProtocol), default="default")
     judge = "OpenAI-compatible endpoint of CompassVerifier-3B; or what to start it from"
     add("--judge", metavar="URL|MODEL", help=judge)
     add("--judge-model", default="", help="its name at a URL; default: the first one listed")
@@ -45,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _servers(text: str) -> int:
+    """An argparse type: a number of servers, or "all" for the number of GPUs."""
     if text != "all":
         return positive(text)
     from jaxrl.sampling import servers
@@ -82,10 +86,7 @@ def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
         raise InputError(
             "--recipe is for held-out problems and --benchmarks for benchmarks; give one of them"
         )
-    from evals import benchmarks, judge, suite
-    from jaxrl.models import hf
-    from jaxrl.sampling import servers
-    from jaxrl.sampling.client import api_key
+    from evals import benchmarks, suite
 
     chosen = benchmarks.select(args.benchmarks)
     base = config.from_dict(suite.PROTOCOL)
@@ -94,50 +95,49 @@ def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = config.from_dict(config.to_dict(recipe), "command line")
     if recipe.eval.samples != base.eval.samples:
         raise InputError("--eval.samples is for held-out problems; benchmarks take --samples")
-    prompt = judge.read_prompt(args.judge_prompt) if args.judge_prompt else judge.PROMPT
     devices = _devices(recipe)  # before JAX looks for GPUs
-    started = args.judge if args.judge and "://" not in args.judge else ""
-    judge_devices = servers.choose_devices(int(bool(started)), trains=recipe.rollout.engine == "local")
-    judge_folder = hf.resolve(started) if started else None
+    open_judge = _judge(args, recipe)
     folder, out = _model_of(args.model, args.out)
-
-    @contextlib.contextmanager
-    def open_judge() -> Iterator[Judge]:
-        url, name, key = args.judge, args.judge_model, os.environ.get("JUDGE_API_KEY", "")
-        with contextlib.ExitStack() as stack:
-            if judge_folder:
-                name, key = started, api_key()
-                server = judge.server(recipe, judge_folder, name, out / "judge", judge_devices)
-                url = stack.enter_context(server)
-            yield judge.Judge(
-                url,
-                out / "judge.jsonl",
-                key=key,
-                model=name,
-                prompt=prompt,
-                tail=args.judge_tail or judge.TAIL,
-                released=args.protocol == "justrl_released",
-            )
-
+    job = suite.Job(args.model, folder, chosen, recipe, out, args.data, args.samples, args.protocol)
     with suite.alone(out):
-        results = suite.evaluate(
-            args.model,
-            folder,
-            chosen,
-            recipe,
-            out,
-            local=args.data,
-            samples=args.samples,
-            protocol=args.protocol,
-            judge=open_judge if args.judge else None,
-            devices=devices,
-        )
+        results = suite.evaluate(job, open_judge, devices)
     print((out / "results.md").read_text())
     print(f"{len(results['benchmarks'])} benchmarks -> {out}")
 
 
+def _judge(args: argparse.Namespace, recipe: config.Recipe) -> OpenJudge | None:
+    """Prepares the judge that is asked for. Called before JAX looks for GPUs, of which a server may get one."""
+    from evals import judge
+    from jaxrl.models import hf
+    from jaxrl.sampling import servers
+    from jaxrl.sampling.client import api_key
+
+    prompt = judge.read_prompt(args.judge_prompt) if args.judge_prompt else judge.PROMPT
+    if not args.judge:
+        return None
+    released = args.protocol == "justrl_released"
+    make = partial(judge.Judge, prompt=prompt, tail=args.judge_tail or judge.TAIL, released=released)
+
+    @contextmanager
+    def at_url(out: Path) -> Iterator[Judge]:
+        key = os.environ.get("JUDGE_API_KEY", "")
+        yield make(args.judge, out / "judge.jsonl", key=key, model=args.judge_model)
+
+    if "://" in args.judge:
+        return at_url
+    devices = servers.choose_devices(1, trains=recipe.rollout.engine == "local")
+    model = hf.resolve(args.judge)
+
+    @contextmanager
+    def started(out: Path) -> Iterator[Judge]:
+        with judge.server(recipe, model, args.judge, out / "judge", devices) as url:
+            yield make(url, out / "judge.jsonl", key=api_key(), model=args.judge)
+
+    return started
+
+
 def _devices(recipe: config.Recipe) -> Devices:
-    """Where servers run that are started to evaluate: on all GPUs, while this process does with a CPU."""
+    """Where started servers run: on all GPUs. This process keeps to the CPU where they load models from files."""
     from jaxrl.sampling import servers
 
     if recipe.rollout.engine == "vllm" and recipe.sampler.transport == "files":
@@ -148,7 +148,7 @@ def _devices(recipe: config.Recipe) -> Devices:
 
 
 def _model_of(model: str, out: str | None) -> tuple[Path, Path]:
-    """The Hugging Face folder that is meant, exported first where it is a run's, and the folder for results."""
+    """The model's Hugging Face folder, exported first if it is a run or a checkpoint, and the folder for results."""
     from jaxrl.export import export, run_of
     from jaxrl.models import hf
 

@@ -6,33 +6,42 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from evals.task import Task
 from jaxrl.errors import InputError
-from jaxrl.sampling.sampler import Sampler
-from jaxrl.types import Prompt, Rollout, SamplingParams
+from jaxrl.sampling.sampler import Sampler, unchanged
+from jaxrl.types import Detokenize, FinishReason, OnRollout, Rollout, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A row of the file."""
+    """A row of NAME.jsonl."""
 
     problem: int
     sample: int
     answer: str  # the reference answer
     tokens: int
-    finish_reason: str  # stop or length
+    finish_reason: FinishReason
     response: str
 
 
+Responses = Sequence[Sequence[Response]]  # [P][G]
+Found = Mapping[tuple[int, int], Response]  # by (problem, sample)
+
+
 def read(path: Path, problems: int, samples: int) -> dict[tuple[int, int], Response]:
-    """What the file has of the wanted (problem, sample); a row that a killed process left torn is cut off it.
+    """Reads the wanted responses that a file has; cuts off a last row that a killed process left incomplete.
+
+    Args:
+      path: the file; there may be none.
+      problems: P, wanted are the first ones.
+      samples: G, wanted are the first ones.
 
     Raises:
-      InputError: if there is something else in it.
+      InputError: if the file has rows of another kind.
     """
     found: dict[tuple[int, int], Response] = {}
     if not path.exists():
@@ -53,6 +62,11 @@ def read(path: Path, problems: int, samples: int) -> dict[tuple[int, int], Respo
     return found
 
 
+def in_order(found: Found, problems: int, samples: int) -> list[list[Response]]:
+    """All responses as [P][G]."""
+    return [[found[p, g] for g in range(samples)] for p in range(problems)]
+
+
 def runs(numbers: Iterable[int]) -> list[range]:
     """Ascending numbers as ranges, as few as possible."""
     groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
@@ -60,68 +74,79 @@ def runs(numbers: Iterable[int]) -> list[range]:
 
 
 def generate(
-    prompts: Sequence[Prompt],
-    samples: int,
+    task: Task,
     params: SamplingParams,
     seed: tuple[int, ...],
     sampler: Sampler,
     path: Path,
-    decode: Callable[[Any], str],
-    told: Callable[[Rollout], None] = lambda rollout: None,
+    detokenize: Detokenize,
+    on_rollout: OnRollout = unchanged,
     parallel: int = 1,
 ) -> list[list[Response]]:
-    """`samples` responses to each prompt, [P][G]: those that the file has, and the others, which are added to it.
+    """Samples the responses that a file lacks, and adds each to it as it ends.
 
-    The randomness of sample g of problem p depends on (*seed, g x P + p) alone: not on what was there before, nor on
-    `samples`, which may be raised later.
+    The randomness of sample g of problem p depends on (*seed, g x P + p) alone: neither on what the file had before,
+    nor on `samples`, which may be raised later.
 
     Args:
-      decode: token ids to text.
-      told: hears of every new one.
-      parallel: calls of the sampler at one time, where it can take several; what is left of an interrupted call needs
-        one for every gap.
+      task: P problems with G responses to each.
+      params: how to sample.
+      seed: of all responses.
+      sampler: has the model's parameters.
+      path: the file.
+      detokenize: token ids to text.
+      on_rollout: called with each new rollout.
+      parallel: calls of the sampler at one time, where it can take several. An interruption leaves gaps, and each gap
+        is a call.
+
+    Returns:
+      all responses, [P][G].
 
     Raises:
       InputError: from the sampler, or where it refuses a prompt.
     """
-    count = len(prompts)
-    done = read(path, count, samples)
-
+    count = len(task.prompts)
+    found = read(path, count, task.samples)
     with path.open("a", encoding="utf-8") as file:
 
-        def each(rollout: Rollout) -> Rollout:
-            p, g = map(int, rollout.prompt.id.split("."))
-            row = Response(
-                p,
-                g,
-                rollout.prompt.answer,
-                len(rollout.tokens),
-                rollout.finish_reason,
-                decode(rollout.tokens),
-            )
+        def keep(rollout: Rollout) -> Rollout:
+            row = _row(rollout, detokenize)
             file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n")
             file.flush()
-            done[p, g] = row
-            told(rollout)
-            return rollout
+            found[row.problem, row.sample] = row
+            return on_rollout(rollout)
 
         def sample(numbers: range) -> None:
-            work = [dataclasses.replace(prompts[n % count], id=f"{n % count}.{n // count}") for n in numbers]
-            sampler.generate(work, 1, params, seed, each, numbers.start)
+            pairs = [(task.prompts[n % count], f"{n % count}.{n // count}") for n in numbers]
+            prompts = [dataclasses.replace(prompt, id=name) for prompt, name in pairs]
+            sampler.generate(prompts, 1, params, seed, keep, numbers.start)
 
-        left = runs(n for n in range(count * samples) if (n % count, n // count) not in done)
-        if parallel == 1 or len(left) == 1:
-            for numbers in left:
-                sample(numbers)
-        elif left:
-            pool = ThreadPoolExecutor(min(parallel, len(left)))
-            try:
-                list(pool.map(sample, left))
-            finally:  # not to wait for others after an error or Ctrl-C: the sampler's owner ends them
-                pool.shutdown(wait=False, cancel_futures=True)
-    if len(done) < count * samples:
+        missing = (n for n in range(task.total) if (n % count, n // count) not in found)
+        _each(sample, runs(missing), parallel)
+    if len(found) < task.total:
         raise InputError(
-            f"{path}: {count * samples - len(done)} of {count * samples} responses are missing, because the sampler "
-            "refused their prompts (see above); give it a longer context, or repeat the command"
+            f"{path}: {task.total - len(found)} of {task.total} responses are missing, because the sampler refused "
+            "their prompts (see above); give it a longer context, or repeat the command"
         )
-    return [[done[p, g] for g in range(samples)] for p in range(count)]
+    return in_order(found, count, task.samples)
+
+
+def _row(rollout: Rollout, detokenize: Detokenize) -> Response:
+    """The response of a rollout whose prompt has the id "problem.sample"."""
+    problem, sample = map(int, rollout.prompt.id.split("."))
+    text, tokens = detokenize(rollout.tokens), len(rollout.tokens)
+    return Response(problem, sample, rollout.prompt.answer, tokens, rollout.finish_reason, text)
+
+
+def _each(call: Callable[[range], None], gaps: Sequence[range], parallel: int) -> None:
+    """Calls with each gap, several at a time where that is asked for."""
+    if parallel == 1 or len(gaps) <= 1:
+        for gap in gaps:
+            call(gap)
+        return
+    pool = ThreadPoolExecutor(min(parallel, len(gaps)))
+    try:
+        list(pool.map(call, gaps))
+    finally:
+        # After an error or Ctrl-C it does not wait for the other calls: the sampler's owner ends them.
+        pool.shutdown(wait=False, cancel_futures=True)

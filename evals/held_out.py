@@ -25,8 +25,46 @@ from jaxrl.telemetry.progress import Progress
 from jaxrl.types import Groups, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out problems, and how responses to them are sampled and marked."""
+
+    recipe: config.Recipe
+    problems: Sequence[Prompt]
+    params: SamplingParams  # see `evaluation_params`
+    mark: OnRollout
+
+    def measure(self, sampler: Shared, progress: Progress, out: Path, name: str, step: int) -> HeldOutResult:
+        """Measures the accuracy of what the sampler holds, and writes it as JSON.
+
+        Args:
+          sampler: has the parameters.
+          progress: shows the phase.
+          out: the file to write, by the first process.
+          name: of the result.
+          step: steps that the model was trained.
+
+        Raises:
+          InputError: if the sampler refuses a problem.
+        """
+        samples, seed = self.recipe.eval.samples, (self.recipe.run.seed,)
+        progress.phase("eval", total=len(self.problems) * samples)
+
+        def on_rollout(rollout: Rollout) -> Rollout:
+            progress.advance(rollout)
+            return self.mark(rollout)
+
+        own = sampler.generate(self.problems, samples, self.params, seed, on_rollout)
+        groups = sampler.gather(own, self.problems, f"evaluation {name} {step}")
+        result = summary(groups, self.params, name, step)
+        if processes.chief():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, json.dumps(result, indent=2))
+        return result
+
+
 def load_problems(recipe: config.Recipe, tokenizer: Tokenizer) -> list[Prompt]:
-    """The problems of `eval.path`.
+    """Loads the problems of `eval.path`.
 
     Raises:
       InputError: if it is empty or cannot be read.
@@ -52,27 +90,28 @@ def evaluate(
       recipe: with [data], [reward], [eval], and how to sample.
       model: Hugging Face folder or Hub id.
       out: the JSON file to write.
-      name: what the result is called.
+      name: of the result.
       step: steps that the model was trained.
       devices: where started vLLM servers run.
       say: prints a line.
 
     Raises:
-      InputError: for what cannot be used; if the sampler refuses a problem.
+      InputError: if something cannot be used, or the sampler refuses a problem.
+      RunError: if a server stops, does not get ready or does not answer.
     """
     folder = hf.resolve(model)
-    mesh = make_mesh()  # of what this process uses, which may be less than training did
+    mesh = make_mesh()  # the devices of this process, which may be fewer than training had
     loaded = hf.load(folder, mesh=mesh)
     tokenizer = data.load_tokenizer(str(folder))
     mark = make_marker(recipe, data.detokenizer(tokenizer))
-    problems = load_problems(recipe, tokenizer)
-    sampling = SamplingParams(max_tokens=recipe.rollout.max_tokens, stop_ids=hf.stop_ids(folder))
+    params = evaluation_params(recipe, hf.stop_ids(folder))
+    held_out = HeldOut(recipe, load_problems(recipe, tokenizer), params, mark)
     with (
         open_sampler(recipe, folder, loaded.config, mesh, say, devices) as sampler,
         Progress(1, 0, title=f"eval {name}") as progress,
     ):
         sampler.publish(loaded.params, 0)
-        result = measure(recipe, sampler, problems, sampling, mark, progress, out, name, step)
+        result = held_out.measure(sampler, progress, out, name, step)
     low, high = result["ci95"]
     say(
         f"{name}: accuracy {result['accuracy']:.3f} (95% {low:.3f} to {high:.3f}) on {result['problems']} "
@@ -81,42 +120,11 @@ def evaluate(
     return result
 
 
-def measure(
-    recipe: config.Recipe,
-    sampler: Shared,
-    problems: Sequence[Prompt],
-    sampling: SamplingParams,
-    mark: OnRollout,
-    progress: Progress,
-    out: Path,
-    name: str,
-    step: int,
-) -> HeldOutResult:
-    """Measures the held-out accuracy of what the sampler holds, and writes it to `out` as JSON."""
-    samples = recipe.eval.samples
-    progress.phase("eval", total=len(problems) * samples)
-
-    def on_rollout(rollout: Rollout) -> Rollout:
-        progress.advance(rollout)
-        return mark(rollout)
-
-    params = evaluation_params(recipe, sampling)
-    own = sampler.generate(problems, samples, params, (recipe.run.seed,), on_rollout)
-    groups = sampler.gather(own, problems, f"evaluation {name} {step}")
-    result = summary(groups, params, name, step)
-    if processes.chief():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, json.dumps(result, indent=2))
-    return result
-
-
-def evaluation_params(recipe: config.Recipe, sampling: SamplingParams) -> SamplingParams:
-    """How an evaluation samples: training's stop tokens with the settings of [eval]."""
-    e = recipe.eval
-    longest = e.max_tokens or recipe.rollout.max_tokens
-    return dataclasses.replace(
-        sampling, temperature=e.temperature, top_p=e.top_p, top_k=0, max_tokens=longest
-    )
+def evaluation_params(recipe: config.Recipe, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """How an evaluation samples: with the settings of [eval] and the model's stop tokens."""
+    section = recipe.eval
+    longest = section.max_tokens or recipe.rollout.max_tokens
+    return SamplingParams(section.temperature, section.top_p, 0, longest, stop_ids)
 
 
 def summary(groups: Groups, params: SamplingParams, name: str, step: int) -> HeldOutResult:

@@ -1,5 +1,8 @@
-"""Evaluation during training, by the run's own sampler: held-out problems, marked by its verifier, and benchmarks,
-with its instruction and graded by rule."""
+"""Evaluation during training by the run's own sampler.
+
+Responses to held-out problems are marked by the run's verifier. Benchmarks have the run's instruction, and are graded
+by rule.
+"""
 
 from __future__ import annotations
 
@@ -11,49 +14,42 @@ from pathlib import Path
 
 import numpy as np
 
-from evals import benchmarks, held_out, tables
+from evals import benchmarks, held_out, measures
 from evals.generate import Response
 from evals.grade import grade_many
+from evals.held_out import HeldOut
 from evals.task import Task, load_tasks
 from jaxrl import config
 from jaxrl.errors import InputError
 from jaxrl.files import write_atomically
 from jaxrl.parallel import processes
-from jaxrl.results import TaskResult, TrainingResult
+from jaxrl.results import Average, TaskResult, TrainingResult
 from jaxrl.run import Run
-from jaxrl.types import Detokenize, Prompt, Rollout, Tokenizer
+from jaxrl.types import Detokenize, Prompt, Rollout, SamplingParams, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class InTraining:
-    """What a recipe wants evaluated during training."""
+    """The evaluations that a recipe wants during training."""
 
     problems: list[Prompt]  # held out
     tasks: list[Task]  # benchmarks
 
     def __call__(self, run: Run, steps: int) -> None:
-        """Writes eval/step_N.json and eval/benchmarks/step_N.json, unless they are there from before a restart."""
+        """Writes eval/step_N.json and eval/benchmarks/step_N.json, unless they exist since before a restart."""
         setup = run.setup
+        params = held_out.evaluation_params(run.recipe, setup.sampling.stop_ids)
         out = setup.directory / "eval" / f"step_{steps:06d}.json"
         if self.problems and not out.exists():
-            held_out.measure(
-                run.recipe,
-                run.sampler,
-                self.problems,
-                setup.sampling,
-                setup.mark,
-                run.progress,
-                out,
-                "step",
-                steps,
-            )
+            problems = HeldOut(run.recipe, self.problems, params, setup.mark)
+            problems.measure(run.sampler, run.progress, out, "step", steps)
         out = setup.directory / "eval" / "benchmarks" / out.name
         if self.tasks and not out.exists():
-            run_benchmarks(run, self.tasks, out, steps)
+            run_benchmarks(run, self.tasks, params, out, steps)
 
 
 def load(recipe: config.Recipe, tokenizer: Tokenizer) -> InTraining:
-    """Loads what `eval.path` and `eval.benchmarks` name.
+    """Loads the problems that `eval.path` and `eval.benchmarks` name.
 
     Raises:
       InputError: if something cannot be read.
@@ -69,21 +65,21 @@ def load_benchmarks(recipe: config.Recipe, tokenizer: Tokenizer) -> list[Task]:
     Raises:
       InputError: if one cannot be read, or has a prompt that is too long for the recipe.
     """
-    e, longest = recipe.eval, recipe.data.max_prompt_tokens
-    folder = Path(e.benchmark_folder).expanduser() if e.benchmark_folder else None
-    tasks = load_tasks(benchmarks.select(e.benchmarks), recipe, tokenizer, folder, e.benchmark_samples)
+    section, limit = recipe.eval, recipe.data.max_prompt_tokens
+    folder = Path(section.benchmark_folder).expanduser() if section.benchmark_folder else None
+    chosen = benchmarks.select(section.benchmarks)
+    tasks = load_tasks(chosen, recipe, tokenizer, folder, section.benchmark_samples)
     for task in tasks:
-        tokens = max(len(prompt.tokens) for prompt in task.prompts)
-        if tokens > longest:
+        if task.longest > limit:
             raise InputError(
-                f"eval.benchmarks: a prompt of {task.name} has {tokens} tokens; raise "
-                f"data.max_prompt_tokens = {longest}, or leave {task.name} to jaxrl eval"
+                f"eval.benchmarks: a prompt of {task.name} has {task.longest} tokens; raise "
+                f"data.max_prompt_tokens = {limit}, or leave {task.name} to jaxrl eval"
             )
     return tasks
 
 
-def run_benchmarks(run: Run, tasks: Sequence[Task], out: Path, steps: int) -> None:
-    """Evaluates what the sampler holds on benchmarks, by rule, and writes it to `out` as JSON."""
+def run_benchmarks(run: Run, tasks: Sequence[Task], params: SamplingParams, out: Path, steps: int) -> None:
+    """Evaluates what the sampler holds on benchmarks, by rule, and writes the result to `out` as JSON."""
     progress, sampler = run.progress, run.sampler
 
     def on_rollout(rollout: Rollout) -> Rollout:
@@ -93,7 +89,6 @@ def run_benchmarks(run: Run, tasks: Sequence[Task], out: Path, steps: int) -> No
     began = time.monotonic()
     prompts = [prompt for task in tasks for prompt in task.prompts for _ in range(task.samples)]
     progress.phase("benchmarks", total=len(prompts))
-    params = held_out.evaluation_params(run.recipe, run.setup.sampling)
     own = sampler.generate(prompts, 1, params, (run.recipe.run.seed,), on_rollout)
     responses = sampler.gather(own, prompts, f"benchmarks after step {steps}")
     if not processes.chief():
@@ -101,13 +96,15 @@ def run_benchmarks(run: Run, tasks: Sequence[Task], out: Path, steps: int) -> No
     progress.phase("grading")
     if not all(responses):
         refused = responses.count([])
-        run.say(f"no result after step {steps}: {refused} responses were refused by the sampler; see above")
+        run.say(
+            f"no result after step {steps}: {refused} responses were refused by the sampler; see above why"
+        )
         return
-    found = measure(tasks, [group[0] for group in responses], run.setup.detokenize)
+    found, average = measure(tasks, [group[0] for group in responses], run.setup.detokenize)
     result: TrainingResult = {
         "step": steps,
-        "benchmarks": {name: task for name, (task, _) in found.items()},
-        "average": tables.average({name: right.mean(axis=1) for name, (_, right) in found.items()}),
+        "benchmarks": found,
+        "average": average,
         "temperature": params.temperature,
         "top_p": params.top_p,
         "max_tokens": params.max_tokens,
@@ -119,28 +116,33 @@ def run_benchmarks(run: Run, tasks: Sequence[Task], out: Path, steps: int) -> No
 
 def measure(
     tasks: Sequence[Task], rollouts: Sequence[Rollout], detokenize: Detokenize
-) -> dict[str, tuple[TaskResult, np.ndarray]]:
-    """What `jaxrl eval` measures by rule of each benchmark, and its marks [P, N].
+) -> tuple[dict[str, TaskResult], Average]:
+    """Grades responses by rule, and measures each benchmark as `jaxrl eval` does.
 
     Args:
-      tasks: benchmarks.
-      rollouts: the responses to each one's problems in order, `samples` to each.
+      tasks: benchmarks, each of P problems with G responses.
+      rollouts: the responses to each one's problems in order, those to one problem side by side.
       detokenize: token ids to text.
+
+    Returns:
+      the result of each benchmark, by name, and their average.
     """
     texts = [detokenize(r.tokens) for r in rollouts]
     right = np.array(grade_many([(text, r.prompt.answer) for text, r in zip(texts, rollouts, strict=True)]))
-    found, at = dict[str, tuple[TaskResult, np.ndarray]](), 0
+    found, per_problem, at = dict[str, TaskResult](), [], 0
     for task in tasks:
-        end = at + len(task.prompts) * task.samples
-        marks = right[at:end].reshape(len(task.prompts), task.samples)
-        responses = [
-            Response(i // task.samples, i % task.samples, r.prompt.answer, len(r.tokens), r.finish_reason, text)
-            for i, (r, text) in enumerate(zip(rollouts[at:end], texts[at:end], strict=True))
+        own = slice(at, at + task.total)
+        rows = [
+            Response(*divmod(i, task.samples), r.prompt.answer, len(r.tokens), r.finish_reason, text)
+            for i, (r, text) in enumerate(zip(rollouts[own], texts[own], strict=True))
         ]
-        groups = [responses[i : i + task.samples] for i in range(0, len(responses), task.samples)]
-        found[task.name] = (
-            {"title": task.title, **tables.describe(groups), **tables.measure(marks, groups)},
-            marks,
-        )
-        at = end
-    return found
+        responses = [rows[i : i + task.samples] for i in range(0, task.total, task.samples)]
+        grades = right[own].reshape(len(task.prompts), task.samples)
+        found[task.name] = {
+            "title": task.title,
+            **measures.describe(responses),
+            **measures.measure(grades, responses),
+        }
+        per_problem.append(grades.mean(axis=1))
+        at += task.total
+    return found, measures.average(per_problem)

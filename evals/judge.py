@@ -1,4 +1,4 @@
-"""The model stage of grading: a verifier model, behind any OpenAI-compatible endpoint, reads what the rules refused.
+"""The model stage of grading: a verifier model at an OpenAI-compatible endpoint judges what the rules refused.
 
 Meant for CompassVerifier-3B (arXiv 2508.03686), which answers A (correct), B (incorrect) or C (invalid).
 """
@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from jaxrl import config
 from jaxrl.errors import InputError
+from jaxrl.results import JudgeSettings
 from jaxrl.sampling import servers
+from jaxrl.types import JsonObject
 
 PROMPT = """\
 You grade answers. Decide whether the final answer of the candidate below agrees with the standard answer.
@@ -44,17 +45,24 @@ Reply with one letter and nothing else: A for correct, B for incorrect, C for in
 {llm_response}
 <Candidate's Answer End>
 """
-TAIL = 4000  # characters
-SHORTEST = 100
+TAIL = 4000  # characters of a response that the judge sees
+SHORTEST = 100  # characters to which a response may be cut for a judge with a short context
 MAX_TOKENS = 2048  # of a reply
 ATTEMPTS = 3
+CONNECT_SECONDS, REQUEST_SECONDS = 10.0, 600.0
+SHOWN = 200  # characters of an unexpected answer
+NO_ROOM = re.compile(
+    "context|too long|maximum"
+)  # in an endpoint's message, if the prompt exceeds the context
 WORDS = {"CORRECT": "A", "INCORRECT": "B", "INVALID": "C"}
 
 
 @dataclass(frozen=True)
 class Candidate:
+    """A response to be judged."""
+
     question: str
-    answer: str  # the reference
+    answer: str  # the reference answer
     response: str
     truncated: bool
 
@@ -64,34 +72,42 @@ class Unanswered(Exception):
 
 
 class Judge:
-    """Asks each thing once: replies are kept in a file, which survives the process.
+    """Sends each question once: replies are kept in a file, which survives the process.
 
     Attributes:
-      down: why the endpoint did not answer, where it did not; nothing more is asked then.
+      down: why the endpoint did not answer; nothing more is sent once it is set.
     """
 
     def __init__(
-        self, url: str, cache: Path, *, key: str = "", model: str = "", prompt: str = PROMPT, tail: int = TAIL,
-        released: bool = False, workers: int = 32, limit: float = 600.0,
-    ):  # fmt: skip
-        """
+        self,
+        url: str,
+        cache: Path,
+        *,
+        key: str = "",
+        model: str = "",
+        prompt: str = PROMPT,
+        tail: int = TAIL,
+        released: bool = False,
+        workers: int = 32,
+    ) -> None:
+        """Sends nothing yet.
+
         Args:
           url: of the endpoint, with or without /v1.
           cache: file of replies.
-          key: sent to the endpoint, where there is one.
-          model: its name there; the first that the endpoint lists where empty.
+          key: the endpoint's; empty where it needs none.
+          model: its name there; empty takes the first that the endpoint lists.
           prompt: with {question}, {gold_answer} and {llm_response}.
           tail: characters of the response, from its end and after its thoughts, that are sent.
           released: ask as JustRL's released scripts do: no question, the whole response, and only "A" counts.
           workers: requests at one time.
-          limit: seconds for one of them.
         """
         self.down = ""
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._model, self._prompt, self._tail, self._released = model, prompt, tail, released
         self._workers = workers
         self._http = httpx.Client(
-            timeout=httpx.Timeout(limit, connect=10.0),
+            timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),
             trust_env=False,
             limits=httpx.Limits(max_connections=None),
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -99,13 +115,20 @@ class Judge:
         self._cache, self._lock = cache, threading.Lock()
         self._replies = _read(cache)
 
-    def settings(self) -> dict[str, object]:
-        """What its labels depend on."""
+    def settings(self) -> JudgeSettings:
+        """All that its labels depend on."""
         prompt = hashlib.sha256(self._prompt.encode()).hexdigest()
         return {"model": self._model, "prompt": prompt, "tail": self._tail, "released": self._released}
 
     def labels(self, candidates: Sequence[Candidate]) -> list[str | None]:
-        """A, B, C or "" (no label in the reply, or no room for the question) of each; None where nobody answered."""
+        """Returns a label for each.
+
+        Args:
+          candidates: responses, of which equal ones are judged once.
+
+        Returns:
+          A, B, C or "" (no label in the reply, or no room for the question); None where the endpoint did not answer.
+        """
         pool = ThreadPoolExecutor(self._workers)
         try:
             different = list(dict.fromkeys(candidates))
@@ -117,14 +140,14 @@ class Judge:
     def _label(self, c: Candidate) -> str | None:
         try:
             if self._released:
-                said = (self._ask("", c.answer, c.response) or "").strip()
-                return said if said in WORDS.values() else ""
+                reply = (self._ask("", c.answer, c.response) or "").strip()
+                return reply if reply in WORDS.values() else ""
             final = c.response.rpartition("</think>")[2].strip()[-self._tail :]
             if c.truncated or not final:
                 return "C"
-            while (reply := self._ask(c.question, c.answer, final)) is None and len(final) > SHORTEST:
+            while (answered := self._ask(c.question, c.answer, final)) is None and len(final) > SHORTEST:
                 final = final[len(final) // 2 :]
-            return label(reply or "")
+            return label(answered or "")
         except Unanswered as error:
             self.down = self.down or str(error)
             return None
@@ -133,13 +156,11 @@ class Judge:
         """The reply; None if the prompt is too long for the model.
 
         Raises:
-          Unanswered.
+          Unanswered: if there is none.
         """
         text = self._prompt.format(question=question, gold_answer=answer, llm_response=response)
-        with self._lock:  # one asks for the name; the others wait
-            self._model = (
-                self._model or self._request("GET", "/models", lambda found: found["data"][0]["id"]) or ""
-            )
+        with self._lock:  # one thread asks for the name; the others wait
+            self._model = self._model or self._request("GET", "/models", _first_model) or ""
         key = hashlib.sha256(f"{self._model}\n{text}".encode(errors="surrogatepass")).hexdigest()
         if key not in self._replies:
             body = {
@@ -151,8 +172,14 @@ class Judge:
             self._keep(key, self._request("POST", "/chat/completions", _content, body))
         return self._replies[key]
 
-    def _request(self, method: str, route: str, read: Callable[[Any], str], body: Any = None) -> str | None:
-        """What `read` finds in the answer; None if the endpoint says that it was asked too much."""
+    def _request(
+        self, method: str, route: str, read: Callable[[JsonObject], str], body: JsonObject | None = None
+    ) -> str | None:
+        """The answer as `read` extracts it; None if the prompt exceeds the model's context.
+
+        Raises:
+          Unanswered: if there is none.
+        """
         reason = self.down
         for attempt in range(0 if self.down else ATTEMPTS):
             if attempt:
@@ -166,10 +193,10 @@ class Judge:
                 try:
                     return read(answer.json())
                 except (ValueError, LookupError, TypeError):
-                    reason = f"{route} answered with something else: {answer.text[:200]}"
+                    reason = f"{route} answered with something else: {answer.text[:SHOWN]}"
                     break
-            reason = f"HTTP {answer.status_code}: {answer.text[:200]}"
-            if answer.status_code in (400, 413) and re.search("context|too long|maximum", answer.text):
+            reason = f"HTTP {answer.status_code}: {answer.text[:SHOWN]}"
+            if answer.status_code in (400, 413) and NO_ROOM.search(answer.text):
                 return None
             if answer.status_code < 500 and answer.status_code != 429:
                 break
@@ -187,38 +214,40 @@ class Judge:
 def server(
     recipe: config.Recipe, model: Path, name: str, logs: Path, devices: servers.Devices
 ) -> Iterator[str]:
-    """The URL of a vLLM server of a verifier model, which ends with the context; its key is `api_key`.
+    """Starts a vLLM server of a verifier model, which ends with the context, and yields its URL; its key is `api_key`.
 
     Args:
       recipe: with vLLM's program and options, and the dtype.
       model: Hugging Face folder.
-      name: what the model is called there.
-      logs: folder for its log.
+      name: the model's name at the server.
+      logs: folder for the log.
       devices: where it runs.
+
+    Raises:
+      InputError: if vLLM is not installed.
+      RunError: if the server does not become ready.
     """
-    with servers.running(
-        1,
-        recipe.sampler.vllm,
-        str(model),
-        logs,
-        devices=devices,
-        dtype=recipe.model.dtype,
-        max_tokens=0,
-        chat=True,
-        options=["--served-model-name", name, *recipe.sampler.vllm_options],
-    ) as (started,):
+    options = ["--served-model-name", name, *recipe.sampler.vllm_options]
+    settings = servers.Settings(
+        recipe.sampler.vllm, str(model), recipe.model.dtype, max_tokens=0, chat=True, options=options
+    )
+    with servers.running(1, settings, logs, devices=devices) as (started,):
         yield started.url
 
 
-def _content(completion: Any) -> str:
+def _first_model(models: JsonObject) -> str:
+    return models["data"][0]["id"]
+
+
+def _content(completion: JsonObject) -> str:
     return completion["choices"][0]["message"]["content"] or ""
 
 
 def read_prompt(path: Path) -> str:
-    """A prompt with {question}, {gold_answer} and {llm_response}; braces of its own are written twice.
+    """Reads a prompt with {question}, {gold_answer} and {llm_response}; its other braces are written twice.
 
     Raises:
-      InputError: if it has not just those three.
+      InputError: if it lacks one of the three, or has others.
     """
     fields = {"question": "", "gold_answer": "", "llm_response": ""}
     try:
@@ -227,7 +256,7 @@ def read_prompt(path: Path) -> str:
     except (OSError, KeyError, IndexError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be used as the judge's prompt ({error!r}); it takes {{question}}, {{gold_answer}} and "
-            "{llm_response}, and braces of its own written twice"
+            "{llm_response}, with any other braces written twice"
         ) from None
     missing = [name for name in fields if f"{{{name}}}" not in prompt]
     if missing:
@@ -236,9 +265,10 @@ def read_prompt(path: Path) -> str:
 
 
 def label(reply: str) -> str:
-    """A, B or C, or "": the last in a box, else the whole reply, else what comes last after "Final Judgment:".
+    """The label in a reply, A, B or C, or "" without one: the last in a box, or else the last after "Final Judgment:".
 
-    There, a letter in parentheses goes before CORRECT, INCORRECT or INVALID, and that before a letter alone.
+    Without these words the whole reply is searched. A letter in parentheses takes precedence over CORRECT, INCORRECT or
+    INVALID, and these over a letter alone.
     """
     text = reply.strip()
     if boxed := re.findall(r"boxed\{([A-C])\}", text):
@@ -251,11 +281,10 @@ def label(reply: str) -> str:
 
 
 def _read(cache: Path) -> dict[str, str | None]:
+    """The replies in a file, by key; a row that a killed process left incomplete is asked again."""
     replies: dict[str, str | None] = {}
     for line in cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []:
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
             replies[row["key"]] = row["reply"]
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by a killed process: asked again
     return replies

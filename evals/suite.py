@@ -12,29 +12,41 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from blake3 import blake3
+from jaxtyping import Bool, Shaped
 
-from evals import benchmarks, tables
-from evals.generate import Response, generate, read
+from evals import measures, tables
+from evals.benchmarks import Benchmark
+from evals.generate import Response, Responses, generate, in_order, read
 from evals.grade import grade_many
 from evals.judge import Candidate, Judge
 from evals.task import Task, load_tasks
 from jaxrl import config, data
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, RunError
 from jaxrl.files import write_atomically
 from jaxrl.models import hf
+from jaxrl.parallel.mesh import make_mesh
+from jaxrl.results import (
+    Average,
+    BenchmarkResult,
+    BenchmarksResult,
+    EvalProtocol,
+    Grading,
+    JudgeSettings,
+    Settings,
+)
 from jaxrl.sampling import servers
+from jaxrl.sampling.open import open_own_sampler
 from jaxrl.telemetry.progress import Progress
-from jaxrl.types import Rollout, SamplingParams
+from jaxrl.types import Detokenize, JsonObject, OnRollout, Rollout, SamplingParams, Say
 
 SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
-# JustRL's evaluation, as a recipe; what is ours is the number of requests that a vLLM server gets at one time
-PROTOCOL: dict[str, Any] = {
+# JustRL's evaluation, as a recipe. Ours is only the number of requests that a vLLM server gets at one time.
+PROTOCOL: dict[str, dict[str, object]] = {
     "data": {"suffix": SUFFIX},
     "rollout": {"max_tokens": 31_744},
     "eval": {"temperature": 0.7, "top_p": 0.9},
@@ -44,93 +56,88 @@ PROTOCOL: dict[str, Any] = {
 CALLS = 64  # of a vLLM sampler at one time
 EVERY = 60.0  # seconds between lines of progress, where there is no terminal
 
+# Opens a judge that keeps its files in a folder.
+OpenJudge = Callable[[Path], contextlib.AbstractContextManager[Judge]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A model, benchmarks, and how it is evaluated on them."""
+
+    model: str  # its name, for people
+    folder: Path  # its Hugging Face folder
+    chosen: Mapping[str, Benchmark]  # by name
+    recipe: config.Recipe  # how to sample: PROTOCOL with changes
+    out: Path  # folder for the results
+    local: Path | None = None  # folder with local copies of the benchmarks
+    samples: int = 0  # responses to each problem; 0 takes each benchmark's own number
+    # justrl_released draws seeds as JustRL's scripts do, and adds their figures.
+    protocol: EvalProtocol = "default"
+
+    def file(self, task: Task) -> Path:
+        """The file of a task's responses."""
+        return self.out / f"{task.name}.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """A task's responses and their grades."""
+
+    task: Task
+    responses: Responses  # [P][G]
+    rule: Bool[np.ndarray, "P G"]  # right by rule
+    labels: Shaped[np.ndarray, "P G"] | None = None  # see `_ask`; None without a judge
+
+    @property
+    def judged(self) -> Bool[np.ndarray, "P G"] | None:
+        """Right by rule or by the judge; None unless all that the rules refuse has been judged."""
+        if self.labels is None or any(label is None for label in self.labels.flat):
+            return None
+        return self.rule | (self.labels == "A")
+
+    def right(self, grading: Grading) -> Bool[np.ndarray, "P G"] | None:
+        """The grades of one grading; None where it is incomplete."""
+        return self.rule if grading == "rule" else self.judged
+
 
 def evaluate(
-    model: str,
-    folder: Path,
-    chosen: dict[str, benchmarks.Benchmark],
-    recipe: config.Recipe,
-    out: Path,
-    *,
-    local: Path | None = None,
-    samples: int = 0,
-    protocol: Literal["default", "justrl_released"] = "default",
-    judge: Callable[[], contextlib.AbstractContextManager[Judge]] | None = None,
+    job: Job,
+    open_judge: OpenJudge | None = None,
     devices: servers.Devices = servers.CPU,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+    say: Say = print,
+) -> BenchmarksResult:
     """Evaluates a model on benchmarks, and goes on where that was interrupted.
 
+    It writes NAME.jsonl (responses), NAME.scores.jsonl, settings.json, results.json, results.md and results.png.
+
     Args:
-      model: its name, for people.
-      folder: a Hugging Face folder.
-      chosen: benchmarks by name.
-      recipe: how to sample, `PROTOCOL` with changes.
-      out: folder for NAME.jsonl (responses), NAME.scores.jsonl, judge.jsonl, results.json, results.md, results.png.
-      local: folder with local copies of the benchmarks.
-      samples: responses to each problem; 0 takes each benchmark's own number.
-      protocol: justrl_released seeds as JustRL's scripts do, and adds their figures; its judge is the caller's.
-      judge: opens what reads what the rules refuse; None grades by rule only.
-      devices: where vLLM servers run that are started.
+      job: what is evaluated, and how.
+      open_judge: opens the judge of what the rules refuse; None grades by rule only.
+      devices: where started vLLM servers run.
+      say: prints a line.
 
     Returns:
       what is in results.json.
 
     Raises:
-      InputError: for whatever cannot be used as it is.
+      InputError: for whatever cannot be used.
+      RunError: if a server stops, does not get ready or does not answer.
     """
-    tokenizer = data.load_tokenizer(str(folder))
-    data.check_template(tokenizer, recipe.data)
-    tasks = load_tasks(chosen, recipe, tokenizer, local, samples)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = _settle(out, model, folder, recipe, protocol, tasks)
-
-    responses = _generate(folder, recipe, settings["seed"], tasks, out, tokenizer, devices, say)
-    rule = {}
-    for task in tasks:
-        flat = [response for group in responses[task.name] for response in group]
-        right = grade_many([(response.response, response.answer) for response in flat])
-        rule[task.name] = np.array(right).reshape(len(task.prompts), task.samples)
-        say(f"{task.name}: {rule[task.name].mean():.2%} by rule")
-    labels: dict[str, np.ndarray] = {}
-    judged: dict[str, Any] | None = None
-    if judge:
+    tokenizer = data.load_tokenizer(str(job.folder))
+    data.require_template(tokenizer, job.recipe.data)
+    tasks = load_tasks(job.chosen, job.recipe, tokenizer, job.local, job.samples)
+    job.out.mkdir(parents=True, exist_ok=True)
+    settings = _settle(job, tasks)
+    responses = _generate(job, settings["seed"], tasks, data.detokenizer(tokenizer), devices, say)
+    graded = [_grade(task, responses[task.name], say) for task in tasks]
+    judge: JudgeSettings | None = None
+    if open_judge:
         try:
-            with judge() as asked:
-                labels = _ask(asked, tasks, responses, rule, say)
-                judged = asked.settings()
-        except InputError as error:  # a server that was to be started
-            say(f"{error}. The scores by rule are kept; the same command asks the judge")
-
-    per_problem: dict[str, dict[str, np.ndarray]] = {stage: {} for stage in tables.STAGES}
-    found: dict[str, Any] = {}
-    for task in tasks:
-        groups, marks, said = responses[task.name], rule[task.name], labels.get(task.name)
-        answered = said is not None and not any(x is None for x in said.flat)
-        both = marks | (said == "A") if answered else None
-        _write_scores(_path(out, task), marks, said)
-        found[task.name] = tables.describe(groups) | {"rule": tables.measure(marks, groups)}
-        found[task.name]["rule+model"] = None if both is None else tables.measure(both, groups)
-        found[task.name]["judge"] = None if said is None else _count(said[~marks])
-        if protocol == "justrl_released":
-            found[task.name]["released"] = tables.released(marks if both is None else both, groups)
-        per_problem["rule"][task.name] = marks.mean(axis=1)
-        if both is not None:
-            per_problem["rule+model"][task.name] = both.mean(axis=1)
-    results = {
-        "model": model,
-        "settings": settings,
-        "judge": judged,
-        "benchmarks": found,
-        "average": {
-            stage: tables.average(scores) if len(scores) == len(tasks) else None
-            for stage, scores in per_problem.items()
-        },
-    }
-    write_atomically(out / "results.json", json.dumps(results, indent=2))
-    write_atomically(out / "results.md", tables.markdown(results, chosen))
-    tables.plot(results, chosen, out / "results.png")
-    return results
+            with open_judge(job.out) as asked:
+                graded, judge = _ask(asked, graded, say), asked.settings()
+        except (InputError, RunError) as error:  # the judge's server could not be started
+            say(f"{error}. The grades by rule are kept; the same command asks the judge")
+    return _write(job, settings, judge, graded)
 
 
 @contextlib.contextmanager
@@ -143,169 +150,218 @@ def alone(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+            # Released when this process ends, in whatever way.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"{out}: another evaluation is writing there; wait for it, or give another --out"
-            ) from None
+            remedy = "wait for it, or give another --out"
+            raise InputError(f"{out}: another evaluation is writing there; {remedy}") from None
         yield
 
 
-def _settle(
-    out: Path, model: str, folder: Path, recipe: config.Recipe, protocol: str, tasks: list[Task]
-) -> dict[str, Any]:
-    """What every response depends on, the same for all in the folder; written to settings.json.
+def _settle(job: Job, tasks: Sequence[Task]) -> Settings:
+    """Writes settings.json: all that a response depends on, the same for all in the folder.
 
     Raises:
-      InputError: if the folder has responses of something else.
+      InputError: if the folder has responses of other settings.
     """
-    path = out / "settings.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    path, recipe = job.out / "settings.json", job.recipe
+    before: JsonObject = json.loads(path.read_text()) if path.exists() else {}
     seed = recipe.run.seed
-    if protocol == "justrl_released":  # whose seeds come from an unseeded generator
+    if job.protocol == "justrl_released":  # JustRL's seeds come from an unseeded generator
         seed = before.get("seed", secrets.randbelow(2**31 - 1))
-    weights = blake3(max_threads=blake3.AUTO)
-    for file in sorted(folder.glob("*.safetensors")):
-        weights.update_mmap(file)
-    settings = {
-        "weights": weights.hexdigest(),
-        "protocol": protocol,
+    prompts = {task.name: _hash_prompts(task) for task in tasks}
+    settings: Settings = {
+        "model": before.get("model", job.model),
+        "weights": _hash_weights(job.folder),
+        "protocol": job.protocol,
         "seed": seed,
         "temperature": recipe.eval.temperature,
         "top_p": recipe.eval.top_p,
         "max_tokens": recipe.rollout.max_tokens,
         "engine": recipe.rollout.engine,
         "dtype": recipe.model.dtype,
+        "prompts": before.get("prompts", {}) | prompts,
     }
-    prompts = {
-        task.name: blake3(
-            b"".join(b"%d:" % len(p.tokens) + p.tokens.tobytes() for p in task.prompts)
-        ).hexdigest()
-        for task in tasks
-    }
+    remedy = "give another --out, or delete it"
     for name, value in settings.items():
-        if name in before and before[name] != value:
+        if name != "prompts" and before.get(name, value) != value:
             raise InputError(
-                f"{out}: its responses are of {name} = {before[name]}, not {value}; give another --out, or delete it"
+                f"{job.out}: its responses are of {name} = {before[name]}, not {value}; {remedy}"
             )
     for name, value in prompts.items():
         if before.get("prompts", {}).get(name, value) != value:
-            raise InputError(
-                f"{out}: its responses to {name} are to other prompts; give another --out, or delete it"
-            )
-    settings = {"model": model} | before | settings | {"prompts": before.get("prompts", {}) | prompts}
+            raise InputError(f"{job.out}: its responses to {name} are to other prompts; {remedy}")
     write_atomically(path, json.dumps(settings, indent=2))
     return settings
 
 
-def _path(out: Path, task: Task) -> Path:
-    """The file of a task's responses."""
-    return out / f"{task.name}.jsonl"
+def _hash_weights(folder: Path) -> str:
+    weights = blake3(max_threads=blake3.AUTO)
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update_mmap(file)
+    return weights.hexdigest()
+
+
+def _hash_prompts(task: Task) -> str:
+    parts = (b"%d:" % len(prompt.tokens) + prompt.tokens.tobytes() for prompt in task.prompts)
+    return blake3(b"".join(parts)).hexdigest()
 
 
 def _generate(
-    folder: Path, recipe: config.Recipe, seed: int, tasks: list[Task], out: Path, tokenizer: Any,
-    devices: servers.Devices, say: Callable[[str], None],
-) -> dict[str, list[list[Response]]]:  # fmt: skip
-    """Responses of all tasks; loads the model only if some are missing."""
-    there = {task.name: len(read(_path(out, task), len(task.prompts), task.samples)) for task in tasks}
-    wanted = {task.name: len(task.prompts) * task.samples for task in tasks}
-    decode = data.detokenizer(tokenizer)
-    params = SamplingParams(
-        recipe.eval.temperature, recipe.eval.top_p, 0, recipe.rollout.max_tokens, hf.stop_ids(folder)
-    )
-    longest = max(len(prompt.tokens) for task in tasks for prompt in task.prompts)
-    if there == wanted:
-        sampler: Any = None
-        return {
-            t.name: generate(t.prompts, t.samples, params, (seed,), sampler, _path(out, t), decode) for t in tasks
-        }
-    room = hf.read_config(folder).max_positions - longest
-    if room < params.max_tokens:
-        raise InputError(
-            f"{folder}: {params.max_tokens} new tokens after a prompt of {longest} are more than the model's "
-            f"{room + longest} positions; set --rollout.max-tokens to {room} or less"
-        )
-    recipe = dataclasses.replace(
-        recipe,
-        run=dataclasses.replace(recipe.run, directory=str(out)),
-        data=dataclasses.replace(recipe.data, max_prompt_tokens=longest),
-    )
-    from jaxrl.parallel.mesh import make_mesh
-    from jaxrl.sampling.open import open_own_sampler
-
+    job: Job,
+    seed: int,
+    tasks: Sequence[Task],
+    detokenize: Detokenize,
+    devices: servers.Devices,
+    say: Say,
+) -> dict[str, list[list[Response]]]:
+    """Returns the responses to all tasks, by name; loads the model only if some are missing."""
+    found = {task.name: read(job.file(task), len(task.prompts), task.samples) for task in tasks}
+    if all(len(found[task.name]) == task.total for task in tasks):
+        return {task.name: in_order(found[task.name], len(task.prompts), task.samples) for task in tasks}
+    recipe, parallel = _fitted(job, tasks), CALLS if job.recipe.rollout.engine == "vllm" else 1
+    section, stop_ids = recipe.eval, hf.stop_ids(job.folder)
+    params = SamplingParams(section.temperature, section.top_p, 0, recipe.rollout.max_tokens, stop_ids)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
-    weights = hf.load(folder, mesh=mesh)
+    model = hf.load(job.folder, mesh=mesh)
     responses = {}
     with (
-        open_own_sampler(recipe, folder, weights.config, mesh, say, devices) as sampler,
+        open_own_sampler(recipe, job.folder, model.config, mesh, say, devices) as sampler,
         Progress(len(tasks), 0, title="benchmarks", quiet=not sys.stdout.isatty()) as progress,
     ):
-        sampler.publish(weights.params, 0)
+        sampler.publish(model.params, 0)
         for i, task in enumerate(tasks):
-            progress.phase(task.name, wanted[task.name], there[task.name])
-            told = _teller(task.name, there[task.name], wanted[task.name], progress, say)
+            done = len(found[task.name])
+            progress.phase(task.name, task.total, done)
+            on_rollout = _reporter(task, done, progress, say)
+            seeds = (seed, zlib.crc32(task.name.encode()) >> 1)  # JAX folds in 31 bits
             responses[task.name] = generate(
-                task.prompts, task.samples, params, (seed, zlib.crc32(task.name.encode()) >> 1), sampler, _path(out, task),
-                decode, told, CALLS if recipe.rollout.engine == "vllm" else 1,
-            )  # fmt: skip
+                task, params, seeds, sampler, job.file(task), detokenize, on_rollout, parallel
+            )
             progress.step_done(i, {})
     return responses
 
 
-def _teller(
-    name: str, done: int, total: int, progress: Progress, say: Callable[[str], None]
-) -> Callable[[Rollout], None]:
-    """Moves the bar; where that cannot be seen, prints a line now and then."""
+def _fitted(job: Job, tasks: Sequence[Task]) -> config.Recipe:
+    """The recipe with this evaluation's folder and longest prompt.
+
+    Raises:
+      InputError: if the model has no room for the longest response after it.
+    """
+    longest, wanted = max(task.longest for task in tasks), job.recipe.rollout.max_tokens
+    positions = hf.read_config(job.folder).max_positions
+    if positions - longest < wanted:
+        raise InputError(
+            f"{job.folder}: {wanted} new tokens after a prompt of {longest} are more than the model's {positions} "
+            f"positions; set --rollout.max-tokens to {positions - longest} or less"
+        )
+    return dataclasses.replace(
+        job.recipe,
+        run=dataclasses.replace(job.recipe.run, directory=str(job.out)),
+        data=dataclasses.replace(job.recipe.data, max_prompt_tokens=longest),
+    )
+
+
+def _reporter(task: Task, done: int, progress: Progress, say: Say) -> OnRollout:
+    """Returns a callback that moves the bar, or without a terminal prints a line now and then."""
     began = last = time.monotonic()
     first, tokens, live = done, 0, sys.stdout.isatty()
 
-    def told(rollout: Rollout) -> None:
+    def on_rollout(rollout: Rollout) -> Rollout:
         nonlocal done, tokens, last
         done, tokens, now = done + 1, tokens + len(rollout.tokens), time.monotonic()
         progress.advance(rollout)
-        if not live and (now > last + EVERY or done == total):
+        if not live and (now > last + EVERY or done == task.total):
             last, seconds = now, max(now - began, 1e-9)
-            left = datetime.timedelta(seconds=round((total - done) * seconds / (done - first)))
-            say(f"{name}: {done:,}/{total:,} responses, {tokens / seconds:,.0f} tokens/s, ETA {left}")
+            left = datetime.timedelta(seconds=round((task.total - done) * seconds / (done - first)))
+            speed = f"{tokens / seconds:,.0f} tokens/s"
+            say(f"{task.name}: {done:,}/{task.total:,} responses, {speed}, ETA {left}")
+        return rollout
 
-    return told
+    return on_rollout
 
 
-def _ask(
-    judge: Judge, tasks: list[Task], responses: dict[str, list[list[Response]]], rule: dict[str, np.ndarray],
-    say: Callable[[str], None],
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Labels [P, G] of what the rules refused; "" where they did not, None where nobody answered."""
-    labels = {}
-    for task in tasks:
-        marks = rule[task.name]
+def _grade(task: Task, responses: Responses, say: Say) -> Graded:
+    """Grades the responses to a task by rule."""
+    flat = [response for group in responses for response in group]
+    right = np.array(grade_many([(response.response, response.answer) for response in flat]))
+    say(f"{task.name}: {right.mean():.2%} by rule")
+    return Graded(task, responses, right.reshape(len(task.prompts), task.samples))
+
+
+def _ask(judge: Judge, graded: Sequence[Graded], say: Say) -> list[Graded]:
+    """Adds the judge's labels.
+
+    They are A, B, C or "" for what the rules refuse, and "" for the rest; None where the judge did not answer.
+    """
+    labeled = []
+    for g in graded:
         candidates = [
-            Candidate(task.problems[p].question, r.answer, r.response, r.finish_reason == "length")
-            for p, group in enumerate(responses[task.name])
-            for g, r in enumerate(group)
-            if not marks[p, g]
+            Candidate(problem.question, r.answer, r.response, r.finish_reason == "length")
+            for problem, group, marks in zip(g.task.problems, g.responses, g.rule, strict=True)
+            for r, right in zip(group, marks, strict=True)
+            if not right
         ]
-        labels[task.name] = np.full(marks.shape, "", object)
-        labels[task.name][~marks] = judge.labels(candidates)
-    missing = sum(label is None for said in labels.values() for label in said.flat)
+        labels = np.full(g.rule.shape, "", object)
+        labels[~g.rule] = judge.labels(candidates)
+        labeled.append(dataclasses.replace(g, labels=labels))
+    missing = sum(label is None for g in labeled if g.labels is not None for label in g.labels.flat)
     if missing:
         say(
-            f"the judge left {missing:,} responses unanswered: {judge.down}. The scores by rule are kept; the same "
+            f"the judge left {missing:,} responses unanswered: {judge.down}. The grades by rule are kept; the same "
             "command asks for the rest"
         )
-    return labels
+    return labeled
 
 
-def _count(labels: np.ndarray) -> dict[str, int]:
-    return dict(sorted(Counter("pending" if x is None else x or "no label" for x in labels).items()))
+def _write(
+    job: Job, settings: Settings, judge: JudgeSettings | None, graded: Sequence[Graded]
+) -> BenchmarksResult:
+    """Writes the grades and what they amount to; returns the latter."""
+    for g in graded:
+        _write_grades(job.file(g.task).with_suffix(".scores.jsonl"), g)
+    results: BenchmarksResult = {
+        "model": job.model,
+        "settings": settings,
+        "judge": judge,
+        "benchmarks": {g.task.name: _result(g, job.protocol) for g in graded},
+        "average": {grading: _average(graded, grading) for grading in tables.GRADINGS},
+    }
+    titles = {g.task.name: g.task.title for g in graded}
+    write_atomically(job.out / "results.json", json.dumps(results, indent=2))
+    write_atomically(job.out / "results.md", tables.markdown(results, titles))
+    tables.plot(results, titles, job.out / "results.png")
+    return results
 
 
-def _write_scores(path: Path, marks: np.ndarray, labels: np.ndarray | None) -> None:
-    rows = (
-        {"problem": p, "sample": g, "rule": bool(marks[p, g])}
-        | ({} if labels is None else {"judge": labels[p, g]})
-        for p, g in np.ndindex(*marks.shape)
-    )
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path.with_suffix(".scores.jsonl"), text)
+def _result(g: Graded, protocol: EvalProtocol) -> BenchmarkResult:
+    judged, counts = g.judged, None if g.labels is None else Counter(map(_shown, g.labels[~g.rule]))
+    result: BenchmarkResult = {
+        **measures.describe(g.responses),
+        "rule": measures.measure(g.rule, g.responses),
+        "rule+model": None if judged is None else measures.measure(judged, g.responses),
+        "judge": None if counts is None else dict(sorted(counts.items())),
+    }
+    if protocol == "justrl_released":
+        result["released"] = measures.released(g.rule if judged is None else judged, g.responses)
+    return result
+
+
+def _shown(label: str | None) -> str:
+    return "pending" if label is None else label or "no label"
+
+
+def _average(graded: Sequence[Graded], grading: Grading) -> Average | None:
+    """The average over the benchmarks; None while one of them lacks this grading."""
+    right = [g.right(grading) for g in graded]
+    complete = [marks.mean(axis=1) for marks in right if marks is not None]
+    return measures.average(complete) if len(complete) == len(right) else None
+
+
+def _write_grades(path: Path, g: Graded) -> None:
+    """Writes a row for each response: the grade by rule and, if there was a judge, its label."""
+    lines = []
+    for p, s in np.ndindex(*g.rule.shape):
+        row = {"problem": p, "sample": s, "rule": bool(g.rule[p, s])}
+        lines.append(json.dumps(row if g.labels is None else row | {"judge": g.labels[p, s]}) + "\n")
+    write_atomically(path, "".join(lines))

@@ -13,13 +13,23 @@ from jaxrl.types import Prompt, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A benchmark, ready to be sampled."""
+    """A benchmark, ready to be sampled: P problems with G responses to each."""
 
     name: str
     title: str
     problems: list[benchmarks.Problem]
     prompts: list[Prompt]
-    samples: int  # responses to each problem
+    samples: int  # G
+
+    @property
+    def total(self) -> int:
+        """P x G responses."""
+        return len(self.prompts) * self.samples
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.tokens) for prompt in self.prompts)
 
 
 def load_tasks(
@@ -33,10 +43,10 @@ def load_tasks(
 
     Args:
       chosen: by name.
-      recipe: with [data], which is put around each problem, and [eval].
+      recipe: with [data], whose instruction is put around each problem, and [eval].
       tokenizer: the model's.
       folder: with local copies of the benchmarks; None takes them from the Hub.
-      samples: responses to each problem; 0 takes each benchmark's own number. Greedy ones are all the same: one.
+      samples: responses to each problem; 0 takes each benchmark's own number. At temperature 0 there is one.
 
     Raises:
       InputError: if one cannot be read.

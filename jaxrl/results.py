@@ -1,8 +1,11 @@
-"""What files of evaluations hold: written by evals/, read by the report."""
+"""The result files of evaluations: written by evals/, read by the report."""
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Literal, NotRequired, TypedDict
+
+EvalProtocol = Literal["default", "justrl_released"]  # of `jaxrl eval --benchmarks`
+Grading = Literal["rule", "rule+model"]
 
 
 class HeldOutResult(TypedDict):
@@ -20,15 +23,15 @@ class HeldOutResult(TypedDict):
     truncated_fraction: float
 
 
-class Responses(TypedDict):
-    """What does not depend on the grading of a benchmark's responses; the last four are shares of responses."""
+class ResponseStats(TypedDict):
+    """The properties of a benchmark's responses that do not depend on grading; the last three are shares."""
 
     problems: int
     samples: int
     length_mean: float  # tokens
-    truncated: float
-    no_box: float
-    distinct_4gram: float
+    truncated: float  # of responses
+    no_box: float  # of responses
+    distinct_4gram: float  # of the 4-word sequences of a problem's responses
 
 
 Average = TypedDict("Average", {"pass@1": float, "ci95": list[float]})
@@ -38,10 +41,10 @@ Measures = TypedDict(
     "Measures",
     {"pass@1": float, "ci95": list[float], "pass@k": dict[int, float], "majority@k": dict[int, float]},
 )
-"""What is measured on marked responses to one benchmark; accuracy of one response is pass@1."""
+"""Measures of the graded responses to one benchmark; pass@1 is the accuracy. In the file, each k is a string."""
 
 
-class TaskResult(Responses, Measures):
+class TaskResult(ResponseStats, Measures):
     """One benchmark during training, graded by rule."""
 
     title: str
@@ -56,4 +59,60 @@ class TrainingResult(TypedDict):
     temperature: float
     top_p: float
     max_tokens: int
-    seconds: float  # that the evaluation took
+    seconds: float  # duration of the evaluation
+
+
+class Settings(TypedDict):
+    """settings.json of `jaxrl eval --benchmarks`: all that its responses depend on."""
+
+    model: str  # its name, for people
+    weights: str  # hash of the model's safetensors files
+    protocol: EvalProtocol
+    seed: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    engine: str
+    dtype: str
+    prompts: dict[str, str]  # hash of each benchmark's token ids
+
+
+class JudgeSettings(TypedDict):
+    """All that the labels of a judge depend on."""
+
+    model: str
+    prompt: str  # hash of its text
+    tail: int  # characters of a response that it sees
+    released: bool  # asked as JustRL's released scripts do
+
+
+class Released(TypedDict):
+    """The figures of JustRL's released script, under its names."""
+
+    mean_score: float
+    best_score: float
+    solve_none: int
+    solve_all: int
+    distinct_4gram: float
+    avg_output_length: int
+    format_error_rollouts: int
+
+
+Gradings = TypedDict("Gradings", {"rule": Measures, "rule+model": Measures | None})
+
+
+class BenchmarkResult(ResponseStats, Gradings):
+    """One benchmark of `jaxrl eval`."""
+
+    judge: dict[str, int] | None  # how often it gave each label
+    released: NotRequired[Released]  # with the protocol of that name
+
+
+class BenchmarksResult(TypedDict):
+    """results.json of `jaxrl eval --benchmarks`."""
+
+    model: str
+    settings: Settings
+    judge: JudgeSettings | None
+    benchmarks: dict[str, BenchmarkResult]
+    average: dict[Grading, Average | None]

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -8,13 +10,18 @@ import pytest
 from evals import benchmarks
 from evals.benchmarks import Benchmark, Problem
 from jaxrl.errors import InputError
+from jaxrl.types import JsonObject
 
 # the two layouts of JustRL's files
 CHATS = [
-    {"prompt": [{"content": f"{i} + {i}?", "role": "user"}], "data_source": "X",
-     "reward_model": {"ground_truth": truth, "style": "rule"}, "extra_info": {"index": f"X-{i}", "split": "test"}}
+    {
+        "prompt": [{"content": f"{i} + {i}?", "role": "user"}],
+        "data_source": "X",
+        "reward_model": {"ground_truth": truth, "style": "rule"},
+        "extra_info": {"index": f"X-{i}", "split": "test"},
+    }
     for i, truth in enumerate([r"\boxed{204}", r"\frac{1}{2}", " 7 "])
-]  # fmt: skip
+]
 PLAIN = [
     {"problem_idx": i, "problem": f"{i} + {i}?", "answer": truth, "problem_type": ["Algebra"]}
     for i, truth in enumerate(["204", r"\frac{1}{2}", "7"])
@@ -22,7 +29,7 @@ PLAIN = [
 PROBLEMS = [Problem("0 + 0?", "204"), Problem("1 + 1?", r"\frac{1}{2}"), Problem("2 + 2?", "7")]
 
 
-def write(path: Path, rows: list) -> Path:
+def write(path: Path, rows: list[JsonObject]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -41,7 +48,7 @@ def test_the_nine_of_the_paper() -> None:
 
 @pytest.mark.parametrize("rows", [CHATS, PLAIN])
 @pytest.mark.parametrize("file", ["X/test.parquet", "X/test.jsonl", "X.parquet", "X.jsonl"])
-def test_released_files(tmp_path: Path, rows: list, file: str) -> None:
+def test_released_files(tmp_path: Path, rows: list[JsonObject], file: str) -> None:
     write(tmp_path / file, rows)
     assert benchmarks.load("x", Benchmark("some/where", folder="X", problems=3), tmp_path) == PROBLEMS
 
@@ -66,7 +73,7 @@ def test_one_of_ones_own(tmp_path: Path) -> None:
     )
     chosen = benchmarks.select(f"aime25,{toml}")
     assert list(chosen) == ["aime25", "mine"] and chosen["mine"].samples == 3
-    # a file is itself, wherever the others come from
+    # --data replaces only what would come from the Hub
     assert benchmarks.load("mine", chosen["mine"], tmp_path / "elsewhere") == [Problem("1 + 1?", "2")]
 
 
@@ -81,7 +88,7 @@ def test_one_of_ones_own(tmp_path: Path) -> None:
         ([*PLAIN[:2], PLAIN[2] | {"answer": r"\boxed{1"}], "row 3: the box in 'answer'"),
     ],
 )
-def test_files_that_cannot_be_used(tmp_path: Path, rows: list, said: str) -> None:
+def test_files_that_cannot_be_used(tmp_path: Path, rows: list[JsonObject], said: str) -> None:
     write(tmp_path / "X" / "test.parquet", rows)
     with pytest.raises(InputError) as error:
         benchmarks.load("x", Benchmark("some/where", folder="X", problems=3), tmp_path)

@@ -1,15 +1,20 @@
 """Streaming and resuming, with a sampler that answers its own seed and can be stopped anywhere."""
 
+from __future__ import annotations
+
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evals.generate import generate, read, runs
+from evals.task import Task
 from jaxrl.errors import InputError
-from jaxrl.types import Prompt, Rollout, SamplingParams
+from jaxrl.sampling.sampler import unchanged
+from jaxrl.types import OnRollout, Prompt, Rollout, SamplingParams
 
 PROMPTS = [Prompt(str(p), np.array([p], np.int32), f"answer {p}") for p in range(7)]
 SAMPLES = 5
@@ -22,13 +27,21 @@ class Interrupted(Exception):
 class Sampler:
     """Ends requests in any order; stops after `limit` of them."""
 
-    def __init__(self, limit: int = 10**9, shuffle: int = 0, refuse: str = ""):
+    def __init__(self, limit: int = 10**9, shuffle: int = 0, refuse: str = "") -> None:
         self.limit, self.order, self.refuse, self.made = limit, random.Random(shuffle), refuse, 0
 
     def publish(self, params: object, version: int) -> None:
         raise AssertionError
 
-    def generate(self, prompts, samples, params, seed, each, first=0):
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        params: SamplingParams,
+        seed: tuple[int, ...],
+        on_rollout: OnRollout = unchanged,
+        first: int = 0,
+    ) -> list[list[Rollout]]:
         assert samples == 1 and params.max_tokens == 9
         for p in self.order.sample(range(len(prompts)), len(prompts)):
             if self.made == self.limit:
@@ -36,14 +49,17 @@ class Sampler:
             if prompts[p].id != self.refuse:
                 self.made += 1
                 ids = np.array([*seed, first + p, *prompts[p].tokens], np.int32)
-                each(Rollout(prompts[p], ids, np.zeros(4, np.float32), "length", 0))
+                on_rollout(Rollout(prompts[p], ids, np.zeros(4, np.float32), "length", 0))
         return []
 
 
+def detokenize(ids: np.ndarray) -> str:
+    return " ".join(map(str, ids))
+
+
 def answers(sampler: Sampler, path: Path, samples: int = SAMPLES, parallel: int = 1) -> list[list[str]]:
-    decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
-    params = SamplingParams(max_tokens=9)
-    groups = generate(PROMPTS, samples, params, (3, 4), sampler, path, decode, parallel=parallel)
+    task, params = Task("x", "X", [], PROMPTS, samples), SamplingParams(max_tokens=9)
+    groups = generate(task, params, (3, 4), sampler, path, detokenize, parallel=parallel)
     assert [[r.answer for r in g] for g in groups] == [[f"answer {p}"] * samples for p in range(len(PROMPTS))]
     assert all(r.tokens == 4 and r.finish_reason == "length" for g in groups for r in g)
     return [[r.response for r in group] for group in groups]
@@ -85,7 +101,7 @@ def test_more_samples_are_added_to_the_ones_there(tmp_path: Path) -> None:
     assert answers(Sampler(limit=0), tmp_path / "x.jsonl", 3) == [group[:3] for group in many]
 
 
-def test_a_refused_prompt_is_not_scored_over(tmp_path: Path) -> None:
+def test_a_refused_prompt_is_not_left_out_of_the_accuracy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"1 of 35 responses are missing"):
         answers(Sampler(refuse="2.1"), tmp_path / "x.jsonl")
 
@@ -98,6 +114,6 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
         read(path, 7, SAMPLES)
 
 
-def test_runs() -> None:
+def test_neighboring_numbers_become_one_range() -> None:
     assert runs([]) == []
     assert runs([0, 1, 2, 5, 7, 8]) == [range(3), range(5, 6), range(7, 9)]

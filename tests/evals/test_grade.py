@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import subprocess
 import sys
 import time
@@ -29,7 +31,7 @@ from jaxrl.rewards import sandbox
         (r"\boxed{\text{evelyn}}", r"\text{Evelyn}"),
     ],
 )
-def test_right(response: str, ground_truth: str) -> None:
+def test_equivalent_answers_are_right(response: str, ground_truth: str) -> None:
     assert grade(response, ground_truth) is True
 
 
@@ -49,7 +51,7 @@ def test_right(response: str, ground_truth: str) -> None:
         (r"\boxed{5}", r"\boxed{5"),
     ],
 )
-def test_wrong(response: str, ground_truth: str) -> None:
+def test_other_answers_are_wrong(response: str, ground_truth: str) -> None:
     assert grade(response, ground_truth) is False
 
 
@@ -76,7 +78,7 @@ def test_many_keep_their_order_whatever_is_among_them(monkeypatch: pytest.Monkey
 
 
 def test_a_time_out_is_not_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(sandbox.Worker, "ask", lambda self, *question: asked.append(question))
     assert grade_many([(r"\boxed{w+w}", "2w")], workers=1, timeout=0.25) == [False]
     assert asked == [("w+w", "2w", 0.25)]

@@ -1,5 +1,7 @@
 """The model stage against an endpoint of our own, which answers what the candidate asks it to."""
 
+from __future__ import annotations
+
 import json
 import re
 import threading
@@ -12,6 +14,7 @@ import pytest
 from evals import judge
 from evals.judge import Candidate, Judge, label
 from jaxrl.errors import InputError
+from jaxrl.types import JsonObject
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -20,7 +23,7 @@ class Endpoint(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self) -> None:
-        self.asked: list[dict] = []
+        self.asked: list[JsonObject] = []
         self.longest, self.fail = 10**9, 0
         self.replies: dict[str, str] = {}
         super().__init__(("127.0.0.1", 0), Handler)
@@ -52,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
             said = ["C", *re.findall(r"REPLY (.*)", prompt)][-1]
             self.reply(200, {"choices": [{"message": {"content": self.server.replies.get(said, said)}}]})
 
-    def reply(self, status: int, body: dict) -> None:
+    def reply(self, status: int, body: JsonObject) -> None:
         text = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
@@ -82,41 +85,43 @@ def prompts(endpoint: Endpoint) -> list[str]:
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        ("A", "A"), (" B\n", "B"), ("C", "C"), ("", ""), ("hm", ""),
-        (r"\boxed{A}", "A"), (r"\boxed{B} ... Final Judgment: \boxed{A} - CORRECT", "A"),
-        ("Analysis: A or B?\nFinal Judgment: (B)", "B"), ("Final Judgment: C", "C"), ("The label is B.", "B"),
-        ("CORRECT", "A"), ("INCORRECT", "B"), ("INVALID", "C"),  # the authors' own parser: C, C, A
-        ("(A) CORRECT", "A"), ("Final Judgment: (B) - INCORRECT", "B"), ("BAD", ""),
+        ("A", "A"),
+        (" B\n", "B"),
+        ("C", "C"),
+        ("", ""),
+        ("hm", ""),
+        (r"\boxed{A}", "A"),
+        (r"\boxed{B} ... Final Judgment: \boxed{A} - CORRECT", "A"),
+        ("Analysis: A or B?\nFinal Judgment: (B)", "B"),
+        ("Final Judgment: C", "C"),
+        ("The label is B.", "B"),
+        # The authors' own parser reads these as C, C, A.
+        ("CORRECT", "A"),
+        ("INCORRECT", "B"),
+        ("INVALID", "C"),
+        ("(A) CORRECT", "A"),
+        ("Final Judgment: (B) - INCORRECT", "B"),
+        ("BAD", ""),
     ],
-)  # fmt: skip
-def test_labels(reply: str, expected: str) -> None:
+)
+def test_a_reply_has_one_label_or_none(reply: str, expected: str) -> None:
     assert label(reply) == expected
 
 
-def test_what_is_asked(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_it_sends_question_answer_and_the_end_of_the_response(endpoint: Endpoint, tmp_path: Path) -> None:
     ask = Judge(endpoint.url, tmp_path / "judge.jsonl", tail=30)
-    said = ask.labels(
-        [
-            asking("A"),
-            asking("B"),
-            asking("(C)"),
-            Candidate("What?", "42", "y" * 99 + " REPLY A", False),
-            asking("hm"),
-        ]
-    )
-    assert said == ["A", "B", "C", "A", ""]
-    assert any("y" * 22 in text for text in prompts(endpoint)) and not any(
-        "y" * 23 in text for text in prompts(endpoint)
-    )
+    long = Candidate("What?", "42", "y" * 99 + " REPLY A", False)
+    found = ask.labels([asking("A"), asking("B"), asking("(C)"), long, asking("hm")])
+    assert found == ["A", "B", "C", "A", ""]
+    assert any("y" * 22 in text for text in prompts(endpoint))
+    assert not any("y" * 23 in text for text in prompts(endpoint))
     assert all("What?" in text and "42" in text and "think" not in text for text in prompts(endpoint))
-    assert {(b["model"], b["temperature"], b["max_tokens"]) for b in endpoint.asked} == {
-        ("verifier", 0.0, 2048)
-    }
-    # nothing to read for a judge
+    settings = {(b["model"], b["temperature"], b["max_tokens"]) for b in endpoint.asked}
+    assert settings == {("verifier", 0.0, 2048)}
+    # These leave nothing for a judge to read.
     before = len(endpoint.asked)
-    assert ask.labels(
-        [asking("A", truncated=True), Candidate("What?", "42", "<think>A</think>\n", False)]
-    ) == ["C", "C"]
+    empty = Candidate("What?", "42", "<think>A</think>\n", False)
+    assert ask.labels([asking("A", truncated=True), empty]) == ["C", "C"]
     assert len(endpoint.asked) == before
 
 
@@ -140,22 +145,23 @@ def test_what_is_too_long_is_cut_from_its_beginning(endpoint: Endpoint, tmp_path
     assert [len(text) > endpoint.longest for text in prompts(endpoint)] == [True, True, False]
     assert Judge(endpoint.url, tmp_path / "judge.jsonl").labels([long]) == ["A"] and len(endpoint.asked) == 3
     endpoint.longest = 10
-    assert Judge(endpoint.url, tmp_path / "other.jsonl").labels([long]) == [
-        ""
-    ]  # no room for the question alone
+    # There is no room even for the question.
+    assert Judge(endpoint.url, tmp_path / "other.jsonl").labels([long]) == [""]
 
 
-def test_as_released(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_the_released_protocol_asks_as_justrl_does(endpoint: Endpoint, tmp_path: Path) -> None:
     """No question, the whole response, truncated ones too, and nothing but "A" counts."""
     ask = Judge(endpoint.url, tmp_path / "judge.jsonl", released=True)
-    said = ask.labels([asking("A "), asking(r"\boxed{A}"), asking("CORRECT"), asking("A", truncated=True)])
-    assert said == ["A", "", "", "A"]
+    found = ask.labels([asking("A "), asking(r"\boxed{A}"), asking("CORRECT"), asking("A", truncated=True)])
+    assert found == ["A", "", "", "A"]
     assert all("What?" not in text and "or so I think" in text for text in prompts(endpoint))
     endpoint.longest = 10
     assert Judge(endpoint.url, tmp_path / "other.jsonl", released=True).labels([asking("A")]) == [""]
 
 
-def test_down_and_back(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_that_is_down_is_asked_no_more_and_later_again(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(judge.time, "sleep", lambda _: None)
     cache = tmp_path / "judge.jsonl"
     endpoint.fail = 2
@@ -169,7 +175,9 @@ def test_down_and_back(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.M
     assert Judge(endpoint.url, cache).labels([asking("A"), asking("B"), asking("C")]) == ["A", "B", "C"]
 
 
-def test_something_else_there(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_of_another_kind_gives_no_label(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "judge.jsonl"
     monkeypatch.setattr(judge, "_content", lambda completion: completion["answers"])
     ask = Judge(endpoint.url, cache)
@@ -179,7 +187,7 @@ def test_something_else_there(endpoint: Endpoint, tmp_path: Path, monkeypatch: p
     assert ask.labels([asking("A")]) == [None] and "HTTP 404" in ask.down and not cache.exists()
 
 
-def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_endpoint_there_is_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge.time, "sleep", lambda _: None)
     with Endpoint() as closed:
         url = closed.url

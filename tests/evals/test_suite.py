@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_run
 from test_judge import Endpoint
 
+import tiny_run
+from evals import command as eval_command
 from evals import grade
-from jaxrl import cli
+from jaxrl import cli, export
+from jaxrl.types import JsonObject
 
 SAMPLES = 40
 OPTIONS = ("--data.suffix", "", "--model.dtype", "float32", "--rollout.max-tokens", 8, "--rollout.slots", 8)
@@ -50,19 +52,18 @@ def whole(base: Path, mine: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def rows(path: Path) -> list[dict]:
-    return [
-        json.loads(line) for line in path.read_text().split("\n")[:-1]
-    ]  # without one that is being written
+def rows(path: Path) -> list[JsonObject]:
+    """All rows but one that is being written."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def by_sample(path: Path) -> dict:
+def by_sample(path: Path) -> dict[tuple[int, int], JsonObject]:
     found = {(row["problem"], row["sample"]): row for row in rows(path)}
     assert len(found) == len(rows(path))  # nothing twice
     return found
 
 
-def test_what_is_written(base: Path, whole: Path) -> None:
+def test_the_files_have_the_grades_of_all_responses(base: Path, whole: Path) -> None:
     results = json.loads((whole / "results.json").read_text())
     settings = results["settings"]
     assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (0.7, 0.9, 8)
@@ -70,26 +71,25 @@ def test_what_is_written(base: Path, whole: Path) -> None:
     made = by_sample(whole / "digits.jsonl")
     assert sorted(made) == [(p, g) for p in range(3) for g in range(SAMPLES)]
     right = [grade(row["response"], row["answer"]) for row in made.values()]
-    assert (
-        found["rule"]["pass@1"] == pytest.approx(sum(right) / len(right))
-        and 0.2 < found["rule"]["pass@1"] < 1
-    )
-    assert found["rule"]["ci95"][0] <= found["rule"]["pass@1"] <= found["rule"]["ci95"][1]
+    accuracy, (low, high) = found["rule"]["pass@1"], found["rule"]["ci95"]
+    assert accuracy == pytest.approx(sum(right) / len(right)) and 0.2 < accuracy < 1
+    assert low <= accuracy <= high
     assert list(found["rule"]["pass@k"]) == ["1", "2", "4", "8", "16", "32", "40"]
     assert found["length_mean"] == pytest.approx(sum(row["tokens"] for row in made.values()) / len(made))
     assert found["rule+model"] is None and found["judge"] is None
-    scores = by_sample(whole / "digits.scores.jsonl")
-    assert all(scores[key]["rule"] is grade(row["response"], row["answer"]) for key, row in made.items())
-    assert results["average"]["rule"]["pass@1"] == pytest.approx(
-        sum(b["rule"]["pass@1"] for b in results["benchmarks"].values()) / 2
-    )
+    grades = by_sample(whole / "digits.scores.jsonl")
+    assert all(grades[key]["rule"] is grade(row["response"], row["answer"]) for key, row in made.items())
+    accuracies = [b["rule"]["pass@1"] for b in results["benchmarks"].values()]
+    assert results["average"]["rule"]["pass@1"] == pytest.approx(sum(accuracies) / 2)
     table = (whole / "results.md").read_text()
     assert "Temperature 0.7, top-p 0.9, at most 8 tokens, seed 1, protocol default." in table
-    assert f"{100 * found['rule']['pass@1']:.2f} (" in table and "rule + model | - | - | - |" in table
+    assert f"{100 * accuracy:.2f} (" in table and "rule + model | - | - | - |" in table
     assert (whole / "results.png").stat().st_size > 1000
 
 
-def test_killed_and_gone_on(base: Path, mine: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_and_ends_the_same(
+    base: Path, mine: Path, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = ["eval", base, "--benchmarks", mine, "--out", out, *OPTIONS, "--rollout.slots", 4]
     process = tiny_run.jaxrl(*command)
@@ -113,7 +113,7 @@ def test_killed_and_gone_on(base: Path, mine: Path, whole: Path, tmp_path: Path)
 
 
 def test_other_settings_are_not_mixed_in(
-    base: Path, mine: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    base: Path, mine: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for change, said in (
         (["--run.seed", 2], "seed = 1, not 2"),
@@ -125,7 +125,11 @@ def test_other_settings_are_not_mixed_in(
 
 
 def test_the_judge_reads_what_the_rules_refuse(
-    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    mine: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("evals.judge.time.sleep", lambda _: None)
     prompt = tmp_path / "prompt.txt"
@@ -146,17 +150,14 @@ def test_the_judge_reads_what_the_rules_refuse(
         cli.main(list(map(str, command)))
         results = json.loads((out / "results.json").read_text())
         found = results["benchmarks"]["digits"]
-        assert (
-            found["rule"] == rule
-            and "pending" not in found["judge"]
-            and sum(found["judge"].values()) == pending
-        )
-        scores = by_sample(out / "digits.scores.jsonl")
+        assert found["rule"] == rule
+        assert "pending" not in found["judge"] and sum(found["judge"].values()) == pending
+        grades = by_sample(out / "digits.scores.jsonl")
         made = by_sample(out / "digits.jsonl")
-        for (p, g), row in scores.items():
+        for (p, g), row in grades.items():
             cut = made[p, g]["finish_reason"] == "length"
             assert row["judge"] == ("" if row["rule"] else "C" if cut or p == 2 else "BA"[p])
-        both = [row["rule"] or row["judge"] == "A" for row in scores.values()]
+        both = [row["rule"] or row["judge"] == "A" for row in grades.values()]
         assert found["rule+model"]["pass@1"] == pytest.approx(sum(both) / len(both))
         assert found["rule+model"]["pass@1"] > rule["pass@1"]
         asked = len(endpoint.asked)
@@ -165,7 +166,7 @@ def test_the_judge_reads_what_the_rules_refuse(
         endpoint.shutdown()
 
 
-def test_as_released(base: Path, mine: Path, tmp_path: Path) -> None:
+def test_the_released_protocol_keeps_its_random_seed(base: Path, mine: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["eval", base, "--benchmarks", mine, "--out", out, *OPTIONS, "--samples", 4]
     cli.main(list(map(str, [*command, "--protocol", "justrl_released"])))
@@ -184,7 +185,7 @@ def test_greedy_is_one_sample(base: Path, mine: Path, tmp_path: Path) -> None:
     assert sorted(by_sample(out / "digits.jsonl")) == [(0, 0), (1, 0)]
 
 
-def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     with pytest.raises(SystemExit) as stop:
         cli.main([str(a) for a in args])
     assert stop.value.code == 2
@@ -194,12 +195,11 @@ def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
 
 
 def test_commands_that_cannot_be(
-    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = ("eval", base, "--benchmarks", mine, "--out", tmp_path / "out")
-    assert "set --rollout.max-tokens to 60 or less" in refused(
-        capsys, *here, *OPTIONS, "--rollout.max-tokens", 61
-    )
+    too_long = refused(capsys, *here, *OPTIONS, "--rollout.max-tokens", 61)
+    assert "set --rollout.max-tokens to 60 or less" in too_long
     assert "give one of them" in refused(capsys, *here, "--recipe", "x.toml")
     assert "add --benchmarks" in refused(capsys, "eval", base, "--judge", "http://localhost")
     assert "--samples" in refused(capsys, *here, "--eval.samples", 3)
@@ -217,29 +217,33 @@ def test_commands_that_cannot_be(
 def test_a_run_and_a_checkpoint_are_exported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     (run / "checkpoints" / "20").mkdir(parents=True)
-    exported: list[tuple] = []
-    monkeypatch.setattr(
-        cli, "_write_hf", lambda source, folder, dtype: exported.append((source, folder)) or 40
-    )
-    assert cli._model_of(str(run), None) == (run / "hf", run / "benchmarks" / "step_000040")
+    exported: list[tuple[Path, Path]] = []
+
+    def write(source: Path, folder: Path) -> int:
+        exported.append((source, folder))
+        return 40
+
+    monkeypatch.setattr(export, "export", write)
+    assert eval_command._model_of(str(run), None) == (run / "hf", run / "benchmarks" / "step_000040")
     here = run / "benchmarks" / "step_000020"
-    cli._model_of(str(run / "checkpoints" / "20"), str(tmp_path / "out"))
+    eval_command._model_of(str(run / "checkpoints" / "20"), str(tmp_path / "out"))
     assert exported == [(run, run / "hf"), (run / "checkpoints" / "20", here / "hf")]
-    assert cli._model_of(str(tmp_path), None) == (tmp_path, Path("runs/benchmarks") / tmp_path.name)
+    assert eval_command._model_of(str(tmp_path), None) == (tmp_path, Path("runs/benchmarks") / tmp_path.name)
     assert len(exported) == 2
 
 
-def test_two_at_one_time(base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_two_evaluations_do_not_share_a_folder(
+    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another evaluation" in refused(
-            capsys, "eval", base, "--benchmarks", mine, "--out", tmp_path / "out", *OPTIONS
-        )
+        error = refused(capsys, "eval", base, "--benchmarks", mine, "--out", tmp_path / "out", *OPTIONS)
+        assert "another evaluation" in error
 
 
 @pytest.mark.vllm
-def test_by_servers(mine: Path, tmp_path: Path) -> None:
+def test_servers_give_the_answers_of_the_local_sampler(mine: Path, tmp_path: Path) -> None:
     """Killed and gone on, several calls at one time; greedy answers are those of the in-process sampler."""
     base = tiny_run.make_base(tmp_path / "base", head_dim=32)  # vLLM on a CPU has no smaller one
     here = ["eval", base, "--benchmarks", mine, *OPTIONS]
@@ -258,17 +262,20 @@ def test_by_servers(mine: Path, tmp_path: Path) -> None:
     for command, name in ((here, "local"), (there, "servers")):
         cli.main(list(map(str, [*command, "--out", tmp_path / name, "--eval.temperature", 0.0])))
     for name in ("digits", "pairs"):
-        assert by_sample(tmp_path / "local" / f"{name}.jsonl") == by_sample(
-            tmp_path / "servers" / f"{name}.jsonl"
-        )
+        local, served = (by_sample(tmp_path / where / f"{name}.jsonl") for where in ("local", "servers"))
+        assert local == served
 
 
-def test_a_judge_that_cannot_be_started_costs_no_scores(
-    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [("no-such-vllm", "no-such-vllm: no such program"), ("/bin/false", "the vLLM server stopped")],
+)
+def test_a_judge_that_cannot_be_started_costs_no_grades(
+    program: str, message: str, base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["eval", base, "--benchmarks", mine, "--out", tmp_path, "--samples", 2, *OPTIONS]
-    cli.main(list(map(str, [*command, "--judge", base, "--sampler.vllm", "no-such-vllm"])))
-    assert "no-such-vllm: no such program" in capsys.readouterr().out
+    cli.main(list(map(str, [*command, "--judge", base, "--sampler.vllm", program])))
+    assert message in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["judge"] is None and results["benchmarks"]["digits"]["rule"]["pass@1"] >= 0
     assert results["benchmarks"]["digits"]["rule+model"] is None
@@ -276,25 +283,14 @@ def test_a_judge_that_cannot_be_started_costs_no_scores(
 
 @pytest.mark.vllm
 def test_a_judge_is_started_from_its_weights(base: Path, mine: Path, tmp_path: Path) -> None:
-    """The judge is a tiny model too: what it says has no label, but it is asked, in its own words, and answers."""
+    """The judge is a tiny model too: its replies have no label, but it is asked, in its own words, and replies."""
     model = tiny_run.make_base(tmp_path / "judge", head_dim=32)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     (tmp_path / "prompt").write_text("{question}{gold_answer}{llm_response}")
     out, vllm = tmp_path / "out", os.environ.get("VLLM", ".venv-vllm/bin/vllm")
-    command = [
-        "eval",
-        base,
-        "--benchmarks",
-        mine,
-        "--out",
-        out,
-        "--samples",
-        4,
-        *OPTIONS,
-        "--sampler.vllm",
-        vllm,
-    ]
+    command = ["eval", base, "--benchmarks", mine, "--out", out, "--samples", 4, *OPTIONS]
+    command += ["--sampler.vllm", vllm]
     cli.main(list(map(str, [*command, "--judge", model, "--judge-prompt", tmp_path / "prompt"])))
     results = json.loads((out / "results.json").read_text())
     assert results["judge"]["model"] == str(model)
