@@ -1,12 +1,14 @@
-r"""When two answers are the same to the lenient graders: one spelling after normalization, or one value to sympy.
+r"""Equality of two answers for the lenient graders: one spelling after normalization, or one value to sympy.
 
-The rules are those of the grader that DeepScaleR trained with and JustRL's benchmarks use, oddities included.
-It joins two older ones: the spelling of the MATH data set (arXiv 2103.03874) and the sympy comparison of PRM800K
-(arXiv 2305.20050). docs/grading.md tells what a person has to know of them.
+The rules are those of the grader that DeepScaleR trained with and JustRL's benchmarks use, oddities included. It joins
+two older ones: the spelling of the MATH data set (arXiv 2103.03874) and the sympy comparison of PRM800K (arXiv
+2305.20050). docs/grading.md describes the rules.
 
-`same_spelling` is quick on any text. `same_value` is not: LaTeX and algebra can take for ever, so call it by
+`same_spelling` is quick on any text. `same_value` is not: LaTeX and algebra can run without end, so call it through
 `jaxrl.rewards.sandbox`, which limits it.
 """
+
+from __future__ import annotations
 
 import ast
 import cmath
@@ -18,15 +20,31 @@ from jaxrl.rewards.strict_boxed import BOX, group_from
 
 LONGEST = 1000  # characters; the longest reference answer of nine benchmarks has 210
 DEEPEST = 12  # brackets; pylatexenc takes twice as long for each one that nothing closes
-MOST_LETTERS = 2
+MOST_LETTERS = 2  # the reference's
 LARGEST_EXPONENT = 300
+INTEGRAL = 1e-7  # a number as close as this to an integer is one; the reference's
+ROUNDING = 1e-12  # relative to a value; a smaller imaginary part is a rounding error
+ZERO = 1e-9  # relative to the largest value on the way; a smaller difference is 0
+POINTS = (0.61803, 2.71043)  # where differences are evaluated: on both sides of 1, so that high powers show
 
 BOX_COMMAND = r"\boxed"
 _TEXT = re.compile(r"^\\text\{(.+?)\}$")
+_RESPELLED = (
+    ("\n", ""),
+    (r"\!", ""),
+    (r"\\", "\\"),
+    ("tfrac", "frac"),
+    ("dfrac", "frac"),
+    (r"\left", ""),
+    (r"\right", ""),
+    (r"^{\circ}", ""),
+    (r"^\circ", ""),
+    (r"\$", ""),
+)
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last box holds; None if there is none, or `\boxed` is not followed by braces that balance."""
+    r"""The content of the last box; None if there is none, or `\boxed` is not followed by braces that balance."""
     start = text.rfind(BOX_COMMAND)
     return group_from(text, start + len(BOX)) if start >= 0 and text.startswith(BOX, start) else None
 
@@ -37,6 +55,7 @@ def reference(ground_truth: str) -> str | None:
 
 
 def same_spelling(given: str, truth: str) -> bool:
+    """Whether the answers have one spelling."""
     return spelling(given) == spelling(truth)
 
 
@@ -52,10 +71,7 @@ def spelling(answer: str) -> str:
 
 
 def _respell(text: str) -> str:
-    for old, new in (
-        ("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""), (r"\right", ""),
-        (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", ""),
-    ):  # fmt: skip
+    for old, new in _RESPELLED:
         text = text.replace(old, new)
     text, *units = text.split(r"\text{ ")
     if len(units) > 1:
@@ -81,7 +97,7 @@ def _brace_roots(text: str) -> str:
 
 
 def _brace_fractions(text: str) -> str:
-    r"""\frac12 -> \frac{1}{2}, and \frac1{23} -> \frac{1}{23}; nothing at all if one of them lacks an argument."""
+    r"""\frac12 -> \frac{1}{2}, and \frac1{23} -> \frac{1}{23}; no change at all if one of them lacks an argument."""
     out, *tails = text.split(r"\frac")
     for tail in tails:
         if not tail:
@@ -98,15 +114,22 @@ def _brace_fractions(text: str) -> str:
 _UNITS = tuple(
     re.compile(unit + r"(es)?(s)? *(\^[0-9]+)?")
     for unit in (
-        "degree", "cm", "centimeter", "meter", "mile", "second", "minute", "hour",
-        "day", "week", "month", "year", "foot", "feet", "inch", "yard",
+        *("degree", "cm", "centimeter", "meter", "mile", "second", "minute", "hour"),
+        *("day", "week", "month", "year", "foot", "feet", "inch", "yard"),
     )
-)  # fmt: skip
+)
 _WORDS = (
-    (r"\%", "%"), (r"\$", "$"), ("$", ""), ("%", ""), (" or ", " , "), (" and ", " , "),
-    ("million", "*10^6"), ("billion", "*10^9"), ("trillion", "*10^12"),
-)  # fmt: skip
-# What latex2text writes for symbols, in the words of sympy's parser.
+    (r"\%", "%"),
+    (r"\$", "$"),
+    ("$", ""),
+    ("%", ""),
+    (" or ", " , "),
+    (" and ", " , "),
+    ("million", "*10^6"),
+    ("billion", "*10^9"),
+    ("trillion", "*10^12"),
+)
+# Symbols as latex2text writes them, and as sympy's parser reads them.
 _SYMBOLS = str.maketrans({"√": "sqrt", "π": "pi", "∞": "inf", "∪": "U", "·": "*", "×": "*"})
 
 
@@ -152,12 +175,12 @@ def _plain_text(latex: str) -> str:
     text = text.replace(r"\frac", r" \frac")  # keeps the whole part of a mixed number apart
     try:
         return LatexNodes2Text().latex_to_text(text).translate(_SYMBOLS).strip()
-    except Exception:  # what it cannot read stays as it is
+    except Exception:  # LaTeX that it cannot read stays as it is, whatever it raises
         return latex
 
 
 def elements(text: str) -> list[str]:
-    """What stands between the commas of `(1,2)`, `[0,1)` and the like; anything else is one element."""
+    """The parts between the commas of `(1,2)`, `[0,1)` and the like; anything else is one element."""
     text = _join_thousands(text)
     if len(text) > 2 and text[0] in "()[]" and text[-1] in "()[]" and not set("()[]") & set(text[1:-1]):
         return [element.strip() for element in text[1:-1].split(",")]
@@ -178,7 +201,7 @@ def _same_element(given: str, truth: str) -> bool:
 
 
 def _may_be_parsed(expression: str) -> bool:
-    """The reference's own guard: few letters, since words are not formulas, and no exponent beyond one digit."""
+    """Whether it passes the reference's guard: few letters, as words are no formulas; exponents of one digit."""
     letters = {c for c in expression.replace("sqrt", "").replace("frac", "") if c.isalpha()}
     return len(letters) <= MOST_LETTERS and not re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]", expression)
 
@@ -202,7 +225,7 @@ def _float(text: str) -> float | None:
 
 
 def _is_integral(number: float) -> bool:
-    return math.isfinite(number) and abs(number - round(number)) <= 1e-7
+    return math.isfinite(number) and abs(number - round(number)) <= INTEGRAL
 
 
 class Refused(Exception):
@@ -212,8 +235,8 @@ class Refused(Exception):
 def _is_zero(expression: str) -> bool:
     """Whether sympy simplifies the expression to zero.
 
-    What the parser makes of it is Python; only the arithmetic that `_Numeric` knows is ever evaluated, and
-    sympy sees none that differs from zero at a point: nearly all wrong answers end here, unharmful.
+    The parser turns it into Python; only the arithmetic that `_Numeric` implements is ever evaluated. An expression
+    that differs from zero at a point never reaches sympy: nearly all wrong answers end here, harmlessly.
     """
     import sympy
     from sympy.parsing import sympy_parser
@@ -222,19 +245,19 @@ def _is_zero(expression: str) -> bool:
     try:
         code = sympy_parser.stringify_expr(expression, {}, _names(), rules)
         tree = ast.parse(code.strip(), mode="eval")
-        for point in (0.61803, 2.71043):  # on both sides of 1, so that high powers show
+        for point in POINTS:
             number = _Numeric(point)
             value = number.of(tree.body)
-            if not abs(value) <= 1e-9 * number.largest:
+            if not abs(value) <= ZERO * number.largest:
                 return False
         return sympy.simplify(eval(compile(tree, "<answer>", "eval"), _names())) == 0
-    except Exception:  # whatever sympy trips over is not equal, as in the reference
+    except Exception:  # an expression on which sympy fails is not equal, as in the reference
         return False
 
 
 @functools.cache
-def _names() -> dict:
-    """What a word in an expression may mean, if it is not a symbol."""
+def _names() -> dict[str, object]:
+    """The meaning of each word in an expression that is not a symbol."""
     import sympy
 
     return {"__builtins__": {}} | {name: getattr(sympy, name) for name in sympy.__all__}
@@ -243,7 +266,7 @@ def _names() -> dict:
 class _Numeric:
     """Evaluates parsed text in floats, with some value for each symbol."""
 
-    def __init__(self, point: float):
+    def __init__(self, point: float) -> None:
         self.point, self.largest = point, 1.0
         self.symbols: dict[str, float] = {}
 
@@ -256,7 +279,7 @@ class _Numeric:
             raise Refused
         self.largest = max(self.largest, abs(value))
         # A rounding error must not choose the branch of a root.
-        return value.real if abs(value.imag) <= 1e-12 * abs(value) else value
+        return value.real if abs(value.imag) <= ROUNDING * abs(value) else value
 
     def _value(self, node: ast.expr) -> complex:
         match node:
@@ -284,7 +307,8 @@ class _Numeric:
                 ast.Name("Integer" | "Float" | "Number"), [ast.Constant(str(number) | int(number))], []
             ):
                 return float(number)
-            case ast.Call(ast.Name("Integer"), [number], []):  # an integer in an integer: repeating decimals
+            # An integer in an integer comes from repeating decimals.
+            case ast.Call(ast.Name("Integer"), [number], []):
                 return self.of(number)
             case ast.Call(ast.Name("Rational"), [above, below], []):
                 return self.of(above) / self.of(below)

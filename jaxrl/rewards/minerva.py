@@ -1,21 +1,23 @@
-r"""DAPO's own reward: the last `Answer: ...` line, compared after normalising both sides.
+r"""DAPO's own reward: the last `Answer: ...` line, compared after normalizing both sides.
 
-The window, the `Answer:` pattern and the rewards are DAPO's (arXiv 2503.14476); the normalization is
-Minerva's (arXiv 2206.14858, appendix D) with DAPO's changes. Scores equal the reference's on every input,
-oddities included: words are removed wherever they occur ("issue" becomes "is"), `**Answer:** 5` keeps two
-asterisks and fails, and `\frac12` equals `\frac{1}{2}` while `\dfrac{1}{2}` equals neither.
+The window, the `Answer:` pattern and the scores are DAPO's (arXiv 2503.14476); the normalization is Minerva's (arXiv
+2206.14858, appendix D) with DAPO's changes. Scores equal the reference's on every input, oddities included: words are
+removed wherever they occur ("issue" becomes "is"), `**Answer:** 5` keeps two asterisks and fails, and `\frac12` equals
+`\frac{1}{2}` while `\dfrac{1}{2}` equals neither.
 """
+
+from __future__ import annotations
 
 import re
 
-WINDOW = 300
-NO_ANSWER = "[INVALID]"  # what the reference compares, and logs, when there is no answer line
+WINDOW = 300  # characters
+NO_ANSWER = "[INVALID]"  # stands for the answer where there is no answer line, as in the reference
 
 # `\s*` may cross lines: the answer can follow on the line after "Answer:".
 _ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
-# Each table is applied from top to bottom, and order matters: articles are told by the space that the sixth
-# entry removes, and a unit must be gone before the emptied \text{}^2 around it can match.
+# Each table is applied from top to bottom, and order matters: articles are recognized by the space that the sixth entry
+# removes, and a unit must be gone before the emptied \text{}^2 around it can match.
 _SUBSTITUTIONS = (
     ("an ", ""),
     ("a ", ""),
@@ -29,15 +31,13 @@ _SUBSTITUTIONS = (
     (r"\text{m}", r"\text{}"),
 )
 
-# fmt: off
 _REMOVED = (
-    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots",
-    "sue", "points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters",
-    "meals", "edges", "students", "childrentickets", "multiples",
-    r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}",
-    r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots",
+    *("square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue"),
+    *("points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals"),
+    *("edges", "students", "childrentickets", "multiples"),
+    *(r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}"),
+    *(r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"),
 )
-# fmt: on
 
 _TEX_REWRITES = tuple(
     (re.compile(pattern), replacement)

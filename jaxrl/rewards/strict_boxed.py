@@ -1,11 +1,13 @@
 r"""JustRL's training reward: the last `\boxed{...}` near the end must be the answer, character for character.
 
-This is the strict path of DAPO's verifier (arXiv 2503.14476; `strict_box_verify` in verl). Nothing is
-normalized: `\boxed{ 34 }`, `\boxed{34.0}` and `\boxed{3,400}` for 3400 all fail, which is what teaches a
-policy to end with one plain box.
+This is the strict path of DAPO's verifier (arXiv 2503.14476; `strict_box_verify` in verl). Nothing is normalized:
+`\boxed{ 34 }`, `\boxed{34.0}` and `\boxed{3,400}` for 3400 all fail, which is what teaches a policy to end with one
+plain box.
 """
 
-# The reference cuts to 300 characters and then, on this path, to 100; only the second cut can be seen.
+from __future__ import annotations
+
+# Characters. The reference cuts to 300 and then, on this path, to 100; only the second cut has an effect.
 WINDOW = 100
 BOX = "\\boxed{"
 
@@ -16,10 +18,9 @@ def strict_boxed(response: str, ground_truth: str) -> float:
 
 
 def extract(response: str) -> str | None:
-    """What the last box in the window holds; None if there is no box or its braces do not balance.
+    """The content of the last box in the window; None if there is no box or its braces do not balance.
 
-    An unclosed last box hides any good one before it, and escaped braces count as braces, as in the
-    reference.
+    An unclosed last box hides any good one before it, and escaped braces count as braces, as in the reference.
     """
     window = response[-WINDOW:]
     start = window.rfind(BOX)
@@ -27,7 +28,7 @@ def extract(response: str) -> str | None:
 
 
 def group_from(text: str, start: int) -> str | None:
-    """What stands from `start`, just inside a brace, up to the brace that closes it; None if none does."""
+    """The text from `start`, just inside a brace, up to the brace that closes it; None if none does."""
     depth = 1
     for i in range(start, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import os
 import signal
 import subprocess
@@ -10,21 +12,56 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import jaxrl
+from jaxrl.errors import InputError, RunError
 from jaxrl.rewards import equivalent, latex_equality, sandbox
 from jaxrl.rewards.deepscaler import extract
 from jaxrl.rewards.latex_equality import LONGEST, canonical, elements, spelling
 
-# fmt: off
 PIECES = (
-    r"\frac", r"\sqrt", r"\sqrt[", r"\text{", r"\boxed{", r"\left(", "{", "}", "(", ")", "[", "]", "$", "%", "\\", "=",
-    "1", "23", "0.5", ".", ",", "/", "*", "**", "^", "+", "-", "!", " ", "x", "n", "pi", "e", "i", "sqrt", "million",
-    " cm", "\n", "\0", "é", "√", "²", "_", "'", "@", "9^9^9", "<think>", "</think>",
+    *(
+        r"\frac",
+        r"\sqrt",
+        r"\sqrt[",
+        r"\text{",
+        r"\boxed{",
+        r"\left(",
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        "$",
+        "%",
+    ),
+    *(
+        "\\",
+        "=",
+        "1",
+        "23",
+        "0.5",
+        ".",
+        ",",
+        "/",
+        "*",
+        "**",
+        "^",
+        "+",
+        "-",
+        "!",
+        " ",
+        "x",
+        "n",
+        "pi",
+        "e",
+        "i",
+    ),
+    *("sqrt", "million", " cm", "\n", "\0", "é", "√", "²", "_", "'", "@", "9^9^9", "<think>", "</think>"),
 )
-# fmt: on
 TEXTS = st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=24).map("".join)
 
 
-def score(answer: str, ground_truth: str) -> float:
+def score(answer: str, ground_truth: str | float | list[str]) -> float:
     return equivalent(f"<think>\nhm\n</think>\n\\boxed{{{answer}}}", ground_truth)
 
 
@@ -285,7 +322,13 @@ def test_nothing_but_arithmetic_is_evaluated(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_environment_without_sympy_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="sympy"):
+    with pytest.raises(InputError, match="sympy"):
+        sandbox.Worker()
+
+
+def test_a_start_that_takes_too_long_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "START_SECONDS", 0.0)
+    with pytest.raises(RunError, match="not ready"):
         sandbox.Worker()
 
 

@@ -1,8 +1,10 @@
 """Every reference vector in the folder named by the environment variable GOLDEN.
 
 A vector is one JSON line with `response`, `ground_truth`, `expected` and, where known, `pred`. The strict
-verifiers agree with all of them, the lenient ones with all that the reference could decide but a few.
+verifiers agree with all of them, the lenient ones with nearly all that the reference could decide.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -15,6 +17,7 @@ from evals import grade
 from jaxrl.rewards import equivalent, minerva, strict_boxed
 from jaxrl.rewards.minerva import extract as extract_minerva
 from jaxrl.rewards.strict_boxed import extract as extract_strict_boxed
+from jaxrl.types import JsonObject
 
 pytestmark = [
     pytest.mark.golden,
@@ -25,6 +28,15 @@ pytestmark = [
 ]
 
 
+Verify = Callable[[str, str], float]
+Grade = Callable[[str, str], bool]
+Extract = Callable[[str], str | None]
+
+
+def is_equivalent(response: str, ground_truth: str) -> bool:
+    return equivalent(response, ground_truth) == 1.0
+
+
 @pytest.mark.parametrize(
     ("pattern", "verifier", "extract"),
     [
@@ -33,7 +45,7 @@ pytestmark = [
     ],
     ids=["strict_boxed", "minerva"],
 )
-def test_reference_vectors(pattern: str, verifier: Callable, extract: Callable) -> None:
+def test_reference_vectors(pattern: str, verifier: Verify, extract: Extract) -> None:
     rows = list(read_rows(Path(os.environ["GOLDEN"]), pattern))
     assert rows, f"no vectors in {pattern} in GOLDEN={os.environ['GOLDEN']!r}"
     problems = [problem for where, row in rows if (problem := mismatch(where, row, verifier, extract))]
@@ -43,12 +55,12 @@ def test_reference_vectors(pattern: str, verifier: Callable, extract: Callable) 
 @pytest.mark.parametrize(
     ("pattern", "is_right"),
     [
-        ("*deepscaler*.jsonl", lambda response, truth: equivalent(response, truth) == 1.0),
+        ("*deepscaler*.jsonl", is_equivalent),
         ("*justrl_eval*.jsonl", grade),
     ],
     ids=["equivalent", "grade"],
 )
-def test_lenient_reference_vectors(pattern: str, is_right: Callable) -> None:
+def test_lenient_reference_vectors(pattern: str, is_right: Grade) -> None:
     rows = list(read_rows(Path(os.environ["GOLDEN"]), pattern))
     assert rows, f"no vectors in {pattern} in GOLDEN={os.environ['GOLDEN']!r}"
     problems = [
@@ -63,15 +75,15 @@ def test_lenient_reference_vectors(pattern: str, is_right: Callable) -> None:
     )
 
 
-def read_rows(folder: Path, pattern: str) -> Iterator[tuple[str, dict]]:
+def read_rows(folder: Path, pattern: str) -> Iterator[tuple[str, JsonObject]]:
     for path in sorted(folder.glob(pattern)):
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 yield f"{path.name}:{number}", json.loads(line)
 
 
-def mismatch(where: str, row: dict, verifier: Callable, extract: Callable) -> str | None:
-    """What differs, in a form one can paste into a unit test; None if nothing does."""
+def mismatch(where: str, row: JsonObject, verifier: Verify, extract: Extract) -> str | None:
+    """A description of the difference that can be pasted into a unit test; None if there is none."""
     score, pred = verifier(row["response"], row["ground_truth"]), extract(row["response"])
     if score == row["expected"] and pred == row.get("pred", pred):
         return None

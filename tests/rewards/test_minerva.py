@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,13 +7,11 @@ from hypothesis import strategies as st
 from jaxrl.rewards import minerva
 from jaxrl.rewards.minerva import NO_ANSWER, extract, normalize
 
-# fmt: off
 PIECES = (
-    "Answer:", "answer :", "\n", "=", "$", "\\$", "\\text{", "\\boxed{", "{", "}", "frac", "sqrt", "a ",
-    "an ", " ", ",", ".", "12", "{,}", "^2", "cm", "degrees", "é", "\0",
+    *("Answer:", "answer :", "\n", "=", "$", "\\$", "\\text{", "\\boxed{", "{", "}", "frac", "sqrt", "a "),
+    *("an ", " ", ",", ".", "12", "{,}", "^2", "cm", "degrees", "é", "\0"),
 )
-# fmt: on
-# Any text, and text dense in the few pieces that the verifier looks at.
+# Any text, and text dense in the few pieces that matter to the verifier.
 TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 
 
@@ -150,7 +150,7 @@ def test_no_answer_line(response: str) -> None:
         ("\t5\xa0", "5"),
     ],
 )
-def test_normalise(answer: str, normal: str) -> None:
+def test_normalize(answer: str, normal: str) -> None:
     assert normalize(answer) == normal
 
 
@@ -166,7 +166,7 @@ def test_normalise(answer: str, normal: str) -> None:
         ("no answer line", NO_ANSWER, 1.0),  # as the reference does; no data set has this answer
     ],
 )
-def test_both_sides_are_normalised(response: str, ground_truth: str, score: float) -> None:
+def test_both_sides_are_normalized(response: str, ground_truth: str, score: float) -> None:
     assert minerva(response, ground_truth) == score
 
 

@@ -1,6 +1,9 @@
+from __future__ import annotations
+
 import string
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -8,9 +11,10 @@ from hypothesis import strategies as st
 
 from jaxrl.rewards import VERIFIERS, strict_boxed
 from jaxrl.rewards.strict_boxed import extract
+from jaxrl.types import Verifier
 
 BOX34 = r"\boxed{34}"  # 10 characters
-# Any text, and text dense in the few pieces that the verifier looks at.
+# Any text, and text dense in the few pieces that matter to the verifier.
 TEXTS = st.text() | st.lists(st.sampled_from(["\\boxed{", "{", "}", "\\", "34", " ", "é", "\0"])).map("".join)
 
 
@@ -127,10 +131,13 @@ def test_any_plain_answer_in_a_final_box_is_accepted(reasoning: str, answer: str
 
 
 def test_registry_names_the_functions() -> None:
-    assert set(VERIFIERS) >= {"strict_boxed", "minerva"}
     assert VERIFIERS["strict_boxed"] is strict_boxed
     assert VERIFIERS["strict_boxed"](BOX34, "34") == 1.0
     assert VERIFIERS["minerva"]("Answer: 34", "34") == 1.0
+
+
+def test_recipes_can_choose_every_verifier_and_nothing_else() -> None:
+    assert tuple(VERIFIERS) == get_args(Verifier)
 
 
 def test_import_is_light() -> None:
