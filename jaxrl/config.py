@@ -7,16 +7,20 @@ recipe with a model and a data set is the paper's baseline. Where a value is our
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import json
 import math
 import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tomli_w
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from jaxrl.errors import InputError
 from jaxrl.types import (
@@ -158,7 +162,7 @@ class Sampler(Section):
 class Reward(Section):
     verifier: Verifier = "strict_boxed"
     """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork), minerva
-    DAPO's `Answer:` line after normalising, equivalent is DeepScaleR's lenient one (needs <think> in the text)."""
+    DAPO's `Answer:` line after normalizing, equivalent is DeepScaleR's lenient one (needs <think> in the text)."""
     with_prompt: bool = False
     """Give the verifier the prompt's text before the response, whose template may hold <think> (DeepScaleR: true)."""
     overlong_tokens: Count = 0
@@ -245,7 +249,7 @@ class Checkpoint(Section):
     keep_last: Positive = 2
     """Newest checkpoints to keep (ours; JustRL kept all)."""
     keep_every: Count = 500
-    """Keep for ever every checkpoint whose step is a multiple of this; 0 keeps none (ours)."""
+    """Keep forever every checkpoint whose step is a multiple of this; 0 keeps none (ours)."""
 
 
 @dataclass(frozen=True)
@@ -295,24 +299,22 @@ class Recipe:
 
     @property
     def updates_per_step(self) -> int:
+        """Mini-batches of a step, each an optimizer update."""
         return self.rollout.prompts // self.optimizer.minibatch_prompts
 
     @property
     def max_tokens(self) -> int:
-        """Of a prompt and its completion, evaluations included."""
+        """Tokens of the longest prompt and completion, evaluations included."""
         return self.data.max_prompt_tokens + max(self.rollout.max_tokens, self.eval.max_tokens)
 
 
-def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Checks and builds a recipe.
+def from_dict(values: Mapping[str, object], source: str = "recipe") -> Recipe:
+    """Validates values by section and builds a recipe.
 
     Raises:
       InputError: with a line per unknown key, wrong type, value out of range or impossible combination.
     """
-    try:  # JSON mode: strict about types, and still takes an integer where a float is meant
-        recipe = TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        raise InputError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+    recipe = _unchecked(values, source)
     problems = _impossible(recipe)
     if problems:
         raise InputError("\n".join(f"{source}: {problem}" for problem in problems))
@@ -350,16 +352,18 @@ def from_command_line(default: Recipe, args: list[str], program: str) -> Recipe:
     )
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: Recipe) -> dict[str, dict[str, object]]:
+    """Values by section and key."""
     return dataclasses.asdict(recipe)
 
 
 def to_toml(recipe: Recipe) -> str:
+    """The recipe as a file that `load` reads."""
     return tomli_w.dumps(to_dict(recipe))
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Keys on which two recipes differ, as 'section.key: a -> b'."""
+    """The keys on which two recipes differ, as 'section.key: a -> b'."""
     left, right = to_dict(a), to_dict(b)
     return [
         f"{section}.{key}: {value!r} -> {right[section][key]!r}"
@@ -369,86 +373,88 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     ]
 
 
-def _unchecked(values: dict[str, Any], source: str) -> Recipe:
-    """The file's recipe before overrides, which may be what makes it possible: types checked, no more."""
-    try:
+def _unchecked(values: Mapping[str, object], source: str) -> Recipe:
+    """A recipe of the right types that may be impossible, as a file may be before overrides."""
+    try:  # JSON mode: strict about types, and still takes an integer where a float is meant
         return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise InputError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: ErrorDetails) -> str:
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key '{key}'; {_suggestion(problem['loc'])}"
     return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _suggestion(location: tuple[Any, ...]) -> str:
-    import difflib
-
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
-    known: list[str] = list(sections)
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    known = [f.name for f in dataclasses.fields(Recipe)]
     if len(location) > 1:
-        known = [f.name for f in dataclasses.fields(sections[location[0]])]  # type: ignore[arg-type]
+        known = [f.name for f in dataclasses.fields(getattr(Recipe(), str(location[0])))]
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
 
 
 def _impossible(r: Recipe) -> list[str]:
-    problems = []
+    """A message for each combination of values that cannot be."""
+    rules = itertools.chain(_packing_rules(r), _training_rules(r), _sampling_rules(r))
+    return [message for possible, message in rules if not possible]
 
-    def require(possible: bool, message: str) -> None:
-        if not possible:
-            problems.append(message)
 
+def _packing_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
     longest = r.data.max_prompt_tokens + r.rollout.max_tokens
     stream, bucket, chunk = r.packing.stream_tokens, r.packing.bucket_tokens, r.packing.logprob_chunk
     unit = math.lcm(bucket, chunk)
-    require(
+    yield (
         stream >= longest,
         f"packing.stream_tokens = {stream} cannot hold one sequence of data.max_prompt_tokens + "
         f"rollout.max_tokens = {longest}; raise it to {-(-longest // unit) * unit} or lower those two",
     )
-    require(
+    yield (
         stream % bucket == 0,
         f"packing.stream_tokens = {stream} is not a multiple of packing.bucket_tokens = {bucket}; "
         f"use {-(-stream // unit) * unit}",
     )
-    require(
+    yield (
         stream % chunk == 0,
         f"packing.logprob_chunk = {chunk} does not divide packing.stream_tokens = {stream}; use a divisor",
     )
-    require(
+
+
+def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
+    yield (
         r.mesh.gather == "step" or r.model.remat != "none",
         'mesh.gather = "layer" with model.remat = "none" keeps every layer whole for the backward pass; set '
         'model.remat to "full" or "attention"',
     )
-    require(
+    yield (
         r.rollout.prompts % r.optimizer.minibatch_prompts == 0,
         f"optimizer.minibatch_prompts = {r.optimizer.minibatch_prompts} does not divide rollout.prompts = "
         f"{r.rollout.prompts}; use a divisor",
     )
-    require(
+    yield (
         r.reward.overlong_tokens <= r.rollout.max_tokens,
         f"reward.overlong_tokens = {r.reward.overlong_tokens} is more than rollout.max_tokens = "
         f"{r.rollout.max_tokens}; lower it",
     )
-    require(
+    yield (
         not r.eval.every or bool(r.eval.path or r.eval.benchmarks),
         f"eval.every = {r.eval.every} with nothing to evaluate on; give eval.path or eval.benchmarks",
     )
-    require(
+
+
+def _sampling_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
+    yield (
         r.rollout.temperature > 0,
         f"rollout.temperature = 0 samples one answer {r.rollout.samples} times over; raise it, to 1.0 say",
     )
-    require(
+    yield (
         r.rollout.engine == "local" or bool(r.sampler.urls) != bool(r.sampler.servers),
         'rollout.engine = "vllm" needs either sampler.urls, of servers that run, or sampler.servers, to start so many',
     )
-    require(
+    yield (
         r.sampler.max_staleness == 0 or r.rollout.engine == "vllm",
         f"sampler.max_staleness = {r.sampler.max_staleness} needs a sampler on devices of its own; set rollout.engine "
         'to "vllm"',
     )
-    return problems

@@ -33,9 +33,7 @@ class Record:
     seconds: float  # from the first phase to the last
 
 
-def step_metrics(
-    recipe: config.Recipe, model: decoder.Config, step: int, record: Record
-) -> dict[str, float]:
+def step_metrics(recipe: config.Recipe, model: decoder.Config, step: int, record: Record) -> dict[str, float]:
     """All metrics of a step that follow from its record; `step` is 0 for the first."""
     metrics = rollout_metrics(record.groups, record.rewards) | update_metrics(record.updates)
     metrics |= record.phases | sampler_metrics(record, step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jaxrl.grpo.mismatch import importance_weights
 from jaxrl.models import decoder
 from jaxrl.parallel.mesh import to_devices
 from jaxrl.programs import Programs
-from jaxrl.types import Groups, Rollout
+from jaxrl.types import Groups, Rollout, Truncation
 
 
 def minibatches(
@@ -93,8 +92,6 @@ def with_old_logprobs(
 
 
 @functools.partial(jax.jit, static_argnames=("correction", "cap"))
-def _corrected(
-    batch: packing.PackedBatch, correction: Literal["truncated", "masked"], cap: float
-) -> packing.PackedBatch:
+def _corrected(batch: packing.PackedBatch, correction: Truncation, cap: float) -> packing.PackedBatch:
     weights = importance_weights(batch.old_logprobs, batch.sampler_logprobs, correction, cap)
     return batch.replace(weights=jnp.where(batch.weights != 0, batch.weights * weights, 0.0))

@@ -36,7 +36,8 @@ class Programs:
 
 
 def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh) -> Programs:
-    """
+    """Builds the programs of a recipe; they are compiled when they first run.
+
     Args:
       recipe: what to compute.
       model: of the policy.

@@ -190,9 +190,7 @@ def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
 
 
 @contextmanager
-def open_run(
-    setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say
-) -> Iterator[Run]:
+def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say) -> Iterator[Run]:
     """Opens sampler, trackers and progress of a run that goes on from `start`; all of it ends with the context.
 
     Args:

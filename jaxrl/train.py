@@ -85,7 +85,7 @@ def one_step(run: Run, state: TrainState, step: int, batches: Batches) -> tuple[
         run.progress.sampling(step, total=recipe.rollout.prompts * recipe.rollout.samples)
         own = batches.take(step)
     with run.phase("exchange"):
-        everyone = run.sampler.gather(own.value, prompts, f"step {step}")
+        everyone = run.sampler.gather(own.value, prompts, f"step {step + 1}")
         groups = [group for group in everyone if group]  # a server may refuse a prompt
         stale = any(rollout.version < step for group in groups for rollout in group)
     with run.phase("score"):
@@ -97,7 +97,7 @@ def one_step(run: Run, state: TrainState, step: int, batches: Batches) -> tuple[
             for packed in prepare.minibatches(recipe, programs, groups, advantages, stale)
         ]
         jax.block_until_ready(minibatches)
-    processes.barrier(f"before the update of step {step}", BARRIER)
+    processes.barrier(f"before the update of step {step + 1}", BARRIER)
     with run.phase("update"):
         updates = []
         for minibatch in minibatches:

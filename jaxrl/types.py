@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias  # noqa: TID251  # of JsonObject alone
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
-JsonObject: TypeAlias = dict[str, Any]  # parsed JSON or TOML of another program, whose fields are checked one by one
+# Parsed JSON or TOML of another program, whose fields are validated one by one.
+JsonObject: TypeAlias = dict[str, Any]
 
 # Each list of names that a recipe chooses from, written once: config.py checks against it, a module implements it.
 Verifier = Literal["strict_boxed", "minerva", "equivalent"]
@@ -18,7 +19,8 @@ Order = Literal["shuffle", "copies", "replacement"]
 Engine = Literal["local", "vllm"]
 TransportName = Literal["files", "nccl"]
 OnUpdate = Literal["keep", "drain"]
-Correction = Literal["none", "truncated", "masked"]
+Truncation = Literal["truncated", "masked"]  # of importance weights
+Correction = Literal["none", Truncation]
 Dtype = Literal["bfloat16", "float32"]
 Backend = Literal["xla", "cudnn", "cudnn_packed"]  # of packed attention
 Remat = Literal["full", "attention", "none"]
@@ -56,6 +58,8 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
+    """How completions are sampled, and when they end."""
+
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: the whole vocabulary
@@ -66,7 +70,9 @@ class SamplingParams:
 Groups = Sequence[Sequence[Rollout]]  # [P][G]: the rollouts of each prompt
 Say = Callable[[str], None]  # prints a line for people
 Detokenize = Callable[[np.ndarray], str]  # token ids [T] to text
-OnRollout = Callable[[Rollout], Rollout]  # called with each rollout as it finishes; what it returns takes its place
+OnRollout = Callable[
+    [Rollout], Rollout
+]  # called with each rollout as it finishes; what it returns takes its place
 
 
 def silent(_: str) -> None:

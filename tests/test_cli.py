@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_run
 
+import tiny_run
 from jaxrl import cli
+from jaxrl.errors import BAD_INPUT, TRY_AGAIN
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +21,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.make_base(tmp_path_factory.mktemp("base"))
 
 
-def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
-    """The one line that a command refuses bad input with."""
+def refused(capsys: pytest.CaptureFixture[str], *args: object, status: int = BAD_INPUT) -> str:
+    """The one line that a command ends with."""
     with pytest.raises(SystemExit) as stop:
         cli.main([str(a) for a in args])
-    assert stop.value.code == 2
+    assert stop.value.code == status
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and error.startswith("jaxrl: "), error
     return error
@@ -41,7 +42,7 @@ def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
     ],
 )
 def test_bad_recipe_values(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, key: str, value: object, said: str
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object, said: str
 ) -> None:
     recipe = tiny_run.write_recipe(tmp_path, base)
     section, name = key.split(".")
@@ -58,7 +59,7 @@ def test_bad_recipe_values(
     assert said in refused(capsys, "train", recipe)
 
 
-def test_damaged_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_damaged_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     weights = broken / "model.safetensors"
@@ -70,7 +71,7 @@ def test_damaged_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "mamba" in refused(capsys, "train", recipe)
 
 
-def test_bad_data(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bad_data(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_run.write_recipe(tmp_path, base)
     problems = tmp_path / "problems.jsonl"
     problems.write_text("")
@@ -79,14 +80,14 @@ def test_bad_data(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "problems.jsonl:2" in refused(capsys, "train", recipe)
 
 
-def test_commands_that_need_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_commands_that_need_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "neither a run folder nor a checkpoint" in refused(capsys, "export", tmp_path)
     assert "no metrics" in refused(capsys, "report", tmp_path)
     assert "--recipe" in refused(capsys, "eval", tmp_path)
     assert "cannot read the recipe" in refused(capsys, "train", tmp_path / "recipe.toml")
 
 
-def test_help_lists_every_section(capsys: pytest.CaptureFixture) -> None:
+def test_help_lists_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
     assert stop.value.code == 0
@@ -98,9 +99,8 @@ def test_export_reads_one_checkpoint_or_the_newest(base: Path, tmp_path: Path) -
     recipe, run = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4}), tmp_path / "run"
     assert tiny_run.jaxrl("train", recipe).wait(300) == 0
     for source, out in ((run, "newest"), (run / "checkpoints" / "2", "second")):
-        output, _ = tiny_run.jaxrl("export", source, tmp_path / out, "--dtype", "float32").communicate(
-            timeout=120
-        )
+        process = tiny_run.jaxrl("export", source, tmp_path / out, "--dtype", "float32")
+        output, _ = process.communicate(timeout=120)
         assert f"step {4 if out == 'newest' else 2} of" in output
     read = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("newest", "second")]
     assert read[0] != read[1]
@@ -114,7 +114,7 @@ def test_a_failed_checkpoint_write_ends_in_one_line_and_the_run_goes_on_later(
     # files over 8 KiB cannot be written, as on a disk that fills up: arrays fail, logs do not
     process = tiny_run.jaxrl("train", recipe, "--run.rollouts-every", "0", largest_file=8)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 2, output
+    assert process.returncode == TRY_AGAIN, output
     # Orbax's threads print their own traceback, before this line or after it
     assert re.search("^jaxrl: .*writing a checkpoint failed", output, re.MULTILINE), output
     process = tiny_run.jaxrl("train", recipe)
@@ -123,11 +123,11 @@ def test_a_failed_checkpoint_write_ends_in_one_line_and_the_run_goes_on_later(
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    error = refused(capsys, "train", tiny_run.write_recipe(tmp_path, base))
+    error = refused(capsys, "train", tiny_run.write_recipe(tmp_path, base), status=TRY_AGAIN)
     assert "GB are free" in error and "there is no older one" in error
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -148,3 +148,23 @@ def test_interrupted_early_it_says_so(base: Path, tmp_path: Path, moment: str) -
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "Traceback" not in output
+
+
+def test_commands_come_from_entry_points(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line.split()[0] for line in lines if re.match(r" {4}\w", line)]
+    assert commands == ["train", "eval", "export", "plan", "report"]
+
+
+def test_an_option_that_no_command_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["export", "here"], ["report", "here"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, "--rollout.samples", "4"])
+        assert stop.value.code == 2 and "unknown option --rollout.samples" in capsys.readouterr().err
+
+
+def test_train_without_a_recipe_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give a recipe" in refused(capsys, "train")

@@ -16,8 +16,9 @@ from jaxrl import config
 from jaxrl.grpo import packing
 from jaxrl.grpo import update as grpo
 from jaxrl.grpo.objective import Objective
-from jaxrl.models import Config, Model, initialize, save
+from jaxrl.models import Config, Model, hf, initialize, save
 from jaxrl.parallel.mesh import make_mesh, to_devices
+from jaxrl.telemetry.trackers import MetricsRow
 from jaxrl.types import Prompt, Rollout
 
 SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"012"]
@@ -53,9 +54,7 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
     optimizer = grpo.make_optimizer(adam, updates_per_step=1)
     layout = packing.Layout(streams=(256,), buckets=(8,))
     objective = Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
-    update, _ = grpo.make_update(
-        decoder, optimizer, mesh, layout, grpo.Numerics(logprob_chunk=64), objective
-    )
+    update, _ = grpo.make_update(decoder, optimizer, mesh, layout, grpo.Numerics(logprob_chunk=64), objective)
     state = grpo.init_state(initialize(decoder, 0, scale=0.2), optimizer, mesh)
     for _ in range(150):
         examples = []
@@ -101,7 +100,7 @@ def write_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
     return path
 
 
-def jaxrl(*args: Any, largest_file: int = 0, **more: str) -> subprocess.Popen:
+def jaxrl(*args: Any, largest_file: int = 0, **more: str) -> subprocess.Popen[str]:
     """Starts the command line in a process of its own, on one device; `largest_file` in KiB fails bigger writes.
 
     `more` is added to its environment.
@@ -113,3 +112,23 @@ def jaxrl(*args: Any, largest_file: int = 0, **more: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def finish(*args: object) -> str:
+    """Runs the command line to its end, which must be a good one; returns what it printed."""
+    process = jaxrl(*args)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(run: Path, out: Path) -> list[np.ndarray]:
+    """The parameters of a run's newest checkpoint, exported to `out`."""
+    finish("export", run, out, "--dtype", "float32")
+    return [np.asarray(a) for a in jax.tree.leaves(hf.load(out).params)]
+
+
+def metrics(run: Path) -> list[MetricsRow]:
+    """The metrics of a run, less those that follow the clock and the machine."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]

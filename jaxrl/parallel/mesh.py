@@ -72,7 +72,12 @@ def abstract_sharded(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def to_devices(batch: Tree, mesh: Mesh) -> Tree:
-    """Puts arrays with a leading device axis on the mesh, a slice a device; every process holds them all."""
+    """Puts a batch on the mesh, a slice of it on each device.
+
+    Args:
+      batch: NumPy arrays [G, ...], all of them in every process.
+      mesh: of G devices.
+    """
     sharding = NamedSharding(mesh, P(BATCH_AXES))
 
     def put(x: np.ndarray) -> jax.Array:

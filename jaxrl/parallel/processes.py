@@ -81,7 +81,7 @@ def chief() -> bool:
 
 
 def barrier(name: str, seconds: float) -> None:
-    """Waits on the host for all processes; a collective would wait for ever.
+    """Waits on the host for all processes; a collective would wait forever.
 
     Raises:
       RunError: naming the processes that did not come in time.
@@ -99,7 +99,7 @@ def barrier(name: str, seconds: float) -> None:
 def lookout(say: Say, silence: float = 20.0) -> Iterator[None]:
     """Ends this process with TRY_AGAIN when another one has not been heard of for `silence` seconds.
 
-    A collective would wait for it for ever, and JAX's own heartbeat does not say which process is missing.
+    A collective would wait for it forever, and JAX's own heartbeat does not say which process is missing.
     """
     if jax.process_count() == 1:
         yield
@@ -135,7 +135,9 @@ def lookout(say: Say, silence: float = 20.0) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # a collective failed because a peer is gone; `watch` will report which one
+    except (
+        jax.errors.JaxRuntimeError
+    ):  # a collective failed because a peer is gone; `watch` will report which one
         thread.join(silence + 10)
         raise
     finally:

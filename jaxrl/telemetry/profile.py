@@ -37,7 +37,7 @@ class Compilations:
 class Profile:
     """Traces `steps` steps, from the second on: the first one compiles. Read it with XProf or TensorBoard."""
 
-    def __init__(self, folder: Path, first: int, steps: int):
+    def __init__(self, folder: Path, first: int, steps: int) -> None:
         self._folder, self._first, self._last = folder, first + 1, first + steps
         self._running = False
 

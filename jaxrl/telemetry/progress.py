@@ -36,7 +36,7 @@ SHOWN = {
 class Progress:
     """Shows how far a run is."""
 
-    def __init__(self, total: int, start: int, title: str, quiet: bool = False):
+    def __init__(self, total: int, start: int, title: str, quiet: bool = False) -> None:
         """
         Args:
           total: steps of the run.

@@ -34,9 +34,7 @@ class RolloutRow(TypedDict):
     logprobs: list[float]  # nats, rounded
 
 
-def write_rollouts(
-    directory: Path, step: int, groups: Groups, detokenize: Detokenize, keep: int = 0
-) -> None:
+def write_rollouts(directory: Path, step: int, groups: Groups, detokenize: Detokenize, keep: int = 0) -> None:
     """Writes rollouts/step_NNNNNN.jsonl, a row a rollout; the newest `keep` files stay, or all for 0.
 
     rollouts/vocabulary.json has the text of every token id that the files hold, so that no reader needs the tokenizer.

@@ -28,7 +28,7 @@ class Tracker(Protocol):
 class JsonLines:
     """metrics.jsonl, an object a step. Rows from `start` on are dropped: those steps are about to be run again."""
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: Path, start: int) -> None:
         kept = [row for row in _rows(path) if row["step"] < start] if path.exists() else []  # type: ignore[operator]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
@@ -44,7 +44,7 @@ class JsonLines:
 class TensorBoard:
     """Event files of TensorBoard; events from `start` on are purged."""
 
-    def __init__(self, folder: Path, start: int):
+    def __init__(self, folder: Path, start: int) -> None:
         from tensorboardX import SummaryWriter
 
         self._board = SummaryWriter(str(folder), purge_step=start)

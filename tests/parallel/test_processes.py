@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import metrics, weights
 
+import tiny_run
+from jaxrl.errors import TRY_AGAIN
 from jaxrl.parallel import processes
-from jaxrl.parallel.processes import TRY_AGAIN
 from jaxrl.sampling.servers import free_port
-
-import tiny_run  # isort: skip
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.make_base(tmp_path_factory.mktemp("base"))
 
 
-def start(recipe: Path) -> list[subprocess.Popen]:
+def start(recipe: Path) -> list[subprocess.Popen[str]]:
     shared = {
         "JAXRL_COORDINATOR": f"127.0.0.1:{free_port()}",
         "JAXRL_PROCESSES": "2",
@@ -36,7 +34,7 @@ def start(recipe: Path) -> list[subprocess.Popen]:
     return [tiny_run.jaxrl("train", recipe, JAXRL_PROCESS=str(i), **shared) for i in range(2)]
 
 
-def outputs(processes: list[subprocess.Popen], limit: float = 300) -> list[str]:
+def outputs(processes: list[subprocess.Popen[str]], limit: float = 300) -> list[str]:
     try:
         return [process.communicate(timeout=limit)[0] for process in processes]
     finally:
@@ -59,7 +57,9 @@ def wait_for(path: Path, count: int = 1) -> None:
 
 
 def assert_same_weights(one: Path, two: Path, folder: Path) -> None:
-    for a, b in zip(weights(one, folder / "one"), weights(two, folder / "two"), strict=True):
+    for a, b in zip(
+        tiny_run.weights(one, folder / "one"), tiny_run.weights(two, folder / "two"), strict=True
+    ):
         assert a.tobytes() == b.tobytes()
 
 
@@ -79,7 +79,7 @@ def benchmark(folder: Path) -> dict[str, Any]:
 def test_two_processes_sample_and_train_as_one(undisturbed: Path, base: Path, tmp_path: Path) -> None:
     recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2} | benchmark(tmp_path))
     outputs([tiny_run.jaxrl("train", recipe, JAX_NUM_CPU_DEVICES="4")])
-    one, two = metrics(tmp_path / "run"), metrics(undisturbed)
+    one, two = tiny_run.metrics(tmp_path / "run"), tiny_run.metrics(undisturbed)
     assert len(two) == 6
     for name in ("reward/mean", "response/length_mean", "update/sequences"):  # the same rollouts
         assert one[0][name] == two[0][name]
@@ -112,7 +112,7 @@ def test_kill_9_of_a_process_is_noticed_and_changes_no_bit(
         assert other.returncode == -signal.SIGABRT and "the JAX distributed service detected fatal" in said
     outputs(processes)
     assert "going on from step" in complete(recipe)
-    assert metrics(tmp_path / "run") == metrics(undisturbed)
+    assert tiny_run.metrics(tmp_path / "run") == tiny_run.metrics(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
 
 

@@ -1,0 +1,69 @@
+"""The imports of the product: they point one way, and what is light stays light."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import jaxrl
+
+ROOT = Path(jaxrl.__file__).parents[1]
+PACKAGES = ("jaxrl", "evals")
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def imported(module: str) -> Iterator[str]:
+    """The product's modules that a module imports, anywhere in it; not for type checking alone."""
+    tree = ast.parse(FILES[module].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            found = name if name in FILES else name.rpartition(".")[0]
+            if found in FILES:
+                yield found
+
+
+GRAPH = {module: set(imported(module)) - {module} for module in FILES}
+
+
+def room(module: str) -> str:
+    """A folder or a file of jaxrl/, or evals/ as a whole."""
+    first, *rest = module.split(".")
+    return ".".join([first, *rest[:1]]) if first == "jaxrl" else first
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    tuple(TopologicalSorter(GRAPH).static_order())  # raises CycleError
+
+
+def test_no_room_imports_itself_by_way_of_others() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, others in GRAPH.items():
+        rooms.setdefault(room(module), set()).update(map(room, others))
+    tuple(TopologicalSorter({name: others - {name} for name, others in rooms.items()}).static_order())
+
+
+def test_the_trainer_knows_no_evaluation() -> None:
+    for module, others in GRAPH.items():
+        if room(module) != "evals":
+            assert not {other for other in others if room(other) == "evals"}, module
+
+
+def test_the_loop_is_short_and_knows_no_tracker_transport_or_verifier() -> None:
+    assert len(FILES["jaxrl.train"].read_text().splitlines()) < 200
+    rooms = {"jaxrl.rewards", "jaxrl.telemetry", "jaxrl.sampling.transports"}
+    assert not {other for other in GRAPH["jaxrl.train"] if any(map(other.startswith, rooms))}
