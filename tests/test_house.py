@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -67,3 +68,17 @@ def test_the_loop_is_short_and_knows_no_tracker_transport_or_verifier() -> None:
     assert len(FILES["jaxrl.train"].read_text().splitlines()) < 200
     rooms = {"jaxrl.rewards", "jaxrl.telemetry", "jaxrl.sampling.transports"}
     assert not {other for other in GRAPH["jaxrl.train"] if any(map(other.startswith, rooms))}
+
+
+def test_the_readme_counts_the_lines_of_a_step() -> None:
+    readme = (ROOT / "README.md").read_text()
+    claim = re.search(r"lines to read for one step \| ([\d,]+) in (\d+) files", readme)
+    named = re.search(r"non-blank ones of, under `jaxrl/`: (.*?)\.\n", readme, re.DOTALL)
+    assert claim and named
+    files = []
+    for part in re.split(r";\s+", named[1]):
+        folder, _, names = part.rpartition(": ")
+        files += [ROOT / "jaxrl" / folder.strip("`") / f"{name}.py" for name in re.findall(r"`(\w+)`", names)]
+    lines = sum(bool(line.strip()) for file in files for line in file.read_text().splitlines())
+    assert len(files) == int(claim[2])
+    assert abs(lines - int(claim[1].replace(",", ""))) < 0.03 * lines
