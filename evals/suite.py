@@ -191,7 +191,7 @@ def _settle(job: Job, tasks: Sequence[Task]) -> Settings:
     for name, value in prompts.items():
         if before.get("prompts", {}).get(name, value) != value:
             raise InputError(f"{job.out}: its responses to {name} are to other prompts; {remedy}")
-    write_atomically(path, json.dumps(settings, indent=2))
+    write_atomically(path, json.dumps(before | settings, indent=2))
     return settings
 
 

@@ -60,9 +60,7 @@ def commands() -> dict[str, Command]:
     """
     found = {point.name: point.load() for point in entry_points(group="jaxrl.commands")}
     if not found:
-        raise InputError(
-            "jaxrl is not installed here, only its files are; run pip install -e . in its folder"
-        )
+        raise InputError("this installation of jaxrl has no commands; run pip install -e . in its folder")
     names = [*(name for name in _ORDER if name in found), *sorted(set(found) - set(_ORDER))]
     return {name: found[name] for name in names}
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import jax
 import numpy as np
@@ -21,14 +21,15 @@ from rich.table import Table
 
 from jaxrl import config
 from jaxrl.errors import InputError
-from jaxrl.grpo.packing import PackedBatch
 from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
 from jaxrl.models.decoder import Config, forward_flops
 from jaxrl.parallel.mesh import BATCH_AXES, mesh_over
-from jaxrl.prepare import minibatches
-from jaxrl.programs import Programs, build_programs, layout_of
 from jaxrl.types import JsonObject, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from jaxrl.grpo.packing import PackedBatch
+    from jaxrl.programs import Programs
 
 Lengths = Int[np.ndarray, " N"]  # of responses or whole sequences, in tokens
 
@@ -263,6 +264,8 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
             jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
         except RuntimeError:
             raise InputError(f"{trainers} trainers, but jax has started with fewer virtual devices") from None
+    from jaxrl.programs import build_programs, layout_of  # heavy, and an estimate needs none of it
+
     mesh = mesh_over(jax.devices("cpu")[:trainers], recipe.mesh.data)
     # a single attention length compiles fast, and the longest holds the most
     longest = layout_of(recipe, c).buckets[-1]
@@ -294,6 +297,8 @@ def _temporary_bytes(lowered: jax.stages.Lowered) -> int:
 
 def _longest_batch(recipe: config.Recipe, programs: Programs) -> PackedBatch:
     """An abstract mini-batch of the longest sequences that the recipe allows."""
+    from jaxrl.prepare import minibatches
+
     prompt = Prompt("", np.zeros(recipe.data.max_prompt_tokens, np.int32), "")
     response = np.zeros(recipe.rollout.max_tokens, np.int32)
     group = [Rollout(prompt, response, response.astype(np.float32), "length", 0)] * recipe.rollout.samples

@@ -32,9 +32,9 @@ from jaxrl.telemetry.timer import Phase, Timer, watchdog
 from jaxrl.telemetry.trackers import Tracker, finite, open_trackers
 from jaxrl.types import Detokenize, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
 
-# Evaluates what the run's sampler holds, after so many steps.
+# Evaluates the parameters that the run's sampler holds, after so many steps.
 Evaluate = Callable[["Run", int], None]
-# Loads what an evaluation asks, before anything is opened.
+# Reads an evaluation's problems; a bad file is then named before a sampler or a server is started.
 LoadEvaluation = Callable[[config.Recipe, Tokenizer], Evaluate]
 
 
@@ -58,7 +58,7 @@ class Setup:
     began: float  # time.monotonic()
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of a step: a function of the seed and the step alone."""
+        """The prompts of a step, [P]: a function of the seed and the step alone."""
         r = self.recipe
         return data.batch(self.prompts, r.run.seed, step, r.rollout.prompts, r.data.order)
 

@@ -33,7 +33,7 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
       say: prints a line.
 
     Raises:
-      InputError: for a recipe, model or data that cannot be used.
+      InputError: for a recipe, model or data that cannot be used; for `eval.every` without an evaluation.
       RunError: where a host, a server or the disk failed; the same call goes on from the last checkpoint.
       KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once the step under way is saved.
     """
@@ -44,7 +44,7 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
         setup = load(recipe, evaluation, say)
         checkpoints = open_checkpoints(recipe)
         start, state = resume(setup, checkpoints, say)
-        if start and start >= recipe.run.steps:
+        if start and start >= recipe.run.steps:  # a new run of no steps is still evaluated
             say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
             return
         with open_run(setup, checkpoints, start, devices, say) as run:
@@ -55,7 +55,7 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
 
 
 def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
-    """Trains from `run.start` to `run.steps`, or until asked to stop; returns the steps done. Takes `state` over."""
+    """Trains from `run.start` to `run.steps`, or until asked to stop; returns the steps done. `state` is donated."""
     recipe, steps = run.recipe, run.recipe.run.steps
     run.sampler.publish(state.params, run.start)
     run.evaluate(run.start)
@@ -63,8 +63,8 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
     with closing(Prefetch(run.sample, run.start, steps, recipe.sampler.max_staleness)) as batches:
         for step in range(run.start, steps):
             state, record = one_step(run, state, step, batches)
-            stopping = processes.any_of(stop.asked)
             run.log(step, record)
+            stopping = processes.any_of(stop.asked)
             done = step + 1
             if stopping or done == steps or done % recipe.checkpoint.every == 0:
                 run.checkpoints.save(done, state, recipe)
@@ -76,7 +76,7 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
 
 
 def one_step(run: Run, state: TrainState, step: int, batches: Batches) -> tuple[TrainState, Record]:
-    """From prompts to new parameters, which the sampler has when this returns. Takes `state` over."""
+    """From prompts to new parameters, which the sampler has when this returns. `state` is donated."""
     recipe, programs, prompts = run.recipe, run.setup.programs, run.setup.batch(step)
     run.timer.reset()
     run.profile.begin(step)

@@ -24,12 +24,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jaxrl import config
-from jaxrl.commands.options import sampler_overrides
-from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError
-from jaxrl.sampling import process_group, servers
-from jaxrl.sampling.client import KEY, api_key
-from jaxrl.sampling.process_group import ProcessGroup
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's jaxrl, also where it is not installed
+
+from jaxrl import config  # noqa: E402
+from jaxrl.commands.options import sampler_overrides  # noqa: E402
+from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError  # noqa: E402
+from jaxrl.sampling import process_group, servers  # noqa: E402
+from jaxrl.sampling.client import KEY, api_key  # noqa: E402
+from jaxrl.sampling.process_group import ProcessGroup  # noqa: E402
 
 NOTICE = 90.0  # seconds in which the other trainers report which one they have lost
 LOOK = 5.0  # seconds from one look at the servers to the next

@@ -167,4 +167,4 @@ def test_an_option_that_no_command_takes(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_train_without_a_recipe_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "give a recipe" in refused(capsys, "train")
+    assert "give a recipe" in refused(capsys, "train", "--run.steps=3")

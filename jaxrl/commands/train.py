@@ -21,12 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if not args.recipe:
-        if not {"-h", "--help"} & set(overrides):
+        if set(overrides) - {"-h", "--help"}:
             raise InputError("train: give a recipe, such as recipes/demo.toml")
         config.from_command_line(config.Recipe(), ["--help"], "jaxrl train RECIPE")  # the defaults
     profile = ["--run.profile", args.profile] if args.profile else []
     recipe = config.load(args.recipe, overrides + profile + sampler_overrides(args.samplers))
     from jaxrl.train import train
 
-    (evaluation,) = entry_points(group="jaxrl.evaluation", name="default")
-    train(recipe, evaluation.load())
+    evaluations = entry_points(group="jaxrl.evaluation", name="default")
+    if len(evaluations) != 1:
+        raise InputError(
+            f"{len(evaluations)} packages evaluate during training, not one; install jaxrl again"
+        )
+    train(recipe, next(iter(evaluations)).load())

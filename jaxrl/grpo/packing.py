@@ -247,10 +247,13 @@ def pack(
     weights = sequence_weights(np.array(responses), "token_mean", 0) if weights is None else weights
     kept = [i for i in range(len(rollouts)) if advantages[i] != 0 or not skip_zero_advantage]
     placement = lay_out(prompts, responses, devices, layout, kept)
-    whole = [np.concatenate([r.prompt.tokens, r.tokens]) for r in rollouts]
+    whole = [np.zeros(0, np.int32)] * len(rollouts)
+    for i in kept:
+        whole[i] = np.concatenate([rollouts[i].prompt.tokens, rollouts[i].tokens])
+    count = np.arange(max(map(len, whole), default=0))
     return PackedBatch(
         tokens=fill(placement, whole, np.int32, prompts=True),
-        positions=fill(placement, [np.arange(len(ids)) for ids in whole], np.int32, prompts=True),
+        positions=fill(placement, [count[: len(ids)] for ids in whole], np.int32, prompts=True),
         starts=placement.starts,
         buckets=placement.buckets,
         weights=fill(placement, weights),

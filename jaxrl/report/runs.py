@@ -147,7 +147,9 @@ def smooth(values: Values, weight: float = 0.9) -> Values:
 
 def accuracies(result: TrainingResult) -> dict[str, Accuracy]:
     """The accuracy on each benchmark by name, and their average where there are several."""
-    found: dict[str, Accuracy] = dict(result["benchmarks"])
+    # older files have no titles
+    titled = {name: {"title": name, **each} for name, each in result["benchmarks"].items()}
+    found = cast(dict[str, Accuracy], titled)
     if len(found) > 1:
         found["average"] = {"title": "Average", **result["average"]}
     return found

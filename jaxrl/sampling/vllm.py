@@ -112,8 +112,8 @@ class VLLMSampler:
         """Has every server load the parameters. One that fails gets them when it is back.
 
         Raises:
-          InputError: if the parameters are not the model's.
-          RunError: if no server has taken them within the patience, the transport fails, or they are not finite.
+          InputError: if the parameters are not the model's, or not finite.
+          RunError: if no server has taken them within the patience, or the transport fails.
         """
         self._transport.prepare(params, version)
         try:
@@ -175,6 +175,11 @@ class VLLMSampler:
                         changed.notify_all()
                     await self._revive(url, error)
                     continue
+                except (InputError, RunError):  # of `on_rollout`: no lane may wait forever for this prompt
+                    async with changed:
+                        waiting.appendleft(p)
+                        changed.notify_all()
+                    raise
                 async with changed:
                     open_.remove(p)
                     changed.notify_all()

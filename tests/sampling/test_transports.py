@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from jaxrl.errors import InputError, RunError
+from jaxrl.errors import InputError
 from jaxrl.models import Config, decoder, initialize
 from jaxrl.parallel.mesh import mesh_over, sharding_of
 from jaxrl.sampling import vllm_plugin
@@ -82,7 +82,7 @@ def test_what_is_not_finite_is_not_published(value: float, tmp_path: Path) -> No
     config = CONFIGS["qwen2"]
     params = initialize(config, 0)
     params["layers"]["up"] = params["layers"]["up"].at[1, 2, 3].set(value)
-    with pytest.raises(RunError, match=r"mlp\.up_proj\.weight holds values that are not finite"):
+    with pytest.raises(InputError, match=r"mlp\.up_proj\.weight holds values that are not finite"):
         files.write(params, config, tmp_path, 0)
     assert not list(tmp_path.glob("*.safetensors"))
 

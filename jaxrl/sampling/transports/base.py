@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl.errors import InputError, RunError
+from jaxrl.errors import InputError
 from jaxrl.models import decoder
 from jaxrl.models.decoder import Config, Params
 from jaxrl.sampling.client import Client, Failures
@@ -34,8 +34,8 @@ class Transport(Protocol):
         """Takes the parameters, which stay as they are until `done`. Call it in the thread that owns them.
 
         Raises:
-          InputError: if they are not the model's.
-          RunError: if they are not finite, or the disk fails.
+          InputError: if they are not the model's, or not finite.
+          RunError: if the disk fails.
         """
 
     def follow(self, params: Params) -> None:
@@ -69,7 +69,7 @@ def cast(params: Params, config: Config, dtype: str, split: bool = False) -> Ite
         reuse memory, and page faults would take longer than all the rest.
 
     Raises:
-      RunError: if a value is not finite (or its square is not), which a server would load without complaint.
+      InputError: if a value is not finite (or its square is not), which a server would load without complaint.
     """
     ahead: deque[tuple[str, jax.Array, jax.Array]] = deque()
     for spec, leaf in zip(decoder.specs(config), jax.tree.leaves(params), strict=True):
@@ -89,7 +89,7 @@ def cast(params: Params, config: Config, dtype: str, split: bool = False) -> Ite
 
 def _finite(name: str, array: jax.Array, square: jax.Array) -> jax.Array:
     if not np.isfinite(square):
-        raise RunError(f"{name} holds values that are not finite; go back to a checkpoint")
+        raise InputError(f"{name} holds values that are not finite; go back to a checkpoint")
     return array
 
 

@@ -80,8 +80,8 @@ def write(params: Params, config: Config, folder: Path, version: int, dtype: str
     complete.
 
     Raises:
-      InputError: see `require_shapes`; or if the folder is none that can be written to.
-      RunError: see `cast`; or if the disk is full or fails.
+      InputError: see `require_shapes` and `cast`; or if the folder is none that can be written to.
+      RunError: if the disk is full or fails.
     """
     require_shapes(params, config)
     path, hasher = folder / f"weights_{version:08d}.safetensors", blake3(max_threads=blake3.AUTO)
