@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxrl import config
 from jaxrl.grpo.mismatch import ratio_quantiles
@@ -25,7 +26,7 @@ class Record:
 
     groups: Groups  # [P][G] that were trained on
     refused: int  # prompts that the sampler refused
-    rewards: np.ndarray  # [P, G], penalties included
+    rewards: Float[np.ndarray, "P G"]  # penalties included
     stale: bool  # whether older parameters sampled some
     updates: Sequence[Measured]  # of each update, in order
     sampling_seconds: float  # of this process, maybe during an earlier step
@@ -43,7 +44,7 @@ def step_metrics(recipe: config.Recipe, model: decoder.Config, step: int, record
     return metrics | performance(model, record)
 
 
-def rollout_metrics(groups: Groups, rewards: np.ndarray) -> dict[str, float]:
+def rollout_metrics(groups: Groups, rewards: Float[np.ndarray, "P G"]) -> dict[str, float]:
     """Means over all rollouts of a step; rewards are [P, G], penalties included.
 
     Correctness is the verifier's score alone; penalties do not change it.
@@ -76,7 +77,7 @@ def sampler_metrics(record: Record, step: int) -> dict[str, float]:
 def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
     """Means over a step's updates, weighted by trained tokens where they are means over tokens; maxima and counts."""
 
-    def values(name: str) -> np.ndarray:
+    def values(name: str) -> Float[np.ndarray, " U"]:
         return np.array([float(u[name]) for u in updates])
 
     def mean(name: str) -> float:
