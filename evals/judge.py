@@ -51,9 +51,8 @@ MAX_TOKENS = 2048  # of a reply
 ATTEMPTS = 3
 CONNECT_SECONDS, REQUEST_SECONDS = 10.0, 600.0
 SHOWN = 200  # characters of an unexpected answer
-NO_ROOM = re.compile(
-    "context|too long|maximum"
-)  # in an endpoint's message, if the prompt exceeds the context
+# in an endpoint's message, if the prompt exceeds the context
+NO_ROOM = re.compile("context|too long|maximum")
 WORDS = {"CORRECT": "A", "INCORRECT": "B", "INVALID": "C"}
 
 
@@ -224,8 +223,7 @@ def server(
       devices: where it runs.
 
     Raises:
-      InputError: if vLLM is not installed.
-      RunError: if the server does not become ready.
+      InputError, RunError: see `servers.running`.
     """
     options = ["--served-model-name", name, *recipe.sampler.vllm_options]
     settings = servers.Settings(

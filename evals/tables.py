@@ -5,15 +5,16 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from jaxrl.report.markdown import table
 from jaxrl.report.panels import COLORS
 from jaxrl.results import Average, BenchmarkResult, BenchmarksResult, Grading, Measures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PAPER = Path(__file__).with_name("paper.toml")
 GRADINGS: dict[Grading, str] = {"rule": "rule only", "rule+model": "rule + model"}
@@ -52,33 +53,22 @@ def markdown(results: BenchmarksResult, titles: Mapping[str, str]) -> str:
         "",
         "Mean score of all responses in percent, with 95% bootstrap intervals over problems.",
         (settings + "protocol {protocol}.").format(**results["settings"]),
-        "",
-        _row(["model", *shown, "average"]),
-        "|---" * (len(found) + 2) + "|",
-        *_own_rows(results),
-        *rows,
+        *table(["model", *shown, "average"], [*_own_rows(results), *rows]),
         "",
         "The paper's rows are of rule + model; BroRL's are its authors' own. Averages are of the benchmarks shown.",
         *notes,
-        "",
-        _row(DETAILS),
-        "|---" * len(DETAILS) + "|",
-        *(_details(titles[name], result) for name, result in found.items()),
+        *table(DETAILS, [_details(titles[name], result) for name, result in found.items()]),
     ]
     return "\n".join([*lines, ""])
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _own_rows(results: BenchmarksResult) -> list[str]:
+def _own_rows(results: BenchmarksResult) -> list[list[str]]:
     """The accuracies of the evaluated model, a row for each grading."""
     rows = []
     for grading, title in GRADINGS.items():
         measures = [result[grading] for result in results["benchmarks"].values()]
         cells = map(_cell, [*measures, results["average"][grading]])
-        rows.append(_row([f"**{results['model']}**, {title}", *cells]))
+        rows.append([f"**{results['model']}**, {title}", *cells])
     return rows
 
 
@@ -89,7 +79,7 @@ def _cell(measures: Measures | Average | None) -> str:
     return f"{100 * measures['pass@1']:.2f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _paper_rows(names: Sequence[str]) -> tuple[list[str], list[str]]:
+def _paper_rows(names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     """The paper's rows for these benchmarks, and notes where it prints other averages."""
     rows, notes = [], []
     for row in paper():
@@ -98,17 +88,17 @@ def _paper_rows(names: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         mean = f"{np.mean(there):.2f}" if len(there) == len(names) else "-"
         cells = [f"{row['scores'][name]:.2f}" if name in row["scores"] else "-" for name in names]
-        rows.append(_row([f"{row['model']} (paper)", *cells, mean]))
+        rows.append([f"{row['model']} (paper)", *cells, mean])
         if "printed_average" in row and len(row["scores"]) == len(there) == len(names):
             printed = f"{row['printed_average']:.2f} as {row['model']}'s average"
             notes.append(f"The paper prints {printed}; its scores give {mean}.")
     return rows, notes
 
 
-def _details(title: str, result: BenchmarkResult) -> str:
+def _details(title: str, result: BenchmarkResult) -> list[str]:
     """The further measures of a benchmark, by the best grading that there is, as a row."""
     best, n, judged = result["rule+model"] or result["rule"], result["samples"], result["judge"] or {}
-    cells = [
+    return [
         title,
         f"{result['problems']} x {n}",
         f"{best['pass@k'][n]:.1%}",
@@ -119,7 +109,6 @@ def _details(title: str, result: BenchmarkResult) -> str:
         f"{result['distinct_4gram']:.3f}",
         ", ".join(f"{count} {label or 'none'}" for label, count in judged.items()) or "-",
     ]
-    return _row(cells)
 
 
 def plot(results: BenchmarksResult, titles: Mapping[str, str], path: Path) -> None:
@@ -130,6 +119,9 @@ def plot(results: BenchmarksResult, titles: Mapping[str, str], path: Path) -> No
       titles: of the benchmarks, by name.
       path: the image to write.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy, and needed last of all
+    from matplotlib.figure import Figure
+
     names = list(results["benchmarks"])
     figure = Figure(figsize=(max(5.0, 1.3 * len(names) + 2.5), 4.2), layout="constrained")
     FigureCanvasAgg(figure)

@@ -20,7 +20,6 @@ from typing import Annotated, Literal
 import tomli_w
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from jaxrl.errors import InputError
 from jaxrl.types import (
@@ -378,14 +377,17 @@ def _unchecked(values: Mapping[str, object], source: str) -> Recipe:
     try:  # JSON mode: strict about types, and still takes an integer where a float is meant
         return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise InputError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+        raise InputError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
 
 
-def _explain(problem: ErrorDetails) -> str:
-    key = ".".join(map(str, problem["loc"]))
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key '{key}'; {_suggestion(problem['loc'])}"
-    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+def _explain(error: ValidationError) -> Iterator[str]:
+    """A line for each problem, with the key and the remedy."""
+    for problem in error.errors():
+        key, message = ".".join(map(str, problem["loc"])), problem["msg"]
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            yield f"unknown key '{key}'; {_suggestion(problem['loc'])}"
+        else:
+            yield f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:

@@ -7,8 +7,11 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}  # safetensors' names
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+import ml_dtypes
+import numpy as np
+
+# safetensors' names
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -25,14 +28,15 @@ def safetensors_header(
 
     Args:
       tensors: (name, shape) in the order in which their bytes follow.
-      dtype: of all of them, a key of DTYPE_CODES.
+      dtype: of all of them, one of DTYPES by NumPy's name.
       metadata: written as `__metadata__`.
     """
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    begin = 0
+    begin, kind = 0, np.dtype(dtype)
+    code = next(code for code, known in DTYPES.items() if known == kind)
     for name, shape in tensors:
-        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
-        entries[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        end = begin + math.prod(shape) * kind.itemsize
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)

@@ -185,9 +185,8 @@ def lay_out(
     starts = np.zeros((devices, rows, layout.segments), np.int32)
     buckets = np.full((devices, rows, layout.segments), -1, np.int32)
     filled = np.zeros((devices, rows), int)
-    for place, length in sorted(
-        zip(placed, lengths, strict=True)
-    ):  # in the order in which attention visits them
+    # in the order in which attention visits them
+    for place, length in sorted(zip(placed, lengths, strict=True)):
         at = (*place[:2], filled[place[:2]])
         starts[at], buckets[at] = place.start, np.searchsorted(layout.buckets, length)
         filled[place[:2]] += 1

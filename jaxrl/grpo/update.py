@@ -110,21 +110,19 @@ def init_state(params: decoder.Params, optimizer: optax.GradientTransformation, 
       mesh: over ("data", "fsdp").
     """
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(params, optimizer, mesh))
-
-    def create(p: decoder.Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p))
-
+    create = functools.partial(_first_state, optimizer=optimizer)
     put = jax.device_put(params, shardings.params)
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(put)
 
 
 def abstract_state(params: decoder.Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; `params` may be abstract."""
-
-    def create(p: decoder.Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p))
-
+    create = functools.partial(_first_state, optimizer=optimizer)
     return abstract_sharded(jax.eval_shape(create, params), mesh)
+
+
+def _first_state(params: decoder.Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def make_update(

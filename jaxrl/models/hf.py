@@ -16,20 +16,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from numpy.typing import ArrayLike
 
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import safetensors_header, write_atomically
+from jaxrl.files import DTYPES, safetensors_header, write_atomically
 from jaxrl.models import decoder
 from jaxrl.models.decoder import Cache, Config, Params, Spec
 from jaxrl.parallel.mesh import sharding_of
 from jaxrl.types import JsonObject
 
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 _COMPANIONS = ("*token*", "vocab.*", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*")
 
 
@@ -258,12 +256,12 @@ def _map_safetensors(path: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
         header = json.loads(bytes(data[8 : 8 + size]))
         header.pop("__metadata__", None)
         body = data[8 + size :]
-        tensors = {k: _view(body, **entry) for k, entry in header.items() if entry["dtype"] in _DTYPES}
+        tensors = {k: _view(body, **entry) for k, entry in header.items() if entry["dtype"] in DTYPES}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path}: truncated or not a safetensors file; download it again") from None
     for name in header.keys() - tensors.keys():
         stored = header[name]["dtype"]
-        raise InputError(f"{path}: {name} is stored as {stored}; {', '.join(_DTYPES)} are read")
+        raise InputError(f"{path}: {name} is stored as {stored}; {', '.join(DTYPES)} are read")
     return tensors
 
 
@@ -273,7 +271,7 @@ def _view(
     begin, end = data_offsets
     if not 0 <= begin <= end <= body.size:
         raise ValueError
-    return body[begin:end].view(_DTYPES[dtype]).reshape(shape)
+    return body[begin:end].view(DTYPES[dtype]).reshape(shape)
 
 
 def manifest(config: Config) -> list[tuple[str, tuple[int, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from jaxrl.files import write_atomically
 from jaxrl.report import html
+from jaxrl.report.markdown import table
 from jaxrl.report.panels import COLORS, PANELS, SUMMARY, colors_of
 from jaxrl.report.runs import (
     Accuracy,
@@ -169,27 +170,18 @@ def _save(path: Path, draws: Sequence[Draw], size: tuple[float, float]) -> Path:
 def _summary(run: Run) -> str:
     rows, tenth = run.rows, max(1, len(run.rows) // 10)
     lines = [f"## {run.name}", "", f"{len(rows)} steps. First and last are means over {tenth} of them."]
-    lines += _table(("metric", "first", "last"), _means(rows))
+    lines += table(("metric", "first", "last"), _means(rows))
     if run.evaluations:
         columns = ["held-out", "step", "accuracy", "95% interval", "problems x samples"]
-        lines += _table(columns, map(_held_out, run.evaluations))
+        lines += table(columns, map(_held_out, run.evaluations))
     if run.benchmarks:
         first, last = run.benchmarks[0], run.benchmarks[-1]
         columns = ["benchmark, rule only", f"step {first['step']}", f"step {last['step']}"]
-        lines += _table(columns, _benchmarks(first, last))
-    lines += _table(("phase", "seconds", "share"), _phases(rows))
+        lines += table(columns, _benchmarks(first, last))
+    lines += table(("phase", "seconds", "share"), _phases(rows))
     used = [(name, number(value)) for name, value in budget(run).items() if "seconds" not in name]
-    lines += _table(("budget", "used"), used)
+    lines += table(("budget", "used"), used)
     return "\n".join([*lines, ""])
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, after an empty one."""
-    return ["", _row(columns), "|" + "---|" * len(columns), *map(_row, rows)]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _means(rows: list[MetricsRow]) -> list[tuple[str, str, str]]:

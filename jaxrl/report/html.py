@@ -181,7 +181,7 @@ def _evenly(files: Sequence[Path], count: int) -> list[Path]:
 
 def _cells(row: RolloutRow, prompt: int, vocabulary: Mapping[str, str]) -> list[float | str]:
     """A rollout as the page's script takes it, in its order."""
-    pieces = [vocabulary[str(i)] for i in row["token_ids"] if str(i) in vocabulary]
+    pieces = [text for i in row["token_ids"] if (text := vocabulary.get(str(i))) is not None]
     known = len(pieces) == len(row["token_ids"])
     return [
         row["step"] + 1,

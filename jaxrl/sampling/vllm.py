@@ -33,9 +33,8 @@ JUST_BACK = 5.0  # seconds for which a server that was found well is not asked a
 
 T = TypeVar("T")
 Ask = Callable[[str, int], Awaitable[list[Rollout]]]  # (server, index of a prompt) to its samples
-Restart = Callable[
-    [str, float], bool
-]  # (server, seconds that it has been unwell) to whether it was restarted
+# (server, seconds that it has been unwell) to whether it was restarted
+Restart = Callable[[str, float], bool]
 
 
 def never(url: str, unwell: float) -> bool:
@@ -169,17 +168,14 @@ class VLLMSampler:
                     p = waiting.popleft()
                 try:
                     groups[p] = await ask(url, p)
-                except ServerError as error:
-                    async with changed:
+                except (ServerError, InputError, RunError) as error:
+                    async with changed:  # another lane may take it
                         waiting.appendleft(p)
                         changed.notify_all()
+                    if not isinstance(error, ServerError):  # of `on_rollout`: no other server helps
+                        raise
                     await self._revive(url, error)
                     continue
-                except (InputError, RunError):  # of `on_rollout`: no lane may wait forever for this prompt
-                    async with changed:
-                        waiting.appendleft(p)
-                        changed.notify_all()
-                    raise
                 async with changed:
                     open_.remove(p)
                     changed.notify_all()
