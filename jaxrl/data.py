@@ -7,18 +7,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from jaxtyping import Int32
 
 from jaxrl import config
 from jaxrl.errors import InputError, first_line
 from jaxrl.rewards.strict_boxed import BOX, extract
 from jaxrl.types import Detokenize, JsonObject, Order, Prompt, Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Rows = Iterator[tuple[str, JsonObject]]  # where a row is, for messages, and its values by column
 
@@ -207,6 +207,9 @@ def _jsonl_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> 
 
 
 def _parquet_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
@@ -232,6 +235,8 @@ def _flat(row: JsonObject, prefix: str = "") -> JsonObject:
 
 def _flat_table(table: pa.Table) -> pa.Table:
     """The same for the columns of a table."""
+    import pyarrow as pa
+
     while any(pa.types.is_struct(kind) for kind in table.schema.types):
         table = table.flatten()
     return table
@@ -242,6 +247,9 @@ def _first_message(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
     Arrow does it without Python objects: DAPO's file has 1.8 million rows.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     kind = column.type
     chats = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
     if not chats or kind.value_type.get_field_index("content") < 0:

@@ -1,13 +1,14 @@
-"""What all parts share: the records of a rollout, the recipe's lists of names, callbacks and protocols. NumPy only."""
+"""The vocabulary of all parts: records of a rollout, lists of names, callbacks, protocols. It loads no library."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias  # noqa: TID251  # of JsonObject alone
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias  # noqa: TID251  # JsonObject's
 
-import numpy as np
-from jaxtyping import Float32, Int32
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float32, Int32
 
 # Parsed JSON or TOML of another program, whose fields are validated one by one.
 JsonObject: TypeAlias = dict[str, Any]
@@ -69,10 +70,9 @@ class SamplingParams:
 
 Groups = Sequence[Sequence[Rollout]]  # [P][G]: the rollouts of each prompt
 Say = Callable[[str], None]  # prints a line for people
-Detokenize = Callable[[np.ndarray], str]  # token ids [T] to text
-OnRollout = Callable[
-    [Rollout], Rollout
-]  # called with each rollout as it finishes; what it returns takes its place
+Detokenize: TypeAlias = "Callable[[np.ndarray], str]"  # token ids [T] to text
+# Called with each rollout as it finishes; what it returns takes its place.
+OnRollout = Callable[[Rollout], Rollout]
 
 
 def silent(_: str) -> None:

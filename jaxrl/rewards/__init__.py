@@ -13,14 +13,11 @@ that name. The functions shadow their modules as attributes of this package, so 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from jaxrl.rewards.deepscaler import equivalent
 from jaxrl.rewards.minerva import minerva
 from jaxrl.rewards.strict_boxed import strict_boxed
-
-if TYPE_CHECKING:
-    from jaxrl.types import Verifier
+from jaxrl.types import Verifier
 
 VERIFIERS: dict[Verifier, Callable[[str, str], float]] = {
     "strict_boxed": strict_boxed,
