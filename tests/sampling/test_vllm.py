@@ -278,7 +278,9 @@ def test_weights_change_while_requests_are_under_way(
 ) -> None:
     """Each token is of one policy: with "drain" all of a completion, with "keep" all after the change."""
     urls = [server.url for server in running]
-    sampler = make_sampler(urls, model[1], tmp_path, config.Sampler(on_update=on_update))
+    # few requests at once, so that most of them begin after the change
+    section = config.Sampler(on_update=on_update, concurrency=8)
+    sampler = make_sampler(urls, model[1], tmp_path, section)
     old, new = random_params(model[1], 1), random_params(model[1], 2)
     sampler.publish(old, 6)
     begun, published = threading.Event(), threading.Event()
