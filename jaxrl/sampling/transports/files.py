@@ -14,6 +14,7 @@ from blake3 import blake3
 from jaxrl.errors import InputError, RunError
 from jaxrl.files import safetensors_header
 from jaxrl.models import hf
+from jaxrl.models.config_json import describe
 from jaxrl.models.decoder import Config, Params
 from jaxrl.sampling.client import Client, Failures, ask_all
 from jaxrl.sampling.transports.base import cast, require_shapes
@@ -52,7 +53,7 @@ class Files:
             pass
 
     async def greet(self, client: Client, url: str) -> None:
-        fields = hf.describe(self._config)
+        fields = describe(self._config)
         del fields["max_position_embeddings"]  # servers may have another limit
         model = {key: value for key, value in fields.items() if isinstance(value, str | int)}
         await client.order(url, "/init_weight_transfer_engine", {"init_info": {"model": model}}, self._limit)
