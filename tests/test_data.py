@@ -217,7 +217,7 @@ def test_other_rows_and_a_limit_for_evaluation(tmp_path: Path, tokenizer: Tokeni
 def test_more_rows_than_are_tokenized_at_once(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "BATCH", 2)
+    monkeypatch.setattr("jaxrl.data.tokens.BATCH", 2)
     found = data.load_prompts(Data(path=jsonl(tmp_path / "a.jsonl", ROWS), **PLAIN), tokenizer)
     assert [tokenizer.decode(p.tokens[2:-1]) for p in found.prompts] == [row["problem"] for row in ROWS]
 
