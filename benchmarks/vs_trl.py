@@ -157,7 +157,7 @@ def trl_command(
       whole_groups: mini-batches have the rollouts of whole prompts, in order.
     """
     tokenizer, steps = data.load_tokenizer(recipe.model.path), recipe.run.steps
-    prompts = data.load_prompts(recipe.data, tokenizer).prompts
+    prompts = data.load_prompts(recipe.data, tokenizer)
     ordered = [p for k in range(steps) for p in batch(recipe, prompts, k)]
     rows = [{"prompt": tokenizer.decode(p.tokens), "answer": p.answer} for p in ordered]
     path = out / "prompts.jsonl"
@@ -188,8 +188,9 @@ def trl_command(
     return [TRL / "bin/python", HERE / "contestants" / "trl_grpo.py", json.dumps(settings)]
 
 
-def batch(recipe: config.Recipe, prompts: list[Prompt], step: int) -> list[Prompt]:
-    return data.batch(prompts, recipe.run.seed, step, recipe.rollout.prompts, recipe.data.order)
+def batch(recipe: config.Recipe, found: data.PromptSet, step: int) -> list[Prompt]:
+    size, order = recipe.rollout.prompts, recipe.data.order
+    return data.batch(found.prompts, recipe.run.seed, step, size, order, found.mixture)
 
 
 def watch(
@@ -229,6 +230,7 @@ class Base:
 
     model: hf.Model
     tokenizer: Tokenizer
+    vocabulary: data.Vocabulary
     sampler: LocalSampler
     params: SamplingParams
     mark: OnRollout
@@ -237,9 +239,12 @@ class Base:
 def load_base(recipe: config.Recipe, base: Path) -> Base:
     folder, rollout = base / "base", recipe.rollout
     model, tokenizer = hf.load(folder), data.load_tokenizer(str(folder))
+    vocabulary = data.read_vocabulary(folder, tokenizer, model.config.vocab_size)
     sampler = LocalSampler(model.config, dtype=recipe.model.dtype, slots=rollout.slots)
-    params = SamplingParams(max_tokens=rollout.max_tokens, stop_ids=hf.stop_ids(folder))
-    return Base(model, tokenizer, sampler, params, make_marker(recipe, data.detokenizer(tokenizer)))
+    params = SamplingParams(max_tokens=rollout.max_tokens, stop_ids=vocabulary.stop_ids)
+    return Base(
+        model, tokenizer, vocabulary, sampler, params, make_marker(recipe, data.detokenizer(tokenizer))
+    )
 
 
 def measure(
@@ -251,7 +256,7 @@ def measure(
 ) -> JsonObject:
     """Accuracy of each step's own samples, and of the kept parameters on the held-out problems."""
     b = load_base(recipe, base)
-    problems = held_out.load_problems(recipe, b.tokenizer)
+    problems = held_out.load_problems(recipe, b.tokenizer, b.vocabulary)
     results = []
     for step, trained in [(0, b.model.params), *kept]:
         b.sampler.publish(trained, step)
@@ -318,7 +323,7 @@ def compare_updates(base: Path, threads: int, steps: int = 3) -> JsonObject:
 
 def sample(recipe: config.Recipe, b: Base, out: Path) -> list[Groups]:
     """Samples the rollouts of each step from the base model; writes them to out/STEP.json for TRL."""
-    prompts = data.load_prompts(recipe.data, b.tokenizer).prompts
+    prompts = data.load_prompts(recipe.data, b.tokenizer, vocabulary=b.vocabulary)
     b.sampler.publish(b.model.params, 0)
     sampled = list[Groups]()
     for k in range(recipe.run.steps):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from jaxrl import data
+from jaxrl import config, data
 from jaxrl.config import Count, Positive, Section
 from jaxrl.errors import InputError
 from jaxrl.rewards.latex_equality import reference
+from jaxrl.types import JsonObject
 
+AS_IT_IS = config.Data(suffix="", strip_dapo_wrapper=False)  # puts and takes nothing around a problem
 BUILT_IN = Path(__file__).with_name("benchmarks.toml")
 # The columns of problem and answer, in the files that JustRL released and on the Hub.
 LAYOUTS = (
@@ -42,8 +45,11 @@ class Benchmark(Section):
 class Problem:
     """A problem as the benchmark has it."""
 
-    question: str
+    question: str  # for people and the judge: of a chat, the last message of the user's
     answer: str  # ground truth, out of its box
+    # the whole of it, where the benchmark has messages; file and row, for messages of errors
+    chat: Sequence[JsonObject] = field(default=(), compare=False)
+    where: str = field(default="", compare=False)
 
 
 def select(names: str) -> dict[str, Benchmark]:
@@ -92,7 +98,7 @@ def load(name: str, benchmark: Benchmark, folder: Path | None = None) -> list[Pr
         )
     problem, answer = fitting[0]
     problems = [
-        Problem(_text(row.get(problem), problem, where), _answer(row.get(answer), answer, where))
+        _problem(row.get(problem), problem, _answer(row.get(answer), answer, where), where)
         for where, row in rows
     ]
     if benchmark.problems and len(problems) != benchmark.problems:
@@ -136,9 +142,13 @@ def _source(name: str, benchmark: Benchmark, folder: Path | None) -> str:
     return str(found)
 
 
+def _problem(value: object, column: str, answer: str, where: str) -> Problem:
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return Problem(data.chat_of(value, AS_IT_IS, where, column=column).problem, answer, value, where)
+    return Problem(_text(value, column, where), answer, where=where)
+
+
 def _text(value: object, column: str, where: str) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = value[0].get("content")  # a chat
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = ", ".join(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():

@@ -63,7 +63,7 @@ class HeldOut:
         return result
 
 
-def load_problems(recipe: config.Recipe, tokenizer: Tokenizer) -> list[Prompt]:
+def load_problems(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.Vocabulary) -> list[Prompt]:
     """Loads the problems of `eval.path`.
 
     Raises:
@@ -71,8 +71,10 @@ def load_problems(recipe: config.Recipe, tokenizer: Tokenizer) -> list[Prompt]:
     """
     if not recipe.eval.path:
         raise InputError("eval.path is empty; name a .parquet or .jsonl file of held-out problems")
-    section = recipe.eval
-    return data.load_prompts(recipe.data, tokenizer, path=section.path, limit=section.problems).prompts
+    section, verifier = recipe.eval, recipe.reward.verifier
+    return data.load_prompts(
+        recipe.data, tokenizer, section.path, section.problems, verifier, vocabulary
+    ).prompts
 
 
 def evaluate(
@@ -104,8 +106,10 @@ def evaluate(
     loaded = hf.load(folder, mesh=mesh)
     tokenizer = data.load_tokenizer(str(folder))
     mark = make_marker(recipe, data.detokenizer(tokenizer))
-    params = evaluation_params(recipe, hf.stop_ids(folder))
-    held_out = HeldOut(recipe, load_problems(recipe, tokenizer), params, mark)
+    vocabulary = data.read_vocabulary(folder, tokenizer, loaded.config.vocab_size)
+    say(vocabulary.summary)
+    params = evaluation_params(recipe, vocabulary.stop_ids)
+    held_out = HeldOut(recipe, load_problems(recipe, tokenizer, vocabulary), params, mark)
     with (
         open_sampler(recipe, folder, loaded.config, mesh, say, devices) as sampler,
         Progress(1, 0, title=f"eval {name}") as progress,

@@ -19,7 +19,7 @@ from evals.generate import Response
 from evals.grade import grade_many
 from evals.held_out import HeldOut
 from evals.task import Task, load_tasks
-from jaxrl import config
+from jaxrl import config, data
 from jaxrl.errors import InputError
 from jaxrl.files import write_atomically
 from jaxrl.parallel import processes
@@ -48,18 +48,20 @@ class InTraining:
             run_benchmarks(run, self.tasks, params, out, steps)
 
 
-def load(recipe: config.Recipe, tokenizer: Tokenizer) -> InTraining:
+def load(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.Vocabulary) -> InTraining:
     """Loads the problems that `eval.path` and `eval.benchmarks` name.
 
     Raises:
       InputError: if something cannot be read.
     """
-    problems = held_out.load_problems(recipe, tokenizer) if recipe.eval.path else []
-    tasks = load_benchmarks(recipe, tokenizer) if recipe.eval.benchmarks else []
+    problems = held_out.load_problems(recipe, tokenizer, vocabulary) if recipe.eval.path else []
+    tasks = load_benchmarks(recipe, tokenizer, vocabulary) if recipe.eval.benchmarks else []
     return InTraining(problems, tasks)
 
 
-def load_benchmarks(recipe: config.Recipe, tokenizer: Tokenizer) -> list[Task]:
+def load_benchmarks(
+    recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.Vocabulary | None = None
+) -> list[Task]:
     """Loads the benchmarks of `eval.benchmarks`.
 
     Raises:
@@ -68,7 +70,7 @@ def load_benchmarks(recipe: config.Recipe, tokenizer: Tokenizer) -> list[Task]:
     section, limit = recipe.eval, recipe.data.max_prompt_tokens
     folder = Path(section.benchmark_folder).expanduser() if section.benchmark_folder else None
     chosen = benchmarks.select(section.benchmarks)
-    tasks = load_tasks(chosen, recipe, tokenizer, folder, section.benchmark_samples)
+    tasks = load_tasks(chosen, recipe, tokenizer, folder, section.benchmark_samples, vocabulary)
     for task in tasks:
         if task.longest > limit:
             raise InputError(

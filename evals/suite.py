@@ -124,11 +124,13 @@ def evaluate(
       RunError: if a server stops, does not get ready or does not answer.
     """
     tokenizer = data.load_tokenizer(str(job.folder))
-    data.require_template(tokenizer, job.recipe.data)
-    tasks = load_tasks(job.chosen, job.recipe, tokenizer, job.local, job.samples)
+    vocabulary = data.read_vocabulary(job.folder, tokenizer, hf.read_config(job.folder).vocab_size)
+    say(vocabulary.summary)
+    tasks = load_tasks(job.chosen, job.recipe, tokenizer, job.local, job.samples, vocabulary)
     job.out.mkdir(parents=True, exist_ok=True)
-    settings = _settle(job, tasks)
-    responses = _generate(job, settings["seed"], tasks, data.detokenizer(tokenizer), devices, say)
+    settings = _settle(job, tasks, vocabulary.stop_ids)
+    detokenize, stop_ids = data.detokenizer(tokenizer), vocabulary.stop_ids
+    responses = _generate(job, settings["seed"], tasks, stop_ids, detokenize, devices, say)
     graded = [_grade(task, responses[task.name], say) for task in tasks]
     judge: JudgeSettings | None = None
     if open_judge:
@@ -158,7 +160,7 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _settle(job: Job, tasks: Sequence[Task]) -> Settings:
+def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Settings:
     """Writes settings.json: all that a response depends on, the same for all in the folder.
 
     Raises:
@@ -178,6 +180,7 @@ def _settle(job: Job, tasks: Sequence[Task]) -> Settings:
         "temperature": recipe.eval.temperature,
         "top_p": recipe.eval.top_p,
         "max_tokens": recipe.rollout.max_tokens,
+        "stop_ids": list(stop_ids),
         "engine": recipe.rollout.engine,
         "dtype": recipe.model.dtype,
         "prompts": before.get("prompts", {}) | prompts,
@@ -211,6 +214,7 @@ def _generate(
     job: Job,
     seed: int,
     tasks: Sequence[Task],
+    stop_ids: tuple[int, ...],
     detokenize: Detokenize,
     devices: servers.Devices,
     say: Say,
@@ -220,8 +224,8 @@ def _generate(
     if all(len(found[task.name]) == task.total for task in tasks):
         return {task.name: in_order(found[task.name], len(task.prompts), task.samples) for task in tasks}
     recipe, parallel = _fitted(job, tasks), CALLS if job.recipe.rollout.engine == "vllm" else 1
-    section, stop_ids = recipe.eval, hf.stop_ids(job.folder)
-    params = SamplingParams(section.temperature, section.top_p, 0, recipe.rollout.max_tokens, stop_ids)
+    section, longest = recipe.eval, recipe.rollout.max_tokens
+    params = SamplingParams(section.temperature, section.top_p, 0, longest, stop_ids)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     model = hf.load(job.folder, mesh=mesh)
     responses = {}
@@ -249,7 +253,7 @@ def _fitted(job: Job, tasks: Sequence[Task]) -> config.Recipe:
       InputError: if the model has no room for the longest response after it.
     """
     longest, wanted = max(task.longest for task in tasks), job.recipe.rollout.max_tokens
-    positions = hf.read_config(job.folder).max_positions
+    positions = hf.read_config(job.folder).positions
     if positions - longest < wanted:
         raise InputError(
             f"{job.folder}: {wanted} new tokens after a prompt of {longest} are more than the model's {positions} "

@@ -38,6 +38,7 @@ def load_tasks(
     tokenizer: Tokenizer,
     folder: Path | None,
     samples: int,
+    vocabulary: data.Vocabulary | None = None,
 ) -> list[Task]:
     """Loads benchmarks.
 
@@ -47,14 +48,24 @@ def load_tasks(
       tokenizer: the model's.
       folder: with local copies of the benchmarks; None takes them from the Hub.
       samples: responses to each problem; 0 takes each benchmark's own number. At temperature 0 there is one.
+      vocabulary: the model's, to which token ids are held; None holds them to none.
 
     Raises:
-      InputError: if one cannot be read.
+      InputError: if one cannot be read, or the model or its chat template does not take a problem.
     """
     tasks = []
     for name, benchmark in chosen.items():
         problems = benchmarks.load(name, benchmark, folder)[: recipe.eval.problems or None]
-        encoded = data.encode(tokenizer, recipe.data, [problem.question for problem in problems])
+        chats = [
+            data.chat_of(
+                problem.chat or problem.question,
+                recipe.data,
+                problem.where or name,
+                column=benchmark.problem_column,
+            )
+            for problem in problems
+        ]
+        encoded = data.encode(tokenizer, recipe.data, chats, vocabulary)
         prompts = [
             Prompt(f"{name}.{i}", tokens, problem.answer)
             for i, (problem, tokens) in enumerate(zip(problems, encoded, strict=True))

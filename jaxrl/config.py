@@ -7,10 +7,12 @@ recipe with a model and a data set is the paper's baseline. Where a value is our
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from typing import Annotated, Literal
 
 import tomli_w
 import tyro
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from jaxrl.errors import InputError
 from jaxrl.types import (
@@ -41,6 +43,35 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _one_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups if pattern else 1
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    if groups != 1:
+        raise ValueError(f"{groups} groups; the answer is one group, such as '#### (.+)'")
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_one_group)]
+
+
+def _iso_date(text: str) -> str:
+    if text and datetime.date.fromisoformat(text).isoformat() != text:
+        raise ValueError("not a date such as 2026-01-31")
+    return text
+
+
+def _scalar(value: object) -> object:
+    if not isinstance(value, bool | int | float | str) or value != value:
+        raise ValueError("a template argument is text, a number or a boolean")
+    return value
+
+
+Date = Annotated[str, AfterValidator(_iso_date)]
+Argument = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 
 @dataclass(frozen=True)
@@ -81,15 +112,29 @@ class Model(Section):
 
 
 @dataclass(frozen=True)
+class Source(Section):
+    """One of several data sets to mix. A field that is left empty is that of [data]."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+    """Share of the prompts, relative to the other sources'."""
+    problem_column: str = ""
+    answer_column: str = ""
+    answer_pattern: Pattern = ""
+    template_column: str = ""
+    system: str = ""
+
+
+@dataclass(frozen=True)
 class Data(Section):
     path: str = "BytedTsinghua-SIA/DAPO-Math-17k"
     """Hub id of a data set, or a .parquet or .jsonl file (paper, section 3)."""
     problem_column: str = "prompt"
-    """Column with the problem: text, or a list of chat messages of which the first is taken (DAPO file)."""
+    """Column with the problem: text, or a list of chat messages that ends in the user's (DAPO file)."""
     answer_column: str = "reward_model.ground_truth"
     """Column with the answer; a dot enters a struct (DAPO file)."""
     suffix: str = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-    """Appended to the problem (JustRL's use_boxed_suffix_prompt)."""
+    """Appended to the problem, the last user message (JustRL's use_boxed_suffix_prompt)."""
     prefix: str = ""
     """Put before the problem; a place for worked examples (none in JustRL)."""
     strip_dapo_wrapper: bool = True
@@ -100,9 +145,23 @@ class Data(Section):
     """shuffle: every prompt once an epoch (ours); copies: 100 times, in any order (the file as released, shuffled);
     replacement: independent draws."""
     chat_template: bool = True
-    """Wrap the problem as one user turn by the tokenizer's template; false feeds plain text."""
+    """Wrap the chat by the tokenizer's template; false feeds plain text."""
+    template_arguments: dict[str, Argument] = field(default_factory=dict)
+    """Arguments of the chat template, such as enable_thinking = false; it must read each one (none in JustRL)."""
+    date: Date = ""
+    """Date that the chat template writes as today's, such as 2026-01-31; needed if it writes one (ours)."""
     max_prompt_tokens: Positive = 1024
     """Prompts longer than this many tokens are dropped and counted (verl data.max_prompt_length)."""
+    system: str = ""
+    """System message put before every chat; a row that has one of its own is refused (none in JustRL)."""
+    template_column: str = ""
+    """Column with arguments of the chat template for the row alone, an object or its JSON text (ours)."""
+    answer_pattern: Pattern = ""
+    """Regular expression whose one group is the answer, such as "#### (.+)" for GSM8K; empty takes all (ours)."""
+    skip_unanswered: bool = False
+    """Leave rows without an answer out, and count them; false refuses the first one (ours)."""
+    sources: tuple[Source, ...] = ()
+    """Data sets to mix, each a [[data.sources]] with path and weight; data.path is not read then (ours)."""
 
 
 @dataclass(frozen=True)
@@ -386,13 +445,17 @@ def _explain(error: ValidationError) -> Iterator[str]:
         key, message = ".".join(map(str, problem["loc"])), problem["msg"]
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             yield f"unknown key '{key}'; {_suggestion(problem['loc'])}"
+        elif problem["type"] in ("missing", "missing_argument"):
+            yield f"'{key}' is missing; give it"
         else:
             yield f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:
     known = [f.name for f in dataclasses.fields(Recipe)]
-    if len(location) > 1:
+    if location[:2] == ("data", "sources") and len(location) > 3:
+        known = [f.name for f in dataclasses.fields(Source)]
+    elif len(location) > 1:
         known = [f.name for f in dataclasses.fields(getattr(Recipe(), str(location[0])))]
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"

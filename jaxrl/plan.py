@@ -374,6 +374,7 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
     """
     _require_possible(a)
     c, hardware, data = model_config(recipe.model.path), HARDWARE[a.hardware], recipe.mesh.data
+    decoder.require_positions(c, recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
     w = _workload(recipe, c, a)
 
     def fits(trainers: int) -> bool:

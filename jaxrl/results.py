@@ -72,6 +72,7 @@ class Settings(TypedDict):
     temperature: float
     top_p: float
     max_tokens: int
+    stop_ids: list[int]  # that end a response
     engine: str
     dtype: str
     prompts: dict[str, str]  # hash of each benchmark's token ids

@@ -35,7 +35,7 @@ from jaxrl.types import Detokenize, OnRollout, Prompt, Rollout, SamplingParams, 
 # Evaluates the parameters that the run's sampler holds, after so many steps.
 Evaluate = Callable[["Run", int], None]
 # Reads an evaluation's problems; a bad file is then named before a sampler or a server is started.
-LoadEvaluation = Callable[[config.Recipe, Tokenizer], Evaluate]
+LoadEvaluation = Callable[[config.Recipe, Tokenizer, data.Vocabulary], Evaluate]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Setup:
     detokenize: Detokenize  # without special tokens
     mark: OnRollout  # gives a rollout its score and penalty
     prompts: Sequence[Prompt]  # all there are; see `batch`
+    mixture: Sequence[data.Part]  # of [[data.sources]]; empty for one
     sampling: SamplingParams
     evaluate: Evaluate | None
     compilations: Compilations
@@ -60,7 +61,7 @@ class Setup:
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of a step, [P]: a function of the seed and the step alone."""
         r = self.recipe
-        return data.batch(self.prompts, r.run.seed, step, r.rollout.prompts, r.data.order)
+        return data.batch(self.prompts, r.run.seed, step, r.rollout.prompts, r.data.order, self.mixture)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +139,11 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
     model = hf.read_config(folder)
     tokenizer = data.load_tokenizer(str(folder))
     detokenize = data.detokenizer(tokenizer)
-    prompts = data.load_prompts(recipe.data, tokenizer)
+    vocabulary = data.read_vocabulary(folder, tokenizer, model.vocab_size)
+    verifier = recipe.reward.verifier
+    prompts = data.load_prompts(recipe.data, tokenizer, verifier=verifier, vocabulary=vocabulary)
     say(prompts.summary())
+    say(vocabulary.summary)
     evaluate = None
     if recipe.eval.every:
         if not load_evaluation:
@@ -147,7 +151,7 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
                 f"eval.every = {recipe.eval.every}, and nothing evaluates; set it to 0, or give train an evaluation, "
                 "such as evals.in_training.load"
             )
-        evaluate = load_evaluation(recipe, tokenizer)
+        evaluate = load_evaluation(recipe, tokenizer, vocabulary)
     r = recipe.rollout
     return Setup(
         recipe=recipe,
@@ -160,7 +164,8 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         detokenize=detokenize,
         mark=make_marker(recipe, detokenize),
         prompts=prompts.prompts,
-        sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, hf.stop_ids(folder)),
+        mixture=prompts.mixture,
+        sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, vocabulary.stop_ids),
         evaluate=evaluate,
         compilations=compilations,
         began=began,

@@ -83,7 +83,7 @@ class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
     name_or_path: str
-    chat_template: str | None
+    chat_template: str | Mapping[str, str] | None
     eos_token_id: int | None
 
     def __call__(
@@ -92,6 +92,14 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: np.ndarray, *, skip_special_tokens: bool = False) -> str: ...
 
+    def get_chat_template(self) -> str: ...
+
     def apply_chat_template(
-        self, conversation: list[list[dict[str, str]]], *, add_generation_prompt: bool, tokenize: bool
+        self,
+        conversation: Sequence[Sequence[Mapping[str, object]]],
+        *,
+        chat_template: str,
+        add_generation_prompt: bool,
+        tokenize: bool,
+        **arguments: object,
     ) -> list[str]: ...

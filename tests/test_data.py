@@ -123,13 +123,7 @@ def test_jsonl_and_parquet_read_alike(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert one == other
 
 
-def test_only_the_first_message_and_only_needed_columns_are_taken(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
-    rows = [{"prompt": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "answer": 1}]
-    section = Data(path=parquet(tmp_path / "a.parquet", rows), answer_column="answer", suffix="")
-    (prompt,) = data.load_prompts(section, tokenizer).prompts
-    assert tokenizer.decode(prompt.tokens) == "<bos><user>a<assistant>"
+def test_only_needed_columns_are_taken(tmp_path: Path) -> None:
     path = parquet(tmp_path / "b.parquet", [row | {"unused": "x"} for row in ROWS])
     assert [set(row) for _, row in data.read_rows(path, ["problem"], ["id"])] == [{"problem"}] * 5
 
@@ -171,17 +165,25 @@ def test_duplicates_are_found_under_their_wrappers_and_the_first_wins(
         (34, "34"),
         (-3, "-3"),
         (0, "0"),
-        (" 34 ", " 34 "),
+        (" 34 ", "34"),
         ("34.0", "34.0"),
         (r"\boxed{204}", "204"),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{1} or \boxed{2}", r"\boxed{1} or \boxed{2}"),
         (r"\boxed{1}.", r"\boxed{1}."),
         (r"x = \boxed{1}", r"x = \boxed{1}"),
+        (r" $\frac{1}{2}$ ", r"\frac{1}{2}"),
+        (r"\boxed{ $5$ }", "5"),
+        ("$1$ or $2$", "$1$ or $2$"),
+        (204.0, "204"),
+        (0.1, "0.1"),
+        (1e16, "10000000000000000"),
+        (1e-7, "0.0000001"),
+        (-0.0, "0"),
     ],
 )
-def test_answers_are_kept_as_they_are_but_for_a_box_around_the_whole(
-    tmp_path: Path, tokenizer: Tokenizer, value: int | str, answer: str
+def test_answers_are_kept_but_for_what_is_around_the_whole(
+    tmp_path: Path, tokenizer: Tokenizer, value: float | str, answer: str
 ) -> None:
     rows = [{"problem": "p", "answer": value}]
     for path in (jsonl(tmp_path / "a.jsonl", rows), parquet(tmp_path / "a.parquet", rows)):
@@ -243,7 +245,10 @@ def test_a_hub_data_set_gives_its_training_files(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert answers(data.load_prompts(Data(path="org/name", **PLAIN), tokenizer)) == ["0", "2", "4"]
+    found = data.load_prompts(Data(path="org/name", **PLAIN), tokenizer)
+    assert answers(found) == ["0", "2", "4"]
+    assert [Path(file).name for file in found.files] == ["train-0.parquet", "train-1.parquet"]
+    assert "train-0.parquet, " in found.summary()
     assert (asked["name"], asked["repo_type"]) == ("org/name", "dataset")
     for file in (tmp_path / "data").glob("train*"):
         file.unlink()
@@ -308,7 +313,7 @@ def test_a_row_without_an_answer_is_named(tmp_path: Path, tokenizer: Tokenizer, 
     assert "a.parquet, row 6: 'answer' is empty" in refusal(parquet(tmp_path / "a.parquet", rows), tokenizer)
 
 
-@pytest.mark.parametrize("answer", [5.0, True, ["5"]])
+@pytest.mark.parametrize("answer", [True, ["5"], float("nan"), float("inf"), "nan", " -Inf "])
 def test_answers_that_no_response_could_equal_are_named(
     tmp_path: Path, tokenizer: Tokenizer, answer: object
 ) -> None:
@@ -316,7 +321,7 @@ def test_answers_that_no_response_could_equal_are_named(
     assert "a.jsonl:1: 'answer' is " in refusal(path, tokenizer)
 
 
-@pytest.mark.parametrize("problem", [None, "", " ", 3, [], ["p"], [{"role": "user"}], [{"content": None}]])
+@pytest.mark.parametrize("problem", [None, "", " ", 3, []])
 def test_a_row_without_a_problem_is_named(tmp_path: Path, tokenizer: Tokenizer, problem: object) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"problem": problem, "answer": "1"}])
     assert "a.jsonl:1: 'problem' holds neither text nor chat messages" in refusal(path, tokenizer)

@@ -1,19 +1,25 @@
-"""From files to prompts: rows of files (rows.py), problems and batches (prompts.py), token ids (tokens.py)."""
+"""From files to prompts: rows (rows.py), chats and answers (chats.py), batches (prompts.py), token ids (tokens.py)."""
 
-from jaxrl.data.prompts import COPIES, DAPO_PREFIX, DAPO_SUFFIX, PromptSet, batch, load_prompts
+from jaxrl.data.chats import DAPO_PREFIX, DAPO_SUFFIX, chat_of
+from jaxrl.data.prompts import COPIES, Part, PromptSet, batch, load_prompts
 from jaxrl.data.rows import read_rows
+from jaxrl.data.stops import Vocabulary, read_vocabulary
 from jaxrl.data.tokens import detokenizer, encode, load_tokenizer, require_template
 
 __all__ = [
     "COPIES",
     "DAPO_PREFIX",
     "DAPO_SUFFIX",
+    "Part",
     "PromptSet",
+    "Vocabulary",
     "batch",
+    "chat_of",
     "detokenizer",
     "encode",
     "load_prompts",
     "load_tokenizer",
     "read_rows",
+    "read_vocabulary",
     "require_template",
 ]

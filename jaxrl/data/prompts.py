@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64, Int64
 
 from jaxrl import config
+from jaxrl.data.chats import answer_of, arguments_of, chat_of
+from jaxrl.data.messages import Chat
 from jaxrl.data.rows import read_rows
+from jaxrl.data.stops import Vocabulary
 from jaxrl.data.tokens import encode, require_template
 from jaxrl.errors import InputError
-from jaxrl.rewards.strict_boxed import BOX, extract
-from jaxrl.types import Order, Prompt, Tokenizer
-
-# The instruction that DAPO-Math-17k puts around every problem; JustRL's authors took it off.
-DAPO_PREFIX = (
-    "Solve the following math problem step by step. The last line of your response should be of the form "
-    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
-)
-DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
+from jaxrl.rewards import can_win
+from jaxrl.types import JsonObject, Order, Prompt, Tokenizer, Verifier
 
 ID_COLUMNS = ("id", "index", "extra_info.index")  # the first of these that a row has names its prompt
 COPIES = 100  # of each row, in the released DAPO-Math-17k
+SOLUTION = "####"  # stands before the answer of GSM8K's worked solutions
+_ROW = re.compile(r":\d+$|, row \d+$")  # behind the file, where a row is named
+BLOCK = 1024  # places of the order in which sources are mixed; each block has every source's share
+
+
+class Part(NamedTuple):
+    """The prompts of one source, which lie one after another in the list."""
+
+    prompts: int
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A row that was kept."""
+
+    id: str
+    chat: Chat
+    answer: str
+
+
+@dataclasses.dataclass
+class Counts:
+    """Counts of the rows that were read, and the first row of each kind that needs a look."""
+
+    rows: int = 0
+    duplicates: int = 0
+    conflicts: int = 0  # rows whose problem was there with another answer
+    unanswered: int = 0
+    unmatched: int = 0  # answers that the verifier cannot match
+    overlong: int = 0
+    first_conflict: str = ""
+    first_unmatched: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,59 +63,143 @@ class PromptSet:
 
     prompts: list[Prompt]
     path: str
-    rows: int
-    duplicates: int
-    overlong: int
+    counts: Counts
+    files: tuple[str, ...] = ()  # that prompts are from
+    sources: tuple[PromptSet, ...] = ()
+    mixture: tuple[Part, ...] = ()  # for `batch`; empty for one source
+
+    @property
+    def rows(self) -> int:
+        return self.counts.rows
+
+    @property
+    def duplicates(self) -> int:
+        return self.counts.duplicates
+
+    @property
+    def overlong(self) -> int:
+        return self.counts.overlong
 
     def summary(self) -> str:
-        """A line for people."""
-        return (
-            f"{self.path}: {len(self.prompts):,} prompts from {self.rows:,} rows "
-            f"({self.duplicates:,} duplicates, {self.overlong:,} over-long left out)"
-        )
+        """Lines for people: one of counts, and one for whatever needs a look."""
+        if self.sources:
+            total = sum(part.weight for part in self.mixture)
+            shares = [f"{100 * part.weight / total:.3g}% of the prompts from " for part in self.mixture]
+            return "\n".join(share + one.summary() for share, one in zip(shares, self.sources, strict=True))
+        c = self.counts
+        unanswered = f"{c.unanswered:,} unanswered, " if c.unanswered else ""
+        lines = [
+            f"{self.path}: {len(self.prompts):,} prompts from {c.rows:,} rows "
+            f"({c.duplicates:,} duplicates, {unanswered}{c.overlong:,} over-long left out)"
+        ]
+        if len(self.files) > 1 or (self.files and self.files[0] != self.path):
+            lines.append(f"their files: {', '.join(self.files)}")
+        if 2 * c.duplicates > c.rows:
+            lines.append(
+                "more than half of the rows are duplicates: right for DAPO-Math-17k, which has 100 copies of each; "
+                "else look at data.problem_column"
+            )
+        if c.conflicts:
+            lines.append(
+                f"{c.conflicts:,} rows have another answer than an earlier row with the same problem, the first in "
+                f"{c.first_conflict}"
+            )
+        if c.unmatched:
+            lines.append(c.first_unmatched)
+        return "\n".join(lines)
 
 
 def load_prompts(
-    section: config.Data, tokenizer: Tokenizer, path: str | None = None, limit: int = 0
+    section: config.Data,
+    tokenizer: Tokenizer,
+    path: str | None = None,
+    limit: int = 0,
+    verifier: Verifier | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> PromptSet:
     """Reads, cleans, templates and tokenizes problems.
 
     Args:
       section: the recipe's [data].
       tokenizer: of the model.
-      path: of other rows than section.path's (held-out problems).
+      path: of other rows than section.path's (held-out problems); section.sources are not read then.
       limit: takes the first n that are not over-long; 0 takes all.
+      verifier: is asked whether it can match the answers; None asks none.
+      vocabulary: the model's, to which token ids are held; None holds them to none.
 
     Raises:
       InputError: naming the file, and the row or column, for anything that cannot be used as it is.
     """
-    source = path or section.path
     require_template(tokenizer, section)
-    rows, problems = _read_problems(source, section)
-    texts = [problem.text for problem in problems]
+    if path or not section.sources:
+        return _load(section, tokenizer, path or section.path, limit, verifier, vocabulary)
+    found: list[PromptSet] = []
+    for source in section.sources:
+        own = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name != "weight"}
+        changed = dataclasses.replace(section, sources=(), **{k: v for k, v in own.items() if v})
+        found.append(_load(changed, tokenizer, source.path, limit, verifier, vocabulary))
+    prompts = [
+        dataclasses.replace(prompt, id=f"{number}:{prompt.id}")
+        for number, one in enumerate(found, 1)
+        for prompt in one.prompts
+    ]
+    weights = [source.weight for source in section.sources]
+    mixture = tuple(Part(len(one.prompts), weight) for one, weight in zip(found, weights, strict=True))
+    names = ("rows", "duplicates", "conflicts", "unanswered", "unmatched", "overlong")
+    counts = Counts(*(sum(getattr(one.counts, name) for one in found) for name in names))
+    files = tuple(file for one in found for file in one.files)
+    return PromptSet(prompts, ", ".join(one.path for one in found), counts, files, tuple(found), mixture)
+
+
+def _load(
+    section: config.Data,
+    tokenizer: Tokenizer,
+    source: str,
+    limit: int,
+    verifier: Verifier | None,
+    vocabulary: Vocabulary | None,
+) -> PromptSet:
+    """One source's prompts."""
+    counts = Counts()
+    problems = list(_problems(source, section, counts))
+    if not problems:
+        raise InputError(f"{source}: no rows in it; give a file with problems")
+    if verifier:
+        _require_matchable(problems, verifier, source, counts)
     prompts: list[Prompt] = []
-    overlong = 0
-    for problem, tokens in zip(problems, encode(tokenizer, section, texts), strict=False):
+    tokenized = encode(tokenizer, section, [problem.chat for problem in problems], vocabulary)
+    for problem, tokens in zip(problems, tokenized, strict=False):
         if limit and len(prompts) == limit:
             break
         if len(tokens) > section.max_prompt_tokens:
-            overlong += 1
+            counts.overlong += 1
         else:
             prompts.append(Prompt(problem.id, tokens, problem.answer))
     if not prompts:
         raise InputError(
-            f"{source}: all {overlong} prompts are longer than data.max_prompt_tokens = "
+            f"{source}: all {counts.overlong} prompts are longer than data.max_prompt_tokens = "
             f"{section.max_prompt_tokens}; raise it"
         )
-    return PromptSet(prompts, source, rows, rows - len(problems), overlong)
+    files = dict.fromkeys(_ROW.sub("", problem.chat.where) for problem in problems)
+    return PromptSet(prompts, source, counts, tuple(files))
 
 
-def batch(prompts: Sequence[Prompt], seed: int, step: int, size: int, order: Order) -> list[Prompt]:
+def batch(
+    prompts: Sequence[Prompt],
+    seed: int,
+    step: int,
+    size: int,
+    order: Order,
+    mixture: Sequence[Part] = (),
+) -> list[Prompt]:
     """The prompts of one step, a pure function of the arguments.
 
     `shuffle` goes through epochs, each a permutation of its own, and a batch may span two or more; an epoch of
-    `copies` has every prompt COPIES times; `replacement` draws independently.
+    `copies` has every prompt COPIES times; `replacement` draws independently. With a mixture each part has epochs of
+    its own, and every BLOCK places of the order have its share of them, to within one.
     """
+    if mixture:
+        return [prompts[i] for i in _mixed(mixture, seed, step, size, order)]
     n = len(prompts)
     if order == "replacement":
         return [prompts[i] for i in np.random.default_rng((seed, step)).integers(n, size=size)]
@@ -94,54 +209,161 @@ def batch(prompts: Sequence[Prompt], seed: int, step: int, size: int, order: Ord
     return [prompts[epochs[p // rows][p % rows] % n] for p in positions]
 
 
-class _Kept(NamedTuple):
-    """A row that was kept."""
+def _mixed(mixture: Sequence[Part], seed: int, step: int, size: int, order: Order) -> Iterator[int]:
+    """Indices of the prompts of one step of a mixture."""
+    counts = np.array([part.prompts for part in mixture])
+    firsts = np.cumsum(counts) - counts
+    weights = np.array([part.weight for part in mixture], np.float64)
+    ends = np.cumsum(weights / weights.sum())
+    ends[-1] = 1.0
+    if order == "replacement":
+        random = np.random.default_rng((seed, step))
+        parts = np.searchsorted(ends, random.random(size), side="right")
+        yield from (int(i) for i in firsts[parts] + random.integers(counts[parts]))
+        return
+    parts, draws = _places(ends, seed, step * size, size)
+    rows = counts * COPIES if order == "copies" else counts
+    epochs: dict[tuple[int, int], Int64[np.ndarray, " rows"]] = {}
+    for part, draw in zip(parts.tolist(), draws.tolist(), strict=True):
+        epoch, place = divmod(draw, int(rows[part]))
+        if (part, epoch) not in epochs:
+            epochs[part, epoch] = np.random.default_rng((seed, epoch, part + 1)).permutation(rows[part])
+        yield int(firsts[part] + epochs[part, epoch][place] % counts[part])
 
-    id: str
-    text: str
-    answer: str
+
+def _places(
+    ends: Float64[np.ndarray, " K"], seed: int, first: int, size: int
+) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"]]:
+    """The part of each of the places from `first` on, and how many places before it have the same part.
+
+    Block b cuts [0, 1) at (i + offset(b)) / BLOCK, i < BLOCK, and a part has the cuts before its end and not before the
+    last one's. Offsets by the golden ratio are spread evenly, so that a share below 1 / BLOCK is kept too.
+    """
+    blocks = np.arange((first + size - 1) // BLOCK + 1)
+    offsets = (blocks * (np.sqrt(5) - 1) / 2) % 1
+    before = (
+        np.ceil(BLOCK * ends - offsets[:, None]).astype(np.int64).clip(0, BLOCK)
+    )  # [blocks, K] cuts before ends
+    done = np.diff(before, axis=1, prepend=0)
+    parts: list[Int64[np.ndarray, " BLOCK"]] = []
+    draws: list[Int64[np.ndarray, " BLOCK"]] = []
+    start = first // BLOCK
+    for b in range(start, len(blocks)):
+        cuts = np.random.default_rng((seed, b, 0)).permutation(BLOCK)
+        part = np.searchsorted(before[b], cuts, side="right")
+        draw = np.zeros(BLOCK, np.int64)
+        for k in range(len(ends)):
+            draw[part == k] = done[:b, k].sum() + np.arange((part == k).sum())
+        parts.append(part)
+        draws.append(draw)
+    here = slice(first - start * BLOCK, first - start * BLOCK + size)
+    return np.concatenate(parts)[here], np.concatenate(draws)[here]
 
 
-def _read_problems(source: str, section: config.Data) -> tuple[int, list[_Kept]]:
-    """The number of rows, and the problems in them, without duplicates where the recipe wants that.
+Key = str | tuple[object, ...]
+
+
+def _problems(source: str, section: config.Data, counts: Counts) -> Iterator[Problem]:
+    """The rows of a source with a problem and an answer, without duplicates where the recipe wants that.
+
+    Counts them on the way. DAPO's file has 1.8 million rows, so a copy of a row costs one look-up.
 
     Raises:
-      InputError: if there are none, or a row cannot be used.
+      InputError: if a row cannot be used.
     """
-    problems: list[_Kept] = []
-    seen: set[str] = set()
-    rows = 0
-    for where, row in read_rows(source, (section.problem_column, section.answer_column), ID_COLUMNS):
-        rows += 1
-        text = _problem_text(row[section.problem_column], section, where)
-        if section.deduplicate and text in seen:
+    columns = (section.problem_column, section.answer_column)
+    arguments = (section.template_column,) if section.template_column else ()
+    copies: set[Key] = set()  # raw values, and what answers them
+    chats: set[Key] = set()
+    answers: dict[Key, str] = {}
+    names: set[str] = set()
+    for where, row in read_rows(source, columns, ID_COLUMNS, arguments):
+        counts.rows += 1
+        raw = _raw_key(row, columns) if section.deduplicate and not arguments else None
+        if raw in copies:
+            counts.duplicates += 1
             continue
-        seen.add(text)
-        name = next((str(row[c]) for c in ID_COLUMNS if row.get(c) is not None), str(rows))
-        problems.append(_Kept(name, text, _answer_text(row[section.answer_column], section, where)))
-    if not problems:
-        raise InputError(f"{source}: no rows in it; give a file with problems")
-    return rows, problems
+        extra = arguments_of(row[section.template_column], section, where) if arguments else {}
+        chat = chat_of(row[section.problem_column], section, where, extra)
+        answer = _answer(row, section, where)
+        if answer is None:
+            counts.unanswered += 1
+            continue
+        if raw is not None:
+            copies.add(raw)
+        if answers.setdefault(_chat_key(chat, str.strip), answer) != answer:
+            counts.conflicts += 1
+            counts.first_conflict = counts.first_conflict or where
+        key = _chat_key(chat, str)
+        if section.deduplicate and key in chats:
+            counts.duplicates += 1
+            continue
+        chats.add(key)
+        name = next((str(row[c]) for c in ID_COLUMNS if row.get(c) is not None), str(counts.rows))
+        name = f"{name}#{counts.rows}" if name in names else name
+        names.add(name)
+        yield Problem(name, chat, answer)
 
 
-def _problem_text(value: object, section: config.Data, where: str) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = value[0].get("content")
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(
-            f"{where}: '{section.problem_column}' holds neither text nor chat messages; remove the row or fill it in"
-        )
-    return value.removeprefix(DAPO_PREFIX).removesuffix(DAPO_SUFFIX) if section.strip_dapo_wrapper else value
-
-
-def _answer_text(value: object, section: config.Data, where: str) -> str:
-    """The answer as the strict verifier compares it: only a box around the whole of it is taken off."""
+def _answer(row: JsonObject, section: config.Data, where: str) -> str | None:
+    """The row's answer; None where rows without one are skipped."""
     column = section.answer_column
-    if isinstance(value, bool) or not isinstance(value, str | int | None):
-        raise InputError(f"{where}: '{column}' is {value!r}, neither text nor an integer; write it as text")
-    text = "" if value is None else str(value)
-    inside = extract(text)
-    text = inside if inside is not None and text == f"{BOX}{inside}}}" else text
-    if not text.strip():
-        raise InputError(f"{where}: '{column}' is empty; every row needs an answer, remove it or fill it in")
-    return text
+    answer = answer_of(row[column], section, where)
+    if answer is not None or section.skip_unanswered:
+        return answer
+    if section.answer_pattern and row[column] is not None and str(row[column]).strip():
+        raise InputError(
+            f"{where}: '{column}' does not match data.answer_pattern = {section.answer_pattern!r}; correct it, or set "
+            "data.skip_unanswered = true"
+        )
+    raise InputError(
+        f"{where}: '{column}' is empty; every row needs an answer, remove it or fill it in, or set "
+        "data.skip_unanswered = true"
+    )
+
+
+def _raw_key(row: JsonObject, columns: tuple[str, str]) -> Key | None:
+    """The values of a row that is text or a chat of one message; None for others."""
+    problem, answer = row[columns[0]], row[columns[1]]
+    if type(problem) is str and type(answer) is str:
+        return problem, answer
+    if isinstance(problem, list) and len(problem) == 1 and isinstance(problem[0], dict):
+        problem = tuple(problem[0].values())
+        if not all(isinstance(each, str) for each in problem):
+            return None
+    whole = (
+        isinstance(problem, str | tuple) and isinstance(answer, str | int) and not isinstance(answer, bool)
+    )
+    return (problem, answer) if whole else None
+
+
+def _chat_key(chat: Chat, of: Callable[[str], str]) -> Key:
+    """The whole of a chat and its arguments."""
+    if len(chat.messages) == 1 and not chat.arguments:
+        return of(chat.problem)
+    messages = [(each["role"], of(each["content"])) for each in chat.messages[:-1]]
+    return (*messages, of(chat.problem), *sorted((k, repr(v)) for k, v in chat.arguments.items()))
+
+
+def _require_matchable(problems: Sequence[Problem], verifier: Verifier, source: str, counts: Counts) -> None:
+    """Counts the answers that no response can match, in the verifier's own form.
+
+    Raises:
+      InputError: if they are more than half.
+    """
+    # GSM8K's worked solutions may fit into a box, and nobody writes them there.
+    lost = [each for each in problems if SOLUTION in each.answer or not can_win(verifier, each.answer)]
+    counts.unmatched = len(lost)
+    if not lost:
+        return
+    where, answer = lost[0].chat.where, lost[0].answer
+    shown = answer if len(answer) <= 60 else f"{answer[:28]} ... {answer[-28:]}"
+    remedy = "correct them, or choose another reward.verifier"
+    if any(SOLUTION in problem.answer for problem in lost):
+        remedy = "set data.answer_pattern = '#### (.+)'"
+    counts.first_unmatched = (
+        f"{len(lost):,} of {len(problems):,} answers cannot be matched by {verifier}, the first in {where}: {shown!r}; "
+        f"{remedy}"
+    )
+    if 2 * len(lost) > len(problems):
+        raise InputError(f"{source}: {counts.first_unmatched}")

@@ -16,19 +16,24 @@ if TYPE_CHECKING:
 Rows = Iterator[tuple[str, JsonObject]]  # where a row is, for messages, and its values by column
 
 
-def read_rows(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Rows:
+def read_rows(
+    path: str, columns: Sequence[str], optional: Sequence[str] = (), objects: Sequence[str] = ()
+) -> Rows:
     """Yields (where, {column: value}) from a .jsonl or .parquet file, or the training files of a Hub data set.
 
     Args:
       path: the file, or a Hub id.
       columns: to read; a dot enters a struct.
       optional: to read where a row or file has them.
+      objects: to read whole, as one value, where they are structs too; None where a row has none.
 
     Raises:
       InputError: if there is no such file, data set or column, or a line is not JSON.
     """
     for file in _files(path):
-        yield from (_parquet_rows if file.suffix == ".parquet" else _jsonl_rows)(file, columns, optional)
+        yield from (_parquet_rows if file.suffix == ".parquet" else _jsonl_rows)(
+            file, columns, optional, objects
+        )
 
 
 def _files(path: str) -> list[Path]:
@@ -51,7 +56,7 @@ def _files(path: str) -> list[Path]:
     return [f for f in files if "train" in str(f.relative_to(folder))] or files
 
 
-def _jsonl_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
+def _jsonl_rows(file: Path, columns: Sequence[str], optional: Sequence[str], objects: Sequence[str]) -> Rows:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -65,10 +70,13 @@ def _jsonl_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> 
                 raise InputError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
             flat = _flat(row)
             _require(columns, flat, where)
-            yield where, {c: flat[c] for c in (*columns, *optional) if c in flat}
+            found = {c: flat[c] for c in (*columns, *optional) if c in flat}
+            yield where, found | {c: row.get(c) for c in objects}
 
 
-def _parquet_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
+def _parquet_rows(
+    file: Path, columns: Sequence[str], optional: Sequence[str], objects: Sequence[str]
+) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -78,13 +86,16 @@ def _parquet_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -
         raise InputError(f"{file}: not a parquet file ({first_line(error)}); get it again") from None
     there = _flat_table(parquet.schema_arrow.empty_table()).column_names
     _require(columns, there, str(file))
+    _require(objects, parquet.schema_arrow.names, str(file))
     wanted = [*columns, *(c for c in optional if c in there)]
     number = 0
-    for chunk in parquet.iter_batches(columns=wanted):
-        table = _flat_table(pa.Table.from_batches([chunk]))
-        for values in zip(*(_first_message(table[c]).to_pylist() for c in wanted), strict=True):
+    for chunk in parquet.iter_batches(columns=[*wanted, *objects]):
+        whole = pa.Table.from_batches([chunk])
+        table = _flat_table(whole)
+        read = [*(_single_users(table[c]) for c in wanted), *(whole[c] for c in objects)]
+        for values in zip(*(column.to_pylist() for column in read), strict=True):
             number += 1
-            yield f"{file}, row {number}", dict(zip(wanted, values, strict=True))
+            yield f"{file}, row {number}", dict(zip((*wanted, *objects), values, strict=True))
 
 
 def _flat(row: JsonObject, prefix: str = "") -> JsonObject:
@@ -104,8 +115,8 @@ def _flat_table(table: pa.Table) -> pa.Table:
     return table
 
 
-def _first_message(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The text of each chat's first message, where the column holds chats.
+def _single_users(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The text of chats, where each is one message of the user's; other columns as they are.
 
     Arrow does it without Python objects: DAPO's file has 1.8 million rows.
     """
@@ -114,11 +125,16 @@ def _first_message(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
     kind = column.type
     chats = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
-    if not chats or kind.value_type.get_field_index("content") < 0:
+    if not chats or {field.name for field in kind.value_type} != {"role", "content"}:
         return column
-    if not pc.min(pc.list_value_length(column)).as_py():
-        return column  # `_problem_text` refuses the row whose chat is empty
-    return pc.struct_field(pc.list_element(column, 0), "content")
+    if not pa.types.is_string(kind.value_type.field("content").type):
+        return column  # parts
+    lengths = pc.min_max(pc.list_value_length(column)).as_py()
+    if lengths != {"min": 1, "max": 1} or column.null_count:
+        return column
+    messages = pc.list_flatten(column)
+    users = pc.all(pc.equal(pc.struct_field(messages, "role"), "user"), skip_nulls=False).as_py()
+    return pc.struct_field(messages, "content") if users else column
 
 
 def _require(columns: Sequence[str], there: Iterable[str], where: str) -> None:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int, Shaped
 
 from jaxrl.arrays import Array
+from jaxrl.errors import InputError
+from jaxrl.rope import RopeScaling
 from jaxrl.types import Remat
 
 Leaf = TypeVar("Leaf")
@@ -74,7 +76,13 @@ class Config:
     rope_theta: float
     norm_epsilon: float
     tied: bool  # the LM head is the embedding
-    max_positions: int
+    max_positions: int  # as config.json states them; see `positions`
+    rope_scaling: RopeScaling | None = None
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.rope_scaling.positions(self.max_positions) if self.rope_scaling else self.max_positions
 
     @property
     def qkv_bias(self) -> bool:
@@ -139,6 +147,15 @@ def specs(c: Config) -> list[Spec]:
 
 def stacked_shape(spec: Spec, c: Config) -> tuple[int, ...]:
     return (c.layers, *spec.shape) if spec.stacked else spec.shape
+
+
+def require_positions(c: Config, tokens: int) -> None:
+    """Raises: InputError if the model has no room for a prompt and its answer of so many tokens together."""
+    if tokens > c.positions:
+        raise InputError(
+            f"prompts and answers of up to {tokens} tokens are more than the model's {c.positions} positions; lower "
+            "rollout.max_tokens, eval.max_tokens or data.max_prompt_tokens"
+        )
 
 
 def forward_flops(c: Config) -> tuple[int, int]:
@@ -253,14 +270,22 @@ def rms_norm(
 
 
 def rope(
-    x: Float[jax.Array, "*B N heads head_dim"], positions: Int[Array, "*B N"], theta: float
+    x: Float[jax.Array, "*B N heads head_dim"],
+    positions: Int[Array, "*B N"],
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Float[jax.Array, "*B N heads head_dim"]:
     """Rotary embedding, halves convention (arXiv 2104.09864), computed in float32."""
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling:
+        frequencies = jnp.asarray(scaling.frequencies(theta, x.shape[-1]))
+    else:
+        frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     positions = positions[..., None, None].astype(jnp.float32)
     angles = positions * _over_last(frequencies, positions)
     sin, cos = jnp.sin(angles), jnp.cos(angles)
+    if scaling and scaling.attention_factor != 1:
+        sin, cos = sin * scaling.attention_factor, cos * scaling.attention_factor
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -295,5 +320,5 @@ def _qkv(
     )
     if c.qk_norm:
         q, k = rms_norm(q, w["q_norm"], c.norm_epsilon), rms_norm(k, w["k_norm"], c.norm_epsilon)
-    rotate = functools.partial(rope, positions=positions, theta=c.rope_theta)
+    rotate = functools.partial(rope, positions=positions, theta=c.rope_theta, scaling=c.rope_scaling)
     return rotate(q), rotate(k), v

@@ -29,7 +29,7 @@ from jaxrl.models.tensors import Tensors
 from jaxrl.parallel.mesh import sharding_of
 from jaxrl.types import JsonObject
 
-__all__ = ["Model", "load", "manifest", "named_tensors", "read_config", "resolve", "save", "stop_ids"]
+__all__ = ["Model", "load", "manifest", "named_tensors", "read_config", "resolve", "save"]
 
 _COMPANIONS = ("*token*", "vocab.*", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*")
 
@@ -77,19 +77,6 @@ def resolve(path: str | Path) -> Path:
     except Exception as error:  # of the Hub's client, its HTTP library or the disk
         reason = first_line(error)
         raise InputError(f"{path}: no such folder, and the Hub did not have it: {reason}") from error
-
-
-def stop_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json, or else of config.json.
-
-    Raises:
-      InputError: if neither has any.
-    """
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    raise InputError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id; add one")
 
 
 def load(path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Model:

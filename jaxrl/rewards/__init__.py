@@ -4,10 +4,12 @@ A verifier is `(response, ground_truth) -> +1.0 | -1.0`. It gets decoded text wi
 raises on any text, and is quick on adversarial text: it runs inline, between sampling and the update, on whatever a
 policy has found to write.
 
+`WINNING` has the form in which each verifier looks for an answer, for checks that an answer can be matched at all.
+
 To add one, write a module here with the function and an `extract(response)` that returns the answer it compares (for
-reading rollouts). Add its name to `Verifier` in `jaxrl/types.py` and the function to `VERIFIERS`; recipes choose by
-that name. The functions shadow their modules as attributes of this package, so import other names by
-`from jaxrl.rewards.minerva import extract`. Keep imports light: samplers mark rollouts without JAX.
+reading rollouts). Add its name to `Verifier` in `jaxrl/types.py` and the function to `VERIFIERS`, with its form in
+`WINNING`; recipes choose by that name. The functions shadow their modules as attributes of this package, so import
+other names by `from jaxrl.rewards.minerva import extract`. Keep imports light: samplers mark rollouts without JAX.
 """
 
 from __future__ import annotations
@@ -25,4 +27,30 @@ VERIFIERS: dict[Verifier, Callable[[str, str], float]] = {
     "equivalent": equivalent,
 }
 
-__all__ = ["VERIFIERS", "equivalent", "minerva", "strict_boxed"]
+ANSWER = "<answer>"
+WINNING: dict[Verifier, str] = {
+    "strict_boxed": f"\\boxed{{{ANSWER}}}",
+    "minerva": f"Answer: {ANSWER}",
+    "equivalent": f"<think></think>\\boxed{{{ANSWER}}}",
+}
+
+__all__ = ["VERIFIERS", "WINNING", "can_win", "equivalent", "minerva", "strict_boxed", "winning"]
+
+
+def winning(verifier: Verifier, answer: str) -> str:
+    """The shortest response that gives `answer` in the form in which the verifier looks for it."""
+    return WINNING[verifier].replace(ANSWER, answer)
+
+
+def can_win(verifier: Verifier, answer: str) -> bool:
+    """True if a response that gives exactly `answer` scores +1, and one that gives an empty answer does not.
+
+    A verifier that has no form in `WINNING` is trusted.
+    """
+    if verifier not in WINNING:
+        return True
+    mark = VERIFIERS[verifier]
+    if mark(winning(verifier, answer), answer) < 0:
+        return False
+    # No verifier normalizes a digit away that is behind the last "=", and `equivalent` takes milliseconds.
+    return any(map(str.isdigit, answer.rpartition("=")[2])) or mark(winning(verifier, ""), answer) < 0

@@ -151,7 +151,7 @@ class LocalSampler:
         return [[rollouts[p, g] for g in range(samples)] for p in range(len(prompts))]
 
     def _require_possible(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        positions = self._config.max_positions
+        positions = self._config.positions
         for prompt in prompts:
             if not len(prompt.tokens):
                 raise InputError(f"prompt {prompt.id} is empty; give it at least one token")

@@ -72,7 +72,7 @@ def open_own_sampler(
     with ExitStack() as stack:
         transport = _open_transport(recipe, model, stack)
         if processes.chief():
-            yield _open_vllm(recipe, folder, transport, say, devices, stack)
+            yield _open_vllm(recipe, folder, model, transport, say, devices, stack)
         else:
             yield Follower(transport)
 
@@ -91,6 +91,7 @@ def _open_transport(recipe: config.Recipe, model: decoder.Config, stack: ExitSta
 def _open_vllm(
     recipe: config.Recipe,
     folder: Path,
+    model: decoder.Config,
     transport: Transport,
     say: Say,
     devices: servers.Devices,
@@ -99,6 +100,7 @@ def _open_vllm(
     """Starts the servers that the recipe asks for, and opens a sampler in front of all there are."""
     section, started = recipe.sampler, dict[str, servers.Server]()
     if section.servers:
+        decoder.require_positions(model, recipe.max_tokens)
         settings = servers.Settings(
             section.vllm,
             str(folder),
@@ -106,6 +108,7 @@ def _open_vllm(
             recipe.max_tokens,
             transport.backend,
             options=section.vllm_options,
+            beyond=recipe.max_tokens > model.max_positions,
         )
         logs = Path(recipe.run.directory).absolute() / "servers"
         running = servers.running(section.servers, settings, logs, devices=devices, say=say)

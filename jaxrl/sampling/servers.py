@@ -53,6 +53,7 @@ class Settings:
     backend: str = "jaxrl_file"  # how it gets model weights; see `Transport.backend`
     chat: bool = False  # an ordinary chat server, whose weights never change
     options: Sequence[str] = ()  # more options of `vllm serve`
+    beyond: bool = False  # `max_tokens` is above what config.json states, as YaRN allows
 
 
 class Server(ProcessGroup):
@@ -125,6 +126,8 @@ def prepare(
     """
     port = port or free_port(host)
     variables = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {}) | dict(environment or {})
+    if settings.beyond:  # vLLM would refuse, though its tables reach as far as the scaling does
+        variables["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     return Server(f"http://{host}:{port}", log, command(settings, host, port, on_cpu), variables)
 
 

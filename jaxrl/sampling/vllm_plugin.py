@@ -15,10 +15,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
+from jaxrl.rope import read_rope
+from jaxrl.types import JsonObject
+
 if TYPE_CHECKING:
     import torch
-
-Fields = Mapping[str, str | int]  # of config.json
 
 
 def register() -> None:
@@ -32,7 +33,7 @@ def register() -> None:
 
     @dataclasses.dataclass
     class Model(WeightTransferInitInfo):
-        model: Fields  # the trainer's
+        model: JsonObject  # fields of the trainer's config.json
 
     @dataclasses.dataclass
     class File(WeightTransferUpdateInfo):
@@ -94,16 +95,26 @@ def load_file(model: Loads, path: Path, digest: str, device: torch.device) -> No
         torch.accelerator.synchronize()
 
 
-def require_same_model(model: Fields, served: object) -> None:
+def require_same_model(model: JsonObject, served: object) -> None:
     """Raises: ValueError if the server has another model: vLLM keeps layers that a file does not have as they were."""
     theirs = {key: getattr(served, key, None) for key in model}
     different = [
         f"{key} is {theirs[key]!r}, not {value!r}"
         for key, value in model.items()
-        if theirs[key] not in (None, value)
+        if theirs[key] not in (None, value) and not (key == "rope_parameters" and _same_rope(value, served))
     ]
     if different:
         raise ValueError(f"this server has another model: {', '.join(different)}")
+
+
+def _same_rope(ours: JsonObject, served: object) -> bool:
+    """Whether positions turn alike, however that is written: defaults may be left out.
+
+    Raises:
+      ValueError: if the server's scaling is none that the trainer has.
+    """
+    theirs, positions = served.rope_parameters, served.max_position_embeddings  # type: ignore[attr-defined]
+    return read_rope("the trainer", ours, positions) == read_rope("this server", theirs, positions)
 
 
 def verify_digest(path: Path, digest: str) -> None:

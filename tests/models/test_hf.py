@@ -114,10 +114,10 @@ def test_both_dialects_of_rope(
 def test_fields_that_old_configs_leave_out(folder: Path) -> None:
     edit_config(
         folder,
-        remove=("num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"),
+        remove=("head_dim", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"),
     )
     config = hf.read_config(folder)
-    assert (config.kv_heads, config.head_dim, config.rope_theta) == (6, 8, 10_000.0)
+    assert (config.head_dim, config.rope_theta) == (8, 10_000.0)
     assert (config.norm_epsilon, config.tied) == (1e-6, False)
 
 
@@ -197,18 +197,6 @@ def test_companions_travel(folder: Path, tmp_path: Path) -> None:
     assert {name: (out / name).read_text() for name in companions} == companions
     assert {file.name for file in out.iterdir()} == {*companions, "config.json", "model.safetensors"}
     assert json.loads((out / "config.json").read_text())["a_field_of_others"] == 7
-    assert hf.stop_ids(out) == (3, 4)
-
-
-def test_stop_ids(folder: Path) -> None:
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    edit_config(folder, eos_token_id=5)
-    assert hf.stop_ids(folder) == (5,)
-    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
-    assert hf.stop_ids(folder) == (0,)
-    (folder / "generation_config.json").write_text("{}")
-    edit_config(folder, eos_token_id=None)
-    assert "eos_token_id" in one_line(lambda: hf.stop_ids(folder))
 
 
 def test_saving_over_a_sharded_folder_replaces_it(folder: Path) -> None:
@@ -440,7 +428,7 @@ def test_tensors_that_do_not_belong_to_the_config(with_mesh: bool, folder: Path)
     edit_config(folder, intermediate_size=88)
     message = one_line(load)
     assert str(folder) in message and "mlp." in message and "(48, 80)" in message and "(48, 88)" in message
-    edit_config(folder, intermediate_size=80, num_hidden_layers=4)
+    edit_config(folder, remove=("layer_types",), intermediate_size=80, num_hidden_layers=4)
     message = one_line(load)
     assert str(folder) in message and "model.layers.3.input_layernorm.weight" in message
 
@@ -451,10 +439,13 @@ def test_tensors_that_do_not_belong_to_the_config(with_mesh: bool, folder: Path)
         ({"model_type": "mamba"}, "mamba"),
         ({"model_type": None}, "model_type"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "llama3"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "linear"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
         ({"rope_parameters": "default"}, "rope_parameters"),
-        ({"use_sliding_window": True, "sliding_window": 64}, "sliding-window"),
+        (
+            {"use_sliding_window": True, "sliding_window": 64, "layer_types": None, "max_window_layers": 1},
+            "sliding-window",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias"),

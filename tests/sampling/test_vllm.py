@@ -21,6 +21,7 @@ from jaxrl import config
 from jaxrl.errors import InputError, RunError
 from jaxrl.models import Model, initialize, load, save
 from jaxrl.models.decoder import Params
+from jaxrl.rope import RopeScaling
 from jaxrl.sampling import servers
 from jaxrl.sampling.client import api_key
 from jaxrl.sampling.prefetch import Prefetch, Sampled
@@ -97,10 +98,12 @@ def logprobs_of(model: Model, params: Params, rollout: Rollout, temperature: flo
     return np.asarray(logp[at, rollout.tokens])
 
 
-def assert_from(model: Model, params: Params, groups: Groups, temperature: float = 1.0) -> None:
+def assert_from(
+    model: Model, params: Params, groups: Groups, temperature: float = 1.0, atol: float = 1e-5
+) -> None:
     for rollout in [rollout for group in groups for rollout in group]:
         expected = logprobs_of(model, params, rollout, temperature)
-        np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-5)
+        np.testing.assert_allclose(rollout.logprobs, expected, atol=atol)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -116,6 +119,45 @@ def test_logprobs_are_the_trainers(
         assert rollout.finish_reason == ("stop" if ended else "length")
         assert ended or len(rollout.tokens) == 24
         assert rollout.version == 0 and 1 not in rollout.tokens[:-1]
+
+
+LLAMA3 = RopeScaling("llama3", 8.0, original=16, low=1.0, high=4.0)
+YARN = RopeScaling("yarn", 4.0, original=24, beta_fast=32.0, beta_slow=1.0, attention_factor=1.3)
+LINEAR = RopeScaling("linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [("llama", LLAMA3), ("qwen3", YARN), ("qwen2", LINEAR)],
+    ids=["llama3", "yarn", "linear"],
+)
+def test_logprobs_are_the_trainers_with_scaled_rope(
+    family: str, scaling: RopeScaling, model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    """YaRN and linear: beyond the positions that config.json states. A server of another scaling is refused."""
+    stated = 64 if scaling is LLAMA3 else 24
+    changes = {
+        "family": family,
+        "tied": False,
+        "max_positions": stated,
+        "rope_theta": 1e4,
+        "rope_scaling": scaling,
+    }
+    scaled = dataclasses.replace(model[1].config, **changes)
+    ours = Model(scaled, initialize(scaled, 0, scale=0.3))
+    save(ours, tmp_path / "model")
+    beyond = dataclasses.replace(settings(tmp_path / "model"), beyond=stated < 64)
+    with servers.running(1, beyond, tmp_path / "servers") as started:
+        urls = [server.url for server in started]
+        sampler = make_sampler(urls, ours, tmp_path / "weights")
+        sampler.publish(ours.params, 0)
+        groups = sampler.generate(make_prompts(3, length=20), 2, SamplingParams(max_tokens=40), (1,))
+        assert_from(ours, ours.params, groups, atol=1e-4)
+        plain = dataclasses.replace(ours, config=dataclasses.replace(scaled, rope_scaling=None))
+        with pytest.raises(AssertionError):
+            assert_from(plain, ours.params, groups, atol=1e-2)
+        with pytest.raises(InputError, match="rope_parameters"):
+            make_sampler(urls, plain, tmp_path / "weights")
 
 
 def test_equal_seeds_give_equal_answers(sampler: VLLMSampler) -> None:

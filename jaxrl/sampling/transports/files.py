@@ -54,8 +54,11 @@ class Files:
 
     async def greet(self, client: Client, url: str) -> None:
         fields = describe(self._config)
-        del fields["max_position_embeddings"]  # servers may have another limit
-        model = {key: value for key, value in fields.items() if isinstance(value, str | int)}
+        # servers may have another limit, and theta is in rope_parameters
+        left_out = ("max_position_embeddings", "rope_theta", "rope_scaling", "architectures")
+        model = {key: value for key, value in fields.items() if key not in left_out}
+        if self._config.family == "llama":
+            model["sliding_window"] = None  # transformers ignores it in a Llama, vLLM does not
         await client.order(url, "/init_weight_transfer_engine", {"init_info": {"model": model}}, self._limit)
 
     async def connect(self, client: Client, urls: Sequence[str], failed: Failures) -> None:
