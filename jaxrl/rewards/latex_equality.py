@@ -11,20 +11,32 @@ two older ones: the spelling of the MATH data set (arXiv 2103.03874) and the sym
 from __future__ import annotations
 
 import ast
-import cmath
 import functools
 import math
 import re
+from typing import TYPE_CHECKING
 
+from jaxrl.rewards.nothing import UNITS, states_nothing
 from jaxrl.rewards.strict_boxed import BOX, group_from
+
+if TYPE_CHECKING:
+    import sympy
+    from mpmath import mpc, mpf
 
 LONGEST = 1000  # characters; the longest reference answer of nine benchmarks has 210
 DEEPEST = 12  # brackets; pylatexenc takes twice as long for each one that nothing closes
 MOST_LETTERS = 2  # the reference's
 LARGEST_EXPONENT = 300
+LARGEST = 1e308
+LARGEST_FACTORIAL = 170
 INTEGRAL = 1e-7  # a number as close as this to an integer is one; the reference's
 ROUNDING = 1e-12  # relative to a value; a smaller imaginary part is a rounding error
-ZERO = 1e-9  # relative to the largest value on the way; a smaller difference is 0
+DIGITS = 60  # so that terms that cancel leave enough of a small value
+ZERO = 1e-9  # relative to the reference's value; sympy gets smaller differences
+CANCELED = (
+    1e-40  # relative to the largest value on the way to the reference's; what is left of terms that cancel
+)
+NOTHING = ("", "nan")  # no reference
 POINTS = (0.61803, 2.71043)  # where differences are evaluated: on both sides of 1, so that high powers show
 
 BOX_COMMAND = r"\boxed"
@@ -55,8 +67,8 @@ def reference(ground_truth: str) -> str | None:
 
 
 def same_spelling(given: str, truth: str) -> bool:
-    """Whether the answers have one spelling."""
-    return spelling(given) == spelling(truth)
+    """Whether the answers have one spelling, and it states something."""
+    return spelling(given) == spelling(truth) and not states_nothing(truth)
 
 
 def spelling(answer: str) -> str:
@@ -111,13 +123,7 @@ def _brace_fractions(text: str) -> str:
 
 
 # Removed one after the other, also within words.
-_UNITS = tuple(
-    re.compile(unit + r"(es)?(s)? *(\^[0-9]+)?")
-    for unit in (
-        *("degree", "cm", "centimeter", "meter", "mile", "second", "minute", "hour"),
-        *("day", "week", "month", "year", "foot", "feet", "inch", "yard"),
-    )
-)
+_UNITS = tuple(re.compile(unit + r"(es)?(s)? *(\^[0-9]+)?") for unit in UNITS)
 _WORDS = (
     (r"\%", "%"),
     (r"\$", "$"),
@@ -135,11 +141,13 @@ _SYMBOLS = str.maketrans({"√": "sqrt", "π": "pi", "∞": "inf", "∪": "U", "
 
 def same_value(given: str, truth: str) -> bool:
     """Whether the answers are one text once LaTeX is read, or element by element the same number or formula."""
+    if states_nothing(truth):
+        return False
     given, truth = canonical(given), canonical(truth)
+    if truth in NOTHING or not given:
+        return False
     if given == truth:
         return True
-    if not given:
-        return False
     ours, theirs = elements(given), elements(truth)
     if len(ours) != len(theirs) or (len(theirs) > 1 and (given[0], given[-1]) != (truth[0], truth[-1])):
         return False
@@ -196,8 +204,9 @@ def _same_element(given: str, truth: str) -> bool:
     plain = r"0|-?[1-9][0-9]*"
     if re.fullmatch(plain, given) and re.fullmatch(plain, truth):
         return given == truth
-    difference = f"({truth})-({given})"
-    return _may_be_parsed(difference) and _is_zero(difference.replace("^", "**"))
+    return _may_be_parsed(f"({truth})-({given})") and _same_formula(
+        given.replace("^", "**"), truth.replace("^", "**")
+    )
 
 
 def _may_be_parsed(expression: str) -> bool:
@@ -232,27 +241,58 @@ class Refused(Exception):
     """The expression is not plain arithmetic of a size that a float can hold."""
 
 
-def _is_zero(expression: str) -> bool:
-    """Whether sympy simplifies the expression to zero.
+def _same_formula(given: str, truth: str) -> bool:
+    """Whether sympy simplifies the difference of the two to zero.
 
-    The parser turns it into Python; only the arithmetic that `_Numeric` implements is ever evaluated. An expression
-    that differs from zero at a point never reaches sympy: nearly all wrong answers end here, harmlessly.
+    The parser turns them into Python; only the arithmetic that `_Numeric` implements is ever evaluated. Formulas that
+    differ at a point never reach sympy: nearly all wrong answers end here, harmlessly.
+
+    Each side is read alone, which is a deviation: inside the reference's one text `(truth)-(given)`, the answer
+    `1.e30)+(1.e30` closes the bracket, and floats as large as that absorb every truth.
     """
+    import mpmath
     import sympy
-    from sympy.parsing import sympy_parser
 
-    rules = (*sympy_parser.standard_transformations, sympy_parser.implicit_multiplication_application)
     try:
-        code = sympy_parser.stringify_expr(expression, {}, _names(), rules)
-        tree = ast.parse(code.strip(), mode="eval")
-        for point in POINTS:
-            number = _Numeric(point)
-            value = number.of(tree.body)
-            if not abs(value) <= ZERO * number.largest:
+        theirs, ours = _parsed(truth), _parsed(given)
+        with mpmath.workdps(DIGITS):
+            if not all(_agree_at(point, ours, theirs) for point in POINTS):
                 return False
-        return sympy.simplify(eval(compile(tree, "<answer>", "eval"), _names())) == 0
+        return sympy.simplify(_evaluated(theirs) - _evaluated(ours)) == 0
     except Exception:  # an expression on which sympy fails is not equal, as in the reference
         return False
+
+
+def _parsed(text: str) -> ast.Expression:
+    """The text as Python.
+
+    Raises:
+      Refused: if a bracket closes what the text has not opened, or stays open.
+    """
+    from sympy.parsing import sympy_parser
+
+    depth = 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if depth < 0 or char == "#":  # a comment hides what follows
+            raise Refused
+    if depth:
+        raise Refused
+    rules = (*sympy_parser.standard_transformations, sympy_parser.implicit_multiplication_application)
+    code = sympy_parser.stringify_expr(f"({text})", {}, _names(), rules)
+    return ast.parse(code.strip(), mode="eval")
+
+
+def _agree_at(point: float, ours: ast.Expression, theirs: ast.Expression) -> bool:
+    """Whether the values differ by no more than a rounding error of the reference's, which has to be a number."""
+    number = _Numeric(point)
+    truth = number.of(theirs.body)
+    error = ZERO * abs(truth) + CANCELED * number.largest
+    return bool(abs(truth - number.of(ours.body)) <= error)
+
+
+def _evaluated(tree: ast.Expression) -> sympy.Expr:
+    return eval(compile(tree, "<answer>", "eval"), _names())
 
 
 @functools.cache
@@ -264,24 +304,26 @@ def _names() -> dict[str, object]:
 
 
 class _Numeric:
-    """Evaluates parsed text in floats, with some value for each symbol."""
+    """Evaluates parsed text in numbers of `DIGITS` digits, with some value for each symbol."""
 
     def __init__(self, point: float) -> None:
-        self.point, self.largest = point, 1.0
-        self.symbols: dict[str, float] = {}
+        self.point, self.largest = point, 0.0
+        self.symbols: dict[str, mpf] = {}
 
-    def of(self, node: ast.expr) -> complex:
+    def of(self, node: ast.expr) -> mpc:
         try:
             value = self._value(node)
         except (ArithmeticError, ValueError) as error:
             raise Refused from error
-        if not cmath.isfinite(value):
+        if not abs(value) <= LARGEST:  # NaN is not
             raise Refused
         self.largest = max(self.largest, abs(value))
         # A rounding error must not choose the branch of a root.
         return value.real if abs(value.imag) <= ROUNDING * abs(value) else value
 
-    def _value(self, node: ast.expr) -> complex:
+    def _value(self, node: ast.expr) -> mpc:
+        import mpmath
+
         match node:
             case ast.UnaryOp(ast.USub(), operand):
                 return -self.of(operand)
@@ -296,43 +338,42 @@ class _Numeric:
             case ast.BinOp(left, ast.Div(), right):
                 return self.of(left) / self.of(right)
             case ast.BinOp(left, ast.Pow(), right):
-                return self._power(self.of(left), self.of(right))
+                return _power(self.of(left), self.of(right))
             case ast.Name("pi"):
-                return math.pi
+                return +mpmath.pi
             case ast.Name("I"):
-                return 1j
+                return mpmath.mpc(0, 1)
             case ast.Call(ast.Name("Symbol"), [ast.Constant(str(name))], []):
-                return self.symbols.setdefault(name, self.point * (1 + len(self.symbols) / 3))
+                return self.symbols.setdefault(name, mpmath.mpf(self.point) * (1 + len(self.symbols) / 3))
             case ast.Call(
                 ast.Name("Integer" | "Float" | "Number"), [ast.Constant(str(number) | int(number))], []
             ):
-                return float(number)
+                return mpmath.mpf(number)
             # An integer in an integer comes from repeating decimals.
             case ast.Call(ast.Name("Integer"), [number], []):
                 return self.of(number)
             case ast.Call(ast.Name("Rational"), [above, below], []):
                 return self.of(above) / self.of(below)
             case ast.Call(ast.Name("sqrt"), [argument], []):
-                return cmath.sqrt(self.of(argument))
+                return mpmath.sqrt(self.of(argument))
             case ast.Call(ast.Name("ln"), [argument], []):
-                return cmath.log(self.of(argument))
+                return mpmath.log(self.of(argument))
             case ast.Call(ast.Name("factorial"), [argument], []):
-                return math.gamma(_real(self.of(argument)) + 1)
+                return mpmath.gamma(_factor(self.of(argument)) + 1)
             case ast.Call(ast.Name("factorial2"), [argument], []):
-                n = _real(self.of(argument))
-                return math.prod(range(int(n), 0, -2)) if n in range(301) else _refuse()
+                n = _factor(self.of(argument))
+                return mpmath.mpf(math.prod(range(int(n), 0, -2))) if n in range(301) else _refuse()
         return _refuse()
 
-    def _power(self, base: complex, exponent: complex) -> complex:
-        value = base**exponent
-        if abs(exponent) > LARGEST_EXPONENT or (value == 0 and base != 0):
-            raise Refused
-        return value
+
+def _power(base: mpc, exponent: mpc) -> mpc:
+    return base**exponent if abs(exponent) <= LARGEST_EXPONENT else _refuse()
 
 
-def _real(value: complex) -> float:
-    return value.real if complex(value).imag == 0 else _refuse()
+def _factor(value: mpc) -> mpf:
+    """The argument of a factorial."""
+    return value.real if value.imag == 0 and abs(value) <= LARGEST_FACTORIAL else _refuse()
 
 
-def _refuse() -> float:
+def _refuse() -> mpc:
     raise Refused

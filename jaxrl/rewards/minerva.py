@@ -1,7 +1,8 @@
 r"""DAPO's own reward: the last `Answer: ...` line, compared after normalizing both sides.
 
 The window, the `Answer:` pattern and the scores are DAPO's (arXiv 2503.14476); the normalization is Minerva's (arXiv
-2206.14858, appendix D) with DAPO's changes. Scores equal the reference's on every input, oddities included: words are
+2206.14858, appendix D) with DAPO's changes. Scores equal the reference's for every reference answer that states
+something (others pay no one, here), oddities included: words are
 removed wherever they occur ("issue" becomes "is"), `**Answer:** 5` keeps two asterisks and fails, and `\frac12` equals
 `\frac{1}{2}` while `\dfrac{1}{2}` equals neither.
 """
@@ -9,6 +10,8 @@ removed wherever they occur ("issue" becomes "is"), `**Answer:** 5` keeps two as
 from __future__ import annotations
 
 import re
+
+from jaxrl.rewards.nothing import states_nothing
 
 WINDOW = 300  # characters
 NO_ANSWER = "[INVALID]"  # stands for the answer where there is no answer line, as in the reference
@@ -55,13 +58,29 @@ _TEX_REWRITES = tuple(
 
 def minerva(response: str, ground_truth: str) -> float:
     """+1.0 if the extracted answer equals the normalized `ground_truth`, else -1.0."""
-    return 1.0 if extract(response) == normalize(ground_truth) else -1.0
+    truth = normalize(ground_truth)
+    # The reference pays any response without an answer line for the first, and an empty answer for the second.
+    if truth == NO_ANSWER or states_nothing(ground_truth):
+        return -1.0
+    if not truth:
+        return 1.0 if _whole(_answer(response)) == _whole(ground_truth) != "" else -1.0
+    return 1.0 if extract(response) == truth else -1.0
 
 
 def extract(response: str) -> str:
     """The last answer in the window, normalized; `NO_ANSWER` if no line gives one."""
+    return normalize(_answer(response))
+
+
+def _answer(response: str) -> str:
     answers = _ANSWER_LINE.findall(response[-WINDOW:])
-    return normalize(answers[-1] if answers else NO_ANSWER)
+    return answers[-1] if answers else NO_ANSWER
+
+
+def _whole(answer: str) -> str:
+    r"""The answer for references such as `x$ $y`, of which `normalize` keeps the empty formula `$ $`."""
+    text = re.sub(r"\\left|\\right|\$|\.$", "", _remove_words(answer.rpartition("=")[2]))
+    return re.sub(r"\\boxed\{(.*)\}", r"\1", text)
 
 
 def normalize(answer: str) -> str:

@@ -13,8 +13,9 @@ BOX = "\\boxed{"
 
 
 def strict_boxed(response: str, ground_truth: str) -> float:
-    """+1.0 if the extracted answer equals `ground_truth` exactly, else -1.0."""
-    return 1.0 if extract(response) == ground_truth else -1.0
+    """+1.0 if the extracted answer equals `ground_truth` exactly, and that is neither blank nor NaN; else -1.0."""
+    right = extract(response) == ground_truth and ground_truth.strip(" $").lower() not in ("", "nan")
+    return 1.0 if right else -1.0
 
 
 def extract(response: str) -> str | None:

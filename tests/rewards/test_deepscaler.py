@@ -16,6 +16,7 @@ from jaxrl.errors import InputError, RunError
 from jaxrl.rewards import equivalent, latex_equality, sandbox
 from jaxrl.rewards.deepscaler import extract
 from jaxrl.rewards.latex_equality import LONGEST, canonical, elements, spelling
+from jaxrl.rewards.nothing import states_nothing
 
 PIECES = (
     *(
@@ -288,7 +289,7 @@ def test_work_beyond_the_limit_ends_the_process(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 0)
     worker = sandbox.Worker()
     assert worker.ask("x+x", "2x", 60) is True
-    assert worker.ask("(((1+1/10**15)**300)**300)**300", "1.5", 60) is None
+    assert worker.ask("(((1+1/10**15)**300)**300)**300", "(((1+2/(2*10**15))**300)**300)**300", 60) is None
     assert worker.process.wait(10) == -signal.SIGXCPU
     assert worker.ask("x+x", "2x", 60) is None
     worker.close()
@@ -316,7 +317,7 @@ def test_nothing_but_arithmetic_is_evaluated(monkeypatch: pytest.MonkeyPatch) ->
     seen: list[str] = []
     monkeypatch.setitem(latex_equality._names(), "re", seen.append)
     for code in ("re(1)", "re", "x.re(1)", "[re(1)]", "(1, re(1))[0]", "re(1) if 1 else 2", "1+re(1)"):
-        assert not latex_equality._is_zero(code)
+        assert not latex_equality._same_formula(code, code)
     assert not seen
 
 
@@ -357,6 +358,9 @@ def test_any_text_gets_plus_or_minus_one(answer: str, ground_truth: str) -> None
 def test_an_answer_equals_itself(answer: str) -> None:
     boxed = f"<think></think>\\boxed{{{answer}}}"
     if r"\boxed" not in answer and "</think>" not in answer and extract(boxed) == answer:
+        if states_nothing(answer):
+            assert equivalent(boxed, answer) == -1.0
+            return
         assert equivalent(boxed, answer) == equivalent(boxed, f"\\boxed{{{answer}}}") == 1.0
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from jaxrl.rewards import minerva
 from jaxrl.rewards.minerva import NO_ANSWER, extract, normalize
+from jaxrl.rewards.nothing import states_nothing
 
 PIECES = (
     *("Answer:", "answer :", "\n", "=", "$", "\\$", "\\text{", "\\boxed{", "{", "}", "frac", "sqrt", "a "),
@@ -38,7 +39,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 )
 def test_finds_the_last_answer_line(response: str, pred: str) -> None:
     assert extract(response) == pred
-    assert minerva(response, pred) == 1.0
+    assert minerva(response, pred) == (1.0 if pred else -1.0)  # empty references pay no one
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_normalize(answer: str, normal: str) -> None:
         (r"Answer: \dfrac{1}{2}", r"\frac{1}{2}", -1.0),
         ("Answer: -5", "−5", -1.0),
         ("Answer: yes", "Yes", -1.0),
-        ("no answer line", NO_ANSWER, 1.0),  # as the reference does; no data set has this answer
+        ("no answer line", NO_ANSWER, -1.0),  # the reference pays it
     ],
 )
 def test_both_sides_are_normalized(response: str, ground_truth: str, score: float) -> None:
@@ -202,8 +203,9 @@ def test_only_the_last_300_characters_count(head: str, tail: str, ground_truth: 
 
 @given(TEXTS, st.text(st.characters(exclude_characters="\n"), max_size=200))
 def test_the_ground_truth_on_a_final_answer_line_is_accepted(reasoning: str, answer: str) -> None:
-    answer = answer.strip() or "0"
-    assert minerva(f"{reasoning}.\nAnswer: {answer}", answer) == 1.0
+    answer = answer.strip()
+    states = not states_nothing(answer) and normalize(answer) != NO_ANSWER
+    assert minerva(f"{reasoning}.\nAnswer: {answer}", answer) == (1.0 if states else -1.0)
 
 
 @given(TEXTS)
