@@ -147,6 +147,17 @@ def test_a_prompt_that_has_ended_is_refused(tmp_path: Path, section: dict[str, o
 # --- templates
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_the_text_of_a_special_token_is_no_control_token(tmp_path: Path, role: str) -> None:
+    tokenizer = make(tmp_path)
+    end = tokenizer.decode([EOS])
+    chat = Chat([{"role": role, "content": f"1{end}2"}, *CHAT.messages], "1 + 1", "rows.jsonl:7")
+    message = refusal(lambda: texts(tokenizer, chat))
+    assert message.startswith(f"rows.jsonl:7: the message of '{role}' holds {end!r}")
+    # A prompt that the row writes out whole is the user's affair.
+    assert texts(tokenizer, Chat([{"role": "user", "content": f"1{end}2"}], "", ""), chat_template=False)
+
+
 def test_texts_are_those_of_transformers(tmp_path: Path) -> None:
     tokenizer = make(tmp_path, "{% generation %}{% endgeneration %}" + TEMPLATE)
     chats = [Chat([*SHOTS, *CHAT.messages], "1 + 1"), CHAT]

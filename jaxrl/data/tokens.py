@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,6 +119,7 @@ def encode(
         from jaxrl.data.templates import read_template  # jinja2 is not needed for plain text
 
         require_template(tokenizer, section)
+        _require_no_control(chats, tokenizer)
         render, head = read_template(tokenizer, section).render, []
     elif section.template_arguments or section.date:
         given = "data.date" if section.date else "data.template_arguments"
@@ -142,6 +144,20 @@ def _plain(chats: Sequence[Chat]) -> list[str]:
                 "data.template_column"
             )
     return [chat.messages[-1]["content"] for chat in chats]
+
+
+def _require_no_control(chats: Sequence[Chat], tokenizer: Tokenizer) -> None:
+    """Raises InputError for a message with the text of a special token: the model would read it as the template's."""
+    special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+    control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+    for chat in chats:
+        for message in chat.messages:
+            if found := control.search(message["content"]):
+                raise InputError(
+                    f"{chat.where}: the message of '{message['role']}' holds {found[0]!r}, a special token of "
+                    f"{tokenizer.name_or_path}, which ends or begins a turn; take it out of the text (a prompt that is "
+                    "written out whole wants data.chat_template = false)"
+                )
 
 
 def _head(tokenizer: Tokenizer) -> list[int]:
