@@ -1,7 +1,7 @@
 """Time of grading the responses of nine benchmarks: `python -m benchmarks.grading`.
 
 12,184 responses, as many as JustRL's protocol samples for one model, with distinct answers: right as they stand,
-right once worked out, wrong, and, one in 200, made to keep a computer algebra system busy for ever.
+right once worked out, wrong, and, one in 200, made to keep a computer algebra system busy for ever or nearly.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ HOPELESS = (  # one in 200
     ("(((1+1/10**15)**300)**300)**300+{a}", "{a}.{b}"),
     (r"\sqrt[" * 12 + "{a}" + "]" * 12, "{b}"),
     ("(x+{a})**{b}!", "x"),
+    ("0*(((1+1/10**15)**300)**300)**300+x+{a}", "x+{a}"),
+    ("((x+y+1)**60+{a})*(x-y)", "(x-y)*{a}+(x-y)*(x+y+1)**60"),
 )
 
 
 def main() -> None:
     results = [measure(workers) for workers in WORKERS]
     print(f"{RESPONSES:,} responses of {CHARACTERS:,} characters, {results[0]['hopeless']} of them hopeless")
-    print(f"{'processes':<12}{'seconds':>10}{'ms each':>10}{'right':>8}")
+    print(f"{'processes':<12}{'seconds':>10}{'ms each':>10}{'right':>8}{'undecided':>11}")
     for row in results:
         each = row["seconds"] / RESPONSES * 1e3
-        print(f"{row['processes']:<12}{row['seconds']:>10.1f}{each:>10.2f}{row['right']:>8,}")
+        print(f"{row['processes']:<12}{row['seconds']:>10.1f}{each:>10.2f}{row['right']:>8,}{row['undecided']:>11}")
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "platform": sys.platform}
     setting = {"responses": RESPONSES, "characters": CHARACTERS}
     write_results("grading", machine | setting | {"results": results})
@@ -61,7 +63,8 @@ def measure(workers: int) -> JsonObject:
     start = time.perf_counter()
     marks = grade_many(pairs(random.Random(0)), workers=workers)
     seconds = round(time.perf_counter() - start, 2)
-    return {"processes": workers, "seconds": seconds, "right": sum(marks), "hopeless": len(marks) // 200 + 1}
+    counts = {"right": marks.count(True), "undecided": marks.count(None), "hopeless": len(marks) // 200 + 1}
+    return {"processes": workers, "seconds": seconds} | counts
 
 
 def pairs(rng: random.Random) -> Iterator[tuple[str, str]]:

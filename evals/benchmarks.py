@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -33,6 +33,9 @@ class Benchmark(Section):
     """A benchmark as benchmarks.toml describes it."""
 
     path: str
+    config: str = ""
+    split: str = ""
+    files: tuple[str, ...] = ()
     title: str = ""
     folder: str = ""
     problems: Count = 0
@@ -87,9 +90,15 @@ def load(name: str, benchmark: Benchmark, folder: Path | None = None) -> list[Pr
       InputError: if problems or columns are missing, or there are more or fewer than there should be.
     """
     source = _source(name, benchmark, folder)
+    choice = data.Choice(source, section=name, evaluation=True)
+    if (
+        source == benchmark.path or Path(source).is_dir()
+    ):  # config, split and files are of the data set of the Hub
+        choice = replace(choice, config=benchmark.config, split=benchmark.split, files=benchmark.files)
     given = (benchmark.problem_column, benchmark.answer_column)
     layouts = (given,) if all(given) else LAYOUTS
-    rows = list(data.read_rows(source, (), sorted({column for layout in layouts for column in layout})))
+    columns = sorted({column for layout in layouts for column in layout})
+    rows = list(data.read_rows(data.find_files(choice), (), columns))
     fitting = [layout for layout in layouts if rows and set(layout) <= set(rows[0][1])]
     if not fitting:
         raise InputError(
@@ -131,14 +140,16 @@ def _read(path: Path) -> dict[str, Benchmark]:
 
 
 def _source(name: str, benchmark: Benchmark, folder: Path | None) -> str:
-    """The file or the Hub id of its problems."""
-    if folder is None or benchmark.path.endswith((".parquet", ".jsonl")):
+    """The file, folder or Hub id of its problems."""
+    if folder is None or benchmark.path.lower().endswith(data.FORMATS) or Path(benchmark.path).exists():
         return benchmark.path
-    local = benchmark.folder or name
-    files = [folder / f"{stem}.{kind}" for stem in (f"{local}/test", local) for kind in ("parquet", "jsonl")]
-    found = next((file for file in files if file.is_file()), None)
+    local = folder / (benchmark.folder or name)
+    files = [file.with_name(file.name + kind) for file in (local / "test", local) for kind in data.FORMATS]
+    found = next((file for file in (*files, local) if file.exists()), None)
     if found is None:
-        raise InputError(f"{name}: --data has none of {', '.join(map(str, files))}")
+        raise InputError(
+            f"{name}: --data has neither {local} nor {local}.parquet or another of {' '.join(data.FORMATS)}"
+        )
     return str(found)
 
 

@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from evals.task import Task
@@ -95,7 +96,7 @@ def generate(
       sampler: has the model's parameters.
       path: the file.
       detokenize: token ids to text.
-      on_rollout: called with each new rollout.
+      on_rollout: called with each new rollout, by one thread at a time.
       parallel: calls of the sampler at one time, where it can take several. An interruption leaves gaps, and each gap
         is a call.
 
@@ -105,24 +106,25 @@ def generate(
     Raises:
       InputError: from the sampler, or where it refuses a prompt.
     """
-    count = len(task.prompts)
+    count, one_at_a_time = len(task.prompts), threading.Lock()
     found = read(path, count, task.samples)
-    with path.open("a", encoding="utf-8") as file:
 
-        def keep(rollout: Rollout) -> Rollout:
-            row = _row(rollout, detokenize)
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n")
-            file.flush()
+    def keep(rollout: Rollout) -> Rollout:
+        row = _row(rollout, detokenize)
+        line = json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n"
+        with one_at_a_time:
+            # Opened for each row: after an error of one call, the others write what they still get.
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
             found[row.problem, row.sample] = row
             return on_rollout(rollout)
 
-        def sample(numbers: range) -> None:
-            pairs = [(task.prompts[n % count], f"{n % count}.{n // count}") for n in numbers]
-            prompts = [dataclasses.replace(prompt, id=name) for prompt, name in pairs]
-            sampler.generate(prompts, 1, params, seed, keep, numbers.start)
+    def sample(numbers: range) -> None:
+        pairs = [(task.prompts[n % count], f"{n % count}.{n // count}") for n in numbers]
+        prompts = [dataclasses.replace(prompt, id=name) for prompt, name in pairs]
+        sampler.generate(prompts, 1, params, seed, keep, numbers.start)
 
-        missing = (n for n in range(task.total) if (n % count, n // count) not in found)
-        _each(sample, runs(missing), parallel)
+    _each(sample, runs(n for n in range(task.total) if (n % count, n // count) not in found), parallel)
     if len(found) < task.total:
         raise InputError(
             f"{path}: {task.total - len(found)} of {task.total} responses are missing, because the sampler refused "
@@ -146,7 +148,8 @@ def _each(call: Callable[[range], None], gaps: Sequence[range], parallel: int) -
         return
     pool = ThreadPoolExecutor(min(parallel, len(gaps)))
     try:
-        list(pool.map(call, gaps))
+        for done in as_completed([pool.submit(call, gap) for gap in gaps]):
+            done.result()
     finally:
         # After an error or Ctrl-C it does not wait for the other calls: the sampler's owner ends them.
         pool.shutdown(wait=False, cancel_futures=True)

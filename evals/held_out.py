@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evals.grade import undecided_note
 from evals.statistics import confidence
 from jaxrl import config, data
 from jaxrl.errors import InputError
@@ -71,10 +72,7 @@ def load_problems(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.
     """
     if not recipe.eval.path:
         raise InputError("eval.path is empty; name a .parquet or .jsonl file of held-out problems")
-    section, verifier = recipe.eval, recipe.reward.verifier
-    return data.load_prompts(
-        recipe.data, tokenizer, section.path, section.problems, verifier, vocabulary
-    ).prompts
+    return data.load_prompts(recipe.data, tokenizer, recipe.eval, recipe.reward.verifier, vocabulary).prompts
 
 
 def evaluate(
@@ -121,6 +119,8 @@ def evaluate(
         f"{name}: accuracy {result['accuracy']:.3f} (95% {low:.3f} to {high:.3f}) on {result['problems']} "
         f"problems x {result['samples']}, mean length {result['length_mean']:.1f} tokens -> {out}"
     )
+    if result["undecided"]:
+        say(f"{name}: {undecided_note(result['undecided'])}")
     return result
 
 
@@ -156,5 +156,6 @@ def summary(groups: Groups, params: SamplingParams, name: str, step: int) -> Hel
         "top_p": params.top_p,
         "length_mean": float(np.mean([len(r.tokens) for r in flat])),
         "truncated_fraction": float(np.mean([r.finish_reason == "length" for r in flat])),
+        "undecided": sum(r.undecided for r in flat),
     }
     return result

@@ -102,11 +102,12 @@ def run_benchmarks(run: Run, tasks: Sequence[Task], params: SamplingParams, out:
             f"no result after step {steps}: {refused} responses were refused by the sampler; see above why"
         )
         return
-    found, average = measure(tasks, [group[0] for group in responses], run.setup.detokenize)
+    found, average, corrected = measure(tasks, [group[0] for group in responses], run.setup.detokenize)
     result: TrainingResult = {
         "step": steps,
         "benchmarks": found,
         "average": average,
+        "corrected": corrected,
         "temperature": params.temperature,
         "top_p": params.top_p,
         "max_tokens": params.max_tokens,
@@ -118,8 +119,8 @@ def run_benchmarks(run: Run, tasks: Sequence[Task], params: SamplingParams, out:
 
 def measure(
     tasks: Sequence[Task], rollouts: Sequence[Rollout], detokenize: Detokenize
-) -> tuple[dict[str, TaskResult], Average]:
-    """Grades responses by rule, and measures each benchmark as `jaxrl eval` does.
+) -> tuple[dict[str, TaskResult], Average, Average]:
+    """Grades responses by both rules, and measures each benchmark as `jaxrl eval` does.
 
     Args:
       tasks: benchmarks, each of P problems with G responses.
@@ -127,10 +128,11 @@ def measure(
       detokenize: token ids to text.
 
     Returns:
-      the result of each benchmark, by name, and their average.
+      the result of each benchmark, by name, and their averages by rule and by the corrected rules.
     """
     texts = [detokenize(r.tokens) for r in rollouts]
-    right = np.array(grade_many([(text, r.prompt.answer) for text, r in zip(texts, rollouts, strict=True)]))
+    pairs = [(text, r.prompt.answer) for text, r in zip(texts, rollouts, strict=True)]
+    marks, corrected = grade_many(pairs), grade_many(pairs, "corrected")
     found, per_problem, at = dict[str, TaskResult](), [], 0
     for task in tasks:
         own = slice(at, at + task.total)
@@ -139,12 +141,16 @@ def measure(
             for i, (r, text) in enumerate(zip(rollouts[own], texts[own], strict=True))
         ]
         responses = [rows[i : i + task.samples] for i in range(0, task.total, task.samples)]
-        grades = right[own].reshape(len(task.prompts), task.samples)
+        shape = len(task.prompts), task.samples
+        grades, true = (np.array(each[own], bool).reshape(shape) for each in (marks, corrected))
         found[task.name] = {
             "title": task.title,
+            "undecided": sum(None in both for both in zip(marks[own], corrected[own], strict=True)),
             **measures.describe(responses),
             **measures.measure(grades, responses),
+            "corrected": measures.measure(true, responses),
         }
-        per_problem.append(grades.mean(axis=1))
+        per_problem.append((grades.mean(axis=1), true.mean(axis=1)))
         at += task.total
-    return found, measures.average(per_problem)
+    by_rule, by_corrected = (measures.average(values) for values in zip(*per_problem, strict=True))
+    return found, by_rule, by_corrected

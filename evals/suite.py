@@ -22,13 +22,14 @@ from jaxtyping import Bool, Shaped
 from evals import measures, tables
 from evals.benchmarks import Benchmark
 from evals.generate import Response, Responses, generate, in_order, read
-from evals.grade import grade_many
+from evals.grade import grade_many, undecided_note
 from evals.judge import Candidate, Judge
 from evals.task import Task, load_tasks
 from jaxrl import config, data
 from jaxrl.errors import InputError, RunError
 from jaxrl.files import write_atomically
 from jaxrl.models import hf
+from jaxrl.models.tensors import weight_files
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.results import (
     Average,
@@ -86,6 +87,8 @@ class Graded:
     task: Task
     responses: Responses  # [P][G]
     rule: Bool[np.ndarray, "P G"]  # right by rule
+    undecided: int  # by either rules, and so wrong
+    corrected: Bool[np.ndarray, "P G"]  # right by the corrected rules
     labels: Shaped[np.ndarray, "P G"] | None = None  # see `_ask`; None without a judge
 
     @property
@@ -97,7 +100,7 @@ class Graded:
 
     def right(self, grading: Grading) -> Bool[np.ndarray, "P G"] | None:
         """The grades of one grading; None where it is incomplete."""
-        return self.rule if grading == "rule" else self.judged
+        return {"rule": self.rule, "rule+model": self.judged, "corrected": self.corrected}[grading]
 
 
 def evaluate(
@@ -200,7 +203,7 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
 
 def _hash_weights(folder: Path) -> str:
     weights = blake3(max_threads=blake3.AUTO)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         weights.update_mmap(file)
     return weights.hexdigest()
 
@@ -286,11 +289,14 @@ def _reporter(task: Task, done: int, progress: Progress, say: Say) -> OnRollout:
 
 
 def _grade(task: Task, responses: Responses, say: Say) -> Graded:
-    """Grades the responses to a task by rule."""
-    flat = [response for group in responses for response in group]
-    right = np.array(grade_many([(response.response, response.answer) for response in flat]))
-    say(f"{task.name}: {right.mean():.2%} by rule")
-    return Graded(task, responses, right.reshape(len(task.prompts), task.samples))
+    """Grades the responses to a task by rule, and by the corrected rules."""
+    pairs = [(response.response, response.answer) for group in responses for response in group]
+    marks, corrected = grade_many(pairs), grade_many(pairs, "corrected")
+    right, true = (np.array(m, bool).reshape(len(task.prompts), task.samples) for m in (marks, corrected))
+    say(f"{task.name}: {right.mean():.2%} by rule, {true.mean():.2%} by the corrected rules")
+    if undecided := sum(None in both for both in zip(marks, corrected, strict=True)):
+        say(f"{task.name}: {undecided_note(undecided)}")
+    return Graded(task, responses, right, undecided, true)
 
 
 def _ask(judge: Judge, graded: Sequence[Graded], say: Say) -> list[Graded]:
@@ -342,8 +348,10 @@ def _result(g: Graded, protocol: EvalProtocol) -> BenchmarkResult:
     judged, counts = g.judged, None if g.labels is None else Counter(map(_shown, g.labels[~g.rule]))
     result: BenchmarkResult = {
         **measures.describe(g.responses),
+        "undecided": g.undecided,
         "rule": measures.measure(g.rule, g.responses),
         "rule+model": None if judged is None else measures.measure(judged, g.responses),
+        "corrected": measures.measure(g.corrected, g.responses),
         "judge": None if counts is None else dict(sorted(counts.items())),
     }
     if protocol == "justrl_released":
@@ -363,9 +371,9 @@ def _average(graded: Sequence[Graded], grading: Grading) -> Average | None:
 
 
 def _write_grades(path: Path, g: Graded) -> None:
-    """Writes a row for each response: the grade by rule and, if there was a judge, its label."""
+    """Writes a row for each response: the grades by both rules and, if there was a judge, its label."""
     lines = []
     for p, s in np.ndindex(*g.rule.shape):
-        row = {"problem": p, "sample": s, "rule": bool(g.rule[p, s])}
+        row = {"problem": p, "sample": s, "rule": bool(g.rule[p, s]), "corrected": bool(g.corrected[p, s])}
         lines.append(json.dumps(row if g.labels is None else row | {"judge": g.labels[p, s]}) + "\n")
     write_atomically(path, "".join(lines))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
+from evals.grade import undecided_note
 from jaxrl.report.markdown import table
 from jaxrl.report.panels import COLORS
 from jaxrl.results import Average, BenchmarkResult, BenchmarksResult, Grading, Measures
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAPER = Path(__file__).with_name("paper.toml")
-GRADINGS: dict[Grading, str] = {"rule": "rule only", "rule+model": "rule + model"}
+GRADINGS: dict[Grading, str] = {
+    "rule": "rule only",
+    "rule+model": "rule + model",
+    "corrected": "corrected rules",
+}
 MARKERS = "os^vD<>P"  # of the paper's models, one each
 DETAILS = (
     *("benchmark", "problems x N", "pass@N", "majority@N", "tokens", "truncated", "no box"),
@@ -39,7 +44,7 @@ def paper() -> list[PaperRow]:
 
 
 def markdown(results: BenchmarksResult, titles: Mapping[str, str]) -> str:
-    """Returns a table of both gradings beside the paper's rows, and one of further measures.
+    """Returns a table of all gradings beside the paper's rows, and one of further measures.
 
     Args:
       results: what results.json has.
@@ -57,6 +62,11 @@ def markdown(results: BenchmarksResult, titles: Mapping[str, str]) -> str:
         "",
         "The paper's rows are of rule + model; BroRL's are its authors' own. Averages are of the benchmarks shown.",
         *notes,
+        *(
+            f"{titles[name]}: {undecided_note(result['undecided'])}."
+            for name, result in found.items()
+            if result["undecided"]
+        ),
         *table(DETAILS, [_details(titles[name], result) for name, result in found.items()]),
     ]
     return "\n".join([*lines, ""])
@@ -112,7 +122,7 @@ def _details(title: str, result: BenchmarkResult) -> list[str]:
 
 
 def plot(results: BenchmarksResult, titles: Mapping[str, str], path: Path) -> None:
-    """Draws bars of both gradings with their intervals, and the paper's models as markers.
+    """Draws bars of all gradings with their intervals, and the paper's models as markers.
 
     Args:
       results: what results.json has.
@@ -151,5 +161,5 @@ def _bars(axes: Axes, i: int, grading: Grading, results: Sequence[BenchmarkResul
         return
     accuracies = 100 * np.array([m["pass@1"] for _, m in shown])
     errors = np.abs(100 * np.array([m["ci95"] for _, m in shown]).T - accuracies)
-    where = np.array([x for x, _ in shown]) + 0.36 * (i - 0.5)
-    axes.bar(where, accuracies, 0.34, yerr=errors, capsize=3, color=COLORS[i], label=GRADINGS[grading])
+    where = np.array([x for x, _ in shown]) + 0.26 * (i - 1)
+    axes.bar(where, accuracies, 0.24, yerr=errors, capsize=3, color=COLORS[i], label=GRADINGS[grading])

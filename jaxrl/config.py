@@ -123,12 +123,22 @@ class Source(Section):
     answer_pattern: Pattern = ""
     template_column: str = ""
     system: str = ""
+    config: str = ""
+    """Part of this path that is read, as data.config, split and files; of [data] these are not taken."""
+    split: str = ""
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Data(Section):
     path: str = "BytedTsinghua-SIA/DAPO-Math-17k"
-    """Hub id of a data set, or a .parquet or .jsonl file (paper, section 3)."""
+    """Hub id of a data set, a .parquet or .jsonl file, or a folder of such files (paper, section 3)."""
+    config: str = ""
+    """Configuration of a data set that has several (ours)."""
+    split: str = ""
+    """Split of a data set; empty takes the training split (ours)."""
+    files: tuple[str, ...] = ()
+    """Globs of the files to read instead, such as "main/train-*.parquet"; * spans folders (ours)."""
     problem_column: str = "prompt"
     """Column with the problem: text, or a list of chat messages that ends in the user's (DAPO file)."""
     answer_column: str = "reward_model.ground_truth"
@@ -220,7 +230,8 @@ class Sampler(Section):
 class Reward(Section):
     verifier: Verifier = "strict_boxed"
     """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork), minerva
-    DAPO's `Answer:` line after normalizing, equivalent is DeepScaleR's lenient one (needs <think> in the text)."""
+    DAPO's `Answer:` line after normalizing, equivalent is DeepScaleR's lenient one (needs <think> in the text),
+    corrected a lenient one without that one's faults."""
     with_prompt: bool = False
     """Give the verifier the prompt's text before the response, whose template may hold <think> (DeepScaleR: true)."""
     overlong_tokens: Count = 0
@@ -313,7 +324,13 @@ class Checkpoint(Section):
 @dataclass(frozen=True)
 class Eval(Section):
     path: str = ""
-    """Held-out problems, a .parquet or .jsonl file with the training columns, marked by the run's verifier."""
+    """Held-out problems with the training columns, marked by the run's verifier; what data.path may be (ours)."""
+    config: str = ""
+    """Configuration of the data set of eval.path, if it has several (ours)."""
+    split: str = ""
+    """Split of eval.path; empty takes the test, the validation or the training split, the first there is (ours)."""
+    files: tuple[str, ...] = ()
+    """Globs of the files of eval.path to read instead, as data.files (ours)."""
     benchmarks: str = ""
     """Benchmarks to evaluate on during training, graded by rule, as `jaxrl eval --benchmarks` takes them (JustRL:
     aime24,aime25,amc23)."""

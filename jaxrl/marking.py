@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from jaxrl import config
-from jaxrl.rewards import VERIFIERS
+from jaxrl.rewards import VERIFIERS, sandbox
 from jaxrl.rewards.overlong import overlong_penalty
 from jaxrl.types import Detokenize, OnRollout, Rollout
 
 
 def make_marker(recipe: config.Recipe, detokenize: Detokenize) -> OnRollout:
-    """Returns a function that gives a rollout its score and its penalty.
+    """Returns a function that gives a rollout its score and its penalty. Threads may call it in parallel.
 
     Args:
       recipe: with [reward] and the longest response.
@@ -21,10 +21,12 @@ def make_marker(recipe: config.Recipe, detokenize: Detokenize) -> OnRollout:
 
     def mark(rollout: Rollout) -> Rollout:
         before = detokenize(rollout.prompt.tokens) if reward.with_prompt else ""
+        undecided = sandbox.undecided()  # comparisons so far
         score = verify(before + detokenize(rollout.tokens), rollout.prompt.answer)
         penalty = overlong_penalty(
             len(rollout.tokens), recipe.rollout.max_tokens, reward.overlong_tokens, reward.overlong_penalty
         )
-        return dataclasses.replace(rollout, score=score, penalty=penalty)
+        more = sandbox.undecided() > undecided
+        return dataclasses.replace(rollout, score=score, penalty=penalty, undecided=score < 0 and more)
 
     return mark

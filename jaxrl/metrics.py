@@ -55,6 +55,7 @@ def rollout_metrics(groups: Groups, rewards: Float[np.ndarray, "P G"]) -> dict[s
     return {
         "reward/mean": float(rewards.mean()),
         "reward/accuracy": float(right.mean()),
+        "reward/undecided_fraction": float(np.mean([r.undecided for r in flat])),
         "groups/all_correct_fraction": float(right.all(axis=1).mean()),
         "groups/all_wrong_fraction": float((~right).all(axis=1).mean()),
         "response/length_mean": float(lengths.mean()),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal, NotRequired, TypedDict
 
 EvalProtocol = Literal["default", "justrl_released"]  # of `jaxrl eval --benchmarks`
-Grading = Literal["rule", "rule+model"]
+# By the released rules; by these or a judge; by the corrected rules.
+Grading = Literal["rule", "rule+model", "corrected"]
 
 
 class HeldOutResult(TypedDict):
@@ -21,6 +22,7 @@ class HeldOutResult(TypedDict):
     top_p: float
     length_mean: float  # tokens
     truncated_fraction: float
+    undecided: int  # responses that count as wrong because comparing the answer is too much work
 
 
 class ResponseStats(TypedDict):
@@ -48,6 +50,8 @@ class TaskResult(ResponseStats, Measures):
     """One benchmark during training, graded by rule."""
 
     title: str
+    corrected: NotRequired[Measures]  # by the corrected rules; not in older files
+    undecided: int  # as in HeldOutResult; by either rules
 
 
 class TrainingResult(TypedDict):
@@ -56,6 +60,7 @@ class TrainingResult(TypedDict):
     step: int  # steps trained before
     benchmarks: dict[str, TaskResult]
     average: Average
+    corrected: NotRequired[Average]  # as in TaskResult
     temperature: float
     top_p: float
     max_tokens: int
@@ -99,12 +104,13 @@ class Released(TypedDict):
     format_error_rollouts: int
 
 
-Gradings = TypedDict("Gradings", {"rule": Measures, "rule+model": Measures | None})
+Gradings = TypedDict("Gradings", {"rule": Measures, "rule+model": Measures | None, "corrected": Measures})
 
 
 class BenchmarkResult(ResponseStats, Gradings):
     """One benchmark of `jaxrl eval`."""
 
+    undecided: int  # as in HeldOutResult; by either rules
     judge: dict[str, int] | None  # how often it gave each label
     released: NotRequired[Released]  # with the protocol of that name
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 JsonObject: TypeAlias = dict[str, Any]
 
 # Each list of names that a recipe chooses from, written once: config.py checks against it, a module implements it.
-Verifier = Literal["strict_boxed", "minerva", "equivalent"]
+Verifier = Literal["strict_boxed", "minerva", "equivalent", "corrected"]
+Rules = Literal["released", "corrected"]  # by which the lenient graders compare two answers
 Normalization = Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"]
 Order = Literal["shuffle", "copies", "replacement"]
 Engine = Literal["local", "vllm"]
@@ -51,6 +52,7 @@ class Rollout:
     score: float = float("nan")  # the verifier's mark, +1 or -1, once marked
     penalty: float = 0.0  # what is added to the score, at most 0
     server: str = ""  # that sampled it, where there are several
+    undecided: bool = False  # whether it is marked wrong because comparing its answer is too much work
 
     @property
     def reward(self) -> float:
@@ -85,6 +87,7 @@ class Tokenizer(Protocol):
     name_or_path: str
     chat_template: str | Mapping[str, str] | None
     eos_token_id: int | None
+    all_special_tokens: list[str]
 
     def __call__(
         self, text: list[str], *, add_special_tokens: bool = True

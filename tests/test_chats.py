@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrl import data
-from jaxrl.config import Data, Source
+from jaxrl.config import Data, Eval, Source
 from jaxrl.data.chats import answer_of, arguments_of, chat_of
 from jaxrl.errors import InputError
 from jaxrl.rewards import VERIFIERS, WINNING, can_win
@@ -281,7 +281,7 @@ def test_sources_are_mixed_by_weight_with_fields_of_their_own(tmp_path: Path, to
     assert f"75% of the prompts from {one}: 3 prompts" in found.summary()
     drawn = Counter(p.id[0] for p in data.batch(found.prompts, 1, 0, 1024, "shuffle", found.mixture))
     assert drawn == {"1": 768, "2": 256}
-    held_out = data.load_prompts(Data(sources=sources, **PLAIN), tokenizer, path=one)
+    held_out = data.load_prompts(Data(sources=sources, **PLAIN), tokenizer, Eval(path=one))
     assert [p.id for p in held_out.prompts] == ["1", "2", "3"]
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrl import data
-from jaxrl.config import Data
+from jaxrl.config import Data, Eval
 from jaxrl.errors import InputError
 from jaxrl.types import JsonObject, Order, Prompt, Tokenizer
 from tiny import tiny_tokenizer
@@ -125,7 +125,7 @@ def test_jsonl_and_parquet_read_alike(tmp_path: Path, tokenizer: Tokenizer) -> N
 
 def test_only_needed_columns_are_taken(tmp_path: Path) -> None:
     path = parquet(tmp_path / "b.parquet", [row | {"unused": "x"} for row in ROWS])
-    assert [set(row) for _, row in data.read_rows(path, ["problem"], ["id"])] == [{"problem"}] * 5
+    assert [set(row) for _, row in data.read_rows([Path(path)], ["problem"], ["id"])] == [{"problem"}] * 5
 
 
 def test_the_wrapper_stays_where_the_recipe_says_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -212,8 +212,8 @@ def test_the_row_s_own_id_names_the_prompt(
 def test_other_rows_and_a_limit_for_evaluation(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"problem": "x" * 50, "answer": "0"}, *ROWS])
     section = Data(path="nowhere.jsonl", max_prompt_tokens=20, **PLAIN)
-    assert answers(data.load_prompts(section, tokenizer, path=path, limit=2)) == ["0", "2"]
-    assert len(data.load_prompts(section, tokenizer, path=path, limit=99).prompts) == 5
+    assert answers(data.load_prompts(section, tokenizer, Eval(path=path, problems=2))) == ["0", "2"]
+    assert len(data.load_prompts(section, tokenizer, Eval(path=path, problems=99)).prompts) == 5
 
 
 def test_more_rows_than_are_tokenized_at_once(
@@ -248,11 +248,11 @@ def test_a_hub_data_set_gives_its_training_files(
     found = data.load_prompts(Data(path="org/name", **PLAIN), tokenizer)
     assert answers(found) == ["0", "2", "4"]
     assert [Path(file).name for file in found.files] == ["train-0.parquet", "train-1.parquet"]
-    assert "train-0.parquet, " in found.summary()
+    assert f"2 files of {tmp_path}/data: train-0.parquet, train-1.parquet" in found.summary()
     assert (asked["name"], asked["repo_type"]) == ("org/name", "dataset")
     for file in (tmp_path / "data").glob("train*"):
         file.unlink()
-    # without a training split, all files
+    # the only split is what is meant
     assert answers(data.load_prompts(Data(path="org/name", **PLAIN), tokenizer)) == ["6", "8"]
     (tmp_path / "data/test-0.parquet").unlink()
     with pytest.raises(InputError, match=r"org/name: the data set has no \.parquet or \.jsonl file"):

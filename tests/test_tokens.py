@@ -86,7 +86,7 @@ def test_ids_of_training_held_out_and_benchmark_problems_are_held_to_the_vocabul
     chosen = {"mine": Benchmark(str(path))}
     for of in (
         lambda: data.load_prompts(section, tokenizer, vocabulary=few),
-        lambda: data.load_prompts(section, tokenizer, str(path), vocabulary=few),
+        lambda: data.load_prompts(section, tokenizer, config.Eval(path=str(path)), vocabulary=few),
         lambda: load_tasks(chosen, config.Recipe(data=section), tokenizer, None, 1, few),
     ):
         assert f"rows.jsonl:2: its token id {over}" in refusal(of)

@@ -1,6 +1,7 @@
-"""From files to prompts: rows (rows.py), chats and answers (chats.py), batches (prompts.py), token ids (tokens.py)."""
+"""From paths to prompts: files, rows, chats and answers (chats.py), batches (prompts.py), token ids (tokens.py)."""
 
 from jaxrl.data.chats import DAPO_PREFIX, DAPO_SUFFIX, chat_of
+from jaxrl.data.files import FORMATS, Choice, find_files
 from jaxrl.data.prompts import COPIES, Part, PromptSet, batch, load_prompts
 from jaxrl.data.rows import read_rows
 from jaxrl.data.stops import Vocabulary, read_vocabulary
@@ -10,6 +11,8 @@ __all__ = [
     "COPIES",
     "DAPO_PREFIX",
     "DAPO_SUFFIX",
+    "FORMATS",
+    "Choice",
     "Part",
     "PromptSet",
     "Vocabulary",
@@ -17,6 +20,7 @@ __all__ = [
     "chat_of",
     "detokenizer",
     "encode",
+    "find_files",
     "load_prompts",
     "load_tokenizer",
     "read_rows",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxtyping import Float64, Int64
 
 from jaxrl import config
 from jaxrl.data.chats import answer_of, arguments_of, chat_of
+from jaxrl.data.files import Choice, find_files, listed
 from jaxrl.data.messages import Chat
 from jaxrl.data.rows import read_rows
 from jaxrl.data.stops import Vocabulary
@@ -23,7 +25,6 @@ from jaxrl.types import JsonObject, Order, Prompt, Tokenizer, Verifier
 ID_COLUMNS = ("id", "index", "extra_info.index")  # the first of these that a row has names its prompt
 COPIES = 100  # of each row, in the released DAPO-Math-17k
 SOLUTION = "####"  # stands before the answer of GSM8K's worked solutions
-_ROW = re.compile(r":\d+$|, row \d+$")  # behind the file, where a row is named
 BLOCK = 1024  # places of the order in which sources are mixed; each block has every source's share
 
 
@@ -64,7 +65,7 @@ class PromptSet:
     prompts: list[Prompt]
     path: str
     counts: Counts
-    files: tuple[str, ...] = ()  # that prompts are from
+    files: tuple[str, ...] = ()  # that were read
     sources: tuple[PromptSet, ...] = ()
     mixture: tuple[Part, ...] = ()  # for `batch`; empty for one source
 
@@ -93,7 +94,9 @@ class PromptSet:
             f"({c.duplicates:,} duplicates, {unanswered}{c.overlong:,} over-long left out)"
         ]
         if len(self.files) > 1 or (self.files and self.files[0] != self.path):
-            lines.append(f"their files: {', '.join(self.files)}")
+            folder = os.path.commonpath([Path(file).parent for file in self.files])
+            names = listed(os.path.relpath(file, folder) for file in self.files)
+            lines.append(f"{len(self.files)} files of {folder}: {names}")
         if 2 * c.duplicates > c.rows:
             lines.append(
                 "more than half of the rows are duplicates: right for DAPO-Math-17k, which has 100 copies of each; "
@@ -112,8 +115,7 @@ class PromptSet:
 def load_prompts(
     section: config.Data,
     tokenizer: Tokenizer,
-    path: str | None = None,
-    limit: int = 0,
+    held_out: config.Eval | None = None,
     verifier: Verifier | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> PromptSet:
@@ -122,8 +124,7 @@ def load_prompts(
     Args:
       section: the recipe's [data].
       tokenizer: of the model.
-      path: of other rows than section.path's (held-out problems); section.sources are not read then.
-      limit: takes the first n that are not over-long; 0 takes all.
+      held_out: the recipe's [eval], to read its problems instead, the first n that are not over-long.
       verifier: is asked whether it can match the answers; None asks none.
       vocabulary: the model's, to which token ids are held; None holds them to none.
 
@@ -131,13 +132,20 @@ def load_prompts(
       InputError: naming the file, and the row or column, for anything that cannot be used as it is.
     """
     require_template(tokenizer, section)
-    if path or not section.sources:
-        return _load(section, tokenizer, path or section.path, limit, verifier, vocabulary)
+    if held_out:
+        choice = Choice(
+            held_out.path, held_out.config, held_out.split, held_out.files, "eval", evaluation=True
+        )
+        return _load(section, tokenizer, choice, verifier, vocabulary, held_out.problems)
+    if not section.sources:
+        choice = Choice(section.path, section.config, section.split, section.files)
+        return _load(section, tokenizer, choice, verifier, vocabulary)
     found: list[PromptSet] = []
-    for source in section.sources:
+    for number, source in enumerate(section.sources):
         own = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name != "weight"}
         changed = dataclasses.replace(section, sources=(), **{k: v for k, v in own.items() if v})
-        found.append(_load(changed, tokenizer, source.path, limit, verifier, vocabulary))
+        choice = Choice(source.path, source.config, source.split, source.files, f"data.sources.{number}")
+        found.append(_load(changed, tokenizer, choice, verifier, vocabulary))
     prompts = [
         dataclasses.replace(prompt, id=f"{number}:{prompt.id}")
         for number, one in enumerate(found, 1)
@@ -154,14 +162,14 @@ def load_prompts(
 def _load(
     section: config.Data,
     tokenizer: Tokenizer,
-    source: str,
-    limit: int,
+    choice: Choice,
     verifier: Verifier | None,
     vocabulary: Vocabulary | None,
+    limit: int = 0,
 ) -> PromptSet:
-    """One source's prompts."""
-    counts = Counts()
-    problems = list(_problems(source, section, counts))
+    """One source's prompts, the first `limit` or all."""
+    counts, files, source = Counts(), find_files(choice), choice.path
+    problems = list(_problems(files, section, counts))
     if not problems:
         raise InputError(f"{source}: no rows in it; give a file with problems")
     if verifier:
@@ -180,8 +188,7 @@ def _load(
             f"{source}: all {counts.overlong} prompts are longer than data.max_prompt_tokens = "
             f"{section.max_prompt_tokens}; raise it"
         )
-    files = dict.fromkeys(_ROW.sub("", problem.chat.where) for problem in problems)
-    return PromptSet(prompts, source, counts, tuple(files))
+    return PromptSet(prompts, source, counts, tuple(map(str, files)))
 
 
 def batch(
@@ -263,8 +270,8 @@ def _places(
 Key = str | tuple[object, ...]
 
 
-def _problems(source: str, section: config.Data, counts: Counts) -> Iterator[Problem]:
-    """The rows of a source with a problem and an answer, without duplicates where the recipe wants that.
+def _problems(files: Sequence[Path], section: config.Data, counts: Counts) -> Iterator[Problem]:
+    """The rows of files with a problem and an answer, without duplicates where the recipe wants that.
 
     Counts them on the way. DAPO's file has 1.8 million rows, so a copy of a row costs one look-up.
 
@@ -277,7 +284,7 @@ def _problems(source: str, section: config.Data, counts: Counts) -> Iterator[Pro
     chats: set[Key] = set()
     answers: dict[Key, str] = {}
     names: set[str] = set()
-    for where, row in read_rows(source, columns, ID_COLUMNS, arguments):
+    for where, row in read_rows(files, columns, ID_COLUMNS, arguments):
         counts.rows += 1
         raw = _raw_key(row, columns) if section.deduplicate and not arguments else None
         if raw in copies:

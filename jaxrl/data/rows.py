@@ -1,12 +1,18 @@
-"""Rows of files: which files a path names, and what is in them."""
+"""Rows of files: JSON lines, whole JSON files and parquet, by column."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxrl.data.files import LINES, WHOLE, format_of
 from jaxrl.errors import InputError, first_line
 from jaxrl.types import JsonObject
 
@@ -14,64 +20,111 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Rows = Iterator[tuple[str, JsonObject]]  # where a row is, for messages, and its values by column
+Json = Iterator[
+    tuple[str, object, bool]
+]  # where a row is, the row, and whether half a character may be in it
+BOM = b"\xef\xbb\xbf"
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, as JSON writes it
 
 
 def read_rows(
-    path: str, columns: Sequence[str], optional: Sequence[str] = (), objects: Sequence[str] = ()
+    files: Iterable[Path], columns: Sequence[str], optional: Sequence[str] = (), objects: Sequence[str] = ()
 ) -> Rows:
-    """Yields (where, {column: value}) from a .jsonl or .parquet file, or the training files of a Hub data set.
+    """Yields (where, {column: value}) from the rows of files, one file after another.
 
     Args:
-      path: the file, or a Hub id.
+      files: of the formats in files.py.
       columns: to read; a dot enters a struct.
       optional: to read where a row or file has them.
       objects: to read whole, as one value, where they are structs too; None where a row has none.
 
     Raises:
-      InputError: if there is no such file, data set or column, or a line is not JSON.
+      InputError: naming the file, and the row where it is known, for what cannot be read or lacks a column.
     """
-    for file in _files(path):
-        yield from (_parquet_rows if file.suffix == ".parquet" else _jsonl_rows)(
-            file, columns, optional, objects
-        )
+    for file in files:
+        kind = format_of(file.name)
+        if kind in (*LINES, *WHOLE):
+            for where, row, halves in (_lines if kind in LINES else _whole)(file):
+                yield where, _values(where, row, halves, columns, optional, objects)
+        else:
+            yield from _parquet_rows(file, columns, optional, objects)
 
 
-def _files(path: str) -> list[Path]:
-    file = Path(path)
-    if file.suffix in (".jsonl", ".parquet"):
-        if not file.is_file():
-            raise InputError(f"{path}: no such file; data.path takes a .jsonl or .parquet file or a Hub id")
-        return [file]
-    if path.count("/") != 1 or file.exists():
-        raise InputError(f"{path}: neither a .jsonl nor a .parquet file nor a Hub id such as org/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(path, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]))
-    except Exception as error:  # of the network, of the Hub, or about the name; the client has dozens
-        raise InputError(f"{path}: no such file, and the Hub did not have it: {first_line(error)}") from None
-    files = sorted(f for f in folder.rglob("*") if f.suffix in (".jsonl", ".parquet"))
-    if not files:
-        raise InputError(f"{path}: the data set has no .parquet or .jsonl file; convert it to one of them")
-    return [f for f in files if "train" in str(f.relative_to(folder))] or files
-
-
-def _jsonl_rows(file: Path, columns: Sequence[str], optional: Sequence[str], objects: Sequence[str]) -> Rows:
-    with file.open("rb") as lines:
+def _lines(file: Path) -> Json:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where}: not JSON ({error}); write one object a line") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
-            flat = _flat(row)
-            _require(columns, flat, where)
-            found = {c: flat[c] for c in (*columns, *optional) if c in flat}
-            yield where, found | {c: row.get(c) for c in objects}
+            text = line.removeprefix(BOM) if number == 1 else line
+            if text.strip():
+                yield f"{file}:{number}", _parsed(text, f"{file}:{number}"), bool(SURROGATE.search(text))
+
+
+def _whole(file: Path) -> Json:
+    """The rows of a list, which may be the only one in an object; or JSON lines, which some call .json."""
+    with _opened(file) as opened:
+        text = opened.read().removeprefix(BOM)
+    if not text.strip():
+        return
+    try:
+        found = _parsed(text, str(file))
+    except InputError as error:
+        if "Extra data" not in str(error):
+            raise
+        yield from _lines(file)
+        return
+    lists = [
+        each for each in (found.values() if isinstance(found, dict) else [found]) if isinstance(each, list)
+    ]
+    if len(lists) != 1:
+        raise InputError(
+            f"{file}: neither a list of objects nor an object with one list; write one object a line"
+        )
+    halves = bool(SURROGATE.search(text))
+    yield from ((f"{file}, row {number}", row, halves) for number, row in enumerate(lists[0], 1))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+    try:
+        with gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb") as opened:
+            yield opened
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file}: cannot be read ({first_line(error)}); get it again") from None
+
+
+def _parsed(text: bytes, where: str) -> object:
+    try:
+        return json.loads(text.decode())
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; write one object of few levels") from None
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error}); write one object a line, in UTF-8") from None
+
+
+def _values(
+    where: str,
+    row: object,
+    halves: bool,
+    columns: Sequence[str],
+    optional: Sequence[str],
+    objects: Sequence[str],
+) -> JsonObject:
+    """The wanted values of a row of JSON."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
+    try:
+        flat = _flat(row)
+        _require(columns, flat, where)
+        found = {c: flat[c] for c in (*columns, *optional) if c in flat} | {c: row.get(c) for c in objects}
+        if halves:
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; write one object of few levels") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise InputError(
+            f"{where}: has {half}, half of a character; mend the text or remove the row"
+        ) from None
+    return found
 
 
 def _parquet_rows(
@@ -80,22 +133,31 @@ def _parquet_rows(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        parquet = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a parquet file ({first_line(error)}); get it again") from None
-    there = _flat_table(parquet.schema_arrow.empty_table()).column_names
-    _require(columns, there, str(file))
-    _require(objects, parquet.schema_arrow.names, str(file))
-    wanted = [*columns, *(c for c in optional if c in there)]
     number = 0
-    for chunk in parquet.iter_batches(columns=[*wanted, *objects]):
-        whole = pa.Table.from_batches([chunk])
-        table = _flat_table(whole)
-        read = [*(_single_users(table[c]) for c in wanted), *(whole[c] for c in objects)]
-        for values in zip(*(column.to_pylist() for column in read), strict=True):
-            number += 1
-            yield f"{file}, row {number}", dict(zip((*wanted, *objects), values, strict=True))
+    try:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        there = _flat_table(parquet.schema_arrow.empty_table()).column_names
+        _require(columns, there, str(file))
+        _require(objects, parquet.schema_arrow.names, str(file))
+        wanted = [*columns, *(c for c in optional if c in there)]
+        for chunk in parquet.iter_batches(columns=[*wanted, *objects]):
+            whole = pa.Table.from_batches([chunk])
+            table = _flat_table(whole)
+            read = [*(_shortest(_single_users(table[c])) for c in wanted), *(whole[c] for c in objects)]
+            for values in zip(*(column.to_pylist() for column in read), strict=True):
+                number += 1
+                yield f"{file}, row {number}", dict(zip((*wanted, *objects), values, strict=True))
+        if number != parquet.metadata.num_rows:
+            raise ValueError(f"it has {number} of {parquet.metadata.num_rows} rows")
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # damage shows as any of Arrow's errors, Python's of text, or the file system's
+        at = f"{file}, after row {number}" if number else str(file)
+        raise InputError(
+            f"{at}: not a parquet file, or damaged ({first_line(error)}); get it again"
+        ) from None
 
 
 def _flat(row: JsonObject, prefix: str = "") -> JsonObject:
@@ -135,6 +197,13 @@ def _single_users(column: pa.ChunkedArray) -> pa.ChunkedArray:
     messages = pc.list_flatten(column)
     users = pc.all(pc.equal(pc.struct_field(messages, "role"), "user"), skip_nulls=False).as_py()
     return pc.struct_field(messages, "content") if users else column
+
+
+def _shortest(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Floats of 32 bits as the decimals that were meant: 0.1, not 0.10000000149011612."""
+    import pyarrow as pa
+
+    return column.cast(pa.string()).cast(pa.float64()) if pa.types.is_float32(column.type) else column
 
 
 def _require(columns: Sequence[str], there: Iterable[str], where: str) -> None:

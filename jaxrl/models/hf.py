@@ -21,11 +21,11 @@ from jaxtyping import Float32
 from numpy.typing import ArrayLike
 
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import safetensors_header, write_atomically
-from jaxrl.models import decoder
-from jaxrl.models.config_json import describe, read_config, read_json
+from jaxrl.files import safetensors_header
+from jaxrl.json_fields import read_json
+from jaxrl.models import config_json, decoder
 from jaxrl.models.decoder import Cache, Config, Params, Spec
-from jaxrl.models.tensors import Tensors
+from jaxrl.models.tensors import INDEX, WHOLE, Tensors, read_index, require_safetensors
 from jaxrl.parallel.mesh import sharding_of
 from jaxrl.types import JsonObject
 
@@ -71,12 +71,22 @@ def resolve(path: str | Path) -> Path:
         raise InputError(f"{path}: no such model folder; {remedy}")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors*", "config.json", *_COMPANIONS]
+    wanted = ["*.safetensors*", "config.json", "adapter_config.json", *_COMPANIONS]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:  # of the Hub's client, its HTTP library or the disk
         reason = first_line(error)
         raise InputError(f"{path}: no such folder, and the Hub did not have it: {reason}") from error
+
+
+def read_config(folder: Path) -> Config:
+    """`config_json.read_config` of a folder that is no adapter and has no weights of other formats alone.
+
+    Raises:
+      InputError: as that does, and for such a folder.
+    """
+    require_safetensors(folder)
+    return config_json.read_config(folder)
 
 
 def load(path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Model:
@@ -88,11 +98,12 @@ def load(path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
       mesh: where given, parameters are sharded over its `fsdp` axis; otherwise they lie on one device.
 
     Raises:
-      InputError: for a missing, truncated or incomplete file, naming it, or an unsupported architecture.
+      InputError: for a missing, truncated or incomplete file, naming it, an unsupported architecture, or weights that
+        are not finite.
     """
     folder = resolve(path)
     config = read_config(folder)
-    tensors = Tensors(folder)
+    tensors = Tensors(folder, config.tied)
 
     def put(spec: Spec) -> jax.Array:
         shape = decoder.stacked_shape(spec, config)
@@ -109,25 +120,48 @@ def load(path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
 
 
 def save(model: Model, path: str | Path, dtype: str | None = None) -> None:
-    """Writes a folder that transformers and vLLM load; replaces the files of an older one atomically.
+    """Writes a folder that transformers and vLLM load; replaces an older one's files.
+
+    config.json is away while the others are exchanged: whenever the process dies, the folder is the old model, the new
+    one, or none that loads.
 
     Args:
       model: its tokenizer's and other files are copied from `model.folder`.
       path: the folder; created if missing.
       dtype: of the parameters on disk, "float32" or "bfloat16"; their own where None.
+
+    Raises:
+      InputError: if the older one's index of weights cannot be read, or the config.json of `model.folder`.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or str(jax.tree.leaves(model.params)[0].dtype)
+    stale, config = _stale_weights(folder), folder / "config.json"
+    new_config, new_weights = config.with_suffix(".json.tmp"), folder / f"{WHOLE}.tmp"
+    new_config.write_text(json.dumps(_config_json(model, dtype), indent=2), encoding="utf-8")
+    _write_safetensors(new_weights, model, np.dtype(dtype))
+    config.unlink(missing_ok=True)
+    for file in stale:
+        file.unlink(missing_ok=True)
+    new_weights.replace(folder / WHOLE)
     if model.folder and model.folder.resolve() != folder.resolve():
         for pattern in _COMPANIONS:
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors"):
                     shutil.copyfile(file, folder / file.name)
-    write_atomically(folder / "config.json", json.dumps(_config_json(model, dtype), indent=2))
-    _write_safetensors(folder / "model.safetensors", model, np.dtype(dtype))
-    for stale in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json")):
-        stale.unlink()
+    new_config.replace(config)
+
+
+def _stale_weights(folder: Path) -> list[Path]:
+    """The weights of an older model, which a new WHOLE replaces; the index last, as it names the others.
+
+    Without an index, other files are weights only beside a config.json, or the one of a save that died.
+    """
+    shards = {folder / name for name in read_index(folder).values()}
+    if not shards and not (folder / WHOLE).exists() and any(folder.glob("config.json*")):
+        shards = set(folder.glob("*.safetensors"))
+    shards |= set(folder.glob("model-*-of-*.safetensors"))
+    return [*sorted(shards - {folder / WHOLE}), folder / INDEX]
 
 
 def manifest(config: Config) -> list[tuple[str, tuple[int, ...]]]:
@@ -147,19 +181,16 @@ def _names(spec: Spec, config: Config) -> list[str]:
 
 
 def _write_safetensors(path: Path, model: Model, dtype: np.dtype) -> None:
-    header = safetensors_header(manifest(model.config), dtype.name, {"format": "pt"})
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(header)
+    with path.open("wb") as file:
+        file.write(safetensors_header(manifest(model.config), dtype.name, {"format": "pt"}))
         for _, array in named_tensors(model.config, model.params):
             file.write(np.asarray(array).astype(dtype).tobytes())
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _config_json(model: Model, dtype: str) -> JsonObject:
     """The config it came with, whose unknown fields other programs may need, or one made from Config."""
-    raw = read_json(model.folder / "config.json") if model.folder else describe(model.config)
+    raw = read_json(model.folder / "config.json") if model.folder else config_json.describe(model.config)
     kept = {name: value for name, value in raw.items() if name not in ("torch_dtype", "dtype")}
     return kept | {"dtype": dtype, "torch_dtype": dtype}

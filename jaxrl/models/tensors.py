@@ -3,82 +3,214 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
+from safetensors import SafetensorError, safe_open
 
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, first_line
 from jaxrl.files import DTYPES
-from jaxrl.models.config_json import read_json
+from jaxrl.json_fields import read_json, shown
 from jaxrl.models.decoder import Spec
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raises: InputError, with the remedy, for an adapter, and for a folder of PyTorch's or GGUF files alone."""
+    here = _quoted(folder)
+    if (folder / "adapter_config.json").exists():
+        merged = _quoted(folder.absolute().with_name(f"{folder.absolute().name}-merged"))
+        code = (
+            "from peft import AutoPeftModelForCausalLM as M; "
+            f'M.from_pretrained({here}, dtype="auto").merge_and_unload().save_pretrained({merged})'
+        )
+        raise InputError(
+            f"{folder}: adapter_config.json makes it an adapter of another model; delete that file if the weights are "
+            f"whole, or merge it and copy its tokenizer there: python -c {shlex.quote(code)}"
+        )
+    if any(folder.glob("*.safetensors*")):
+        return
+    only = "only safetensors weights are read"
+    if any(folder.glob("pytorch_model*")):
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f'M.from_pretrained({here}, dtype="auto").save_pretrained({here})'
+        )
+        raise InputError(f"{folder}: {only}; convert pytorch_model: python -c {shlex.quote(code)}")
+    if any(folder.glob("*.gguf")):
+        raise InputError(f"{folder}: {only}; get the folder that its GGUF file was made from")
+
+
+def _quoted(folder: Path) -> str:
+    """A folder as a string of Python, in double quotes."""
+    return json.dumps(str(folder.absolute()), ensure_ascii=False)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The name of each tensor's file, from the index of a folder's weights; empty without an index.
+
+    Raises:
+      InputError: if the index cannot be read, or names anything but *.safetensors files of the folder.
+    """
+    path = folder / INDEX
+    # a dangling link is there too: an index that cannot be read is not the same as none
+    if not os.path.lexists(path):
+        return {}
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise InputError(f"{path}: weight_map = {shown(files)} names no files; get the index again")
+    for name in files.values():
+        plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
+        if not plain or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{path}: weight_map has {shown(name)}, not a *.safetensors file of the folder; get the index again"
+            )
+    return files
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights, sorted: those of its index, or model.safetensors, or all *.safetensors.
+
+    Raises:
+      InputError: if there are none, one is missing, or the index does not decide which they are.
+    """
+    names, index, whole = set(read_index(folder).values()), folder / INDEX, folder / WHOLE
+    if names and WHOLE not in names and os.path.lexists(whole):
+        raise InputError(
+            f"{index}: does not name {WHOLE}, which is there too: transformers reads that, vLLM the index; delete one"
+        )
+    files = [folder / name for name in names] or ([whole] if os.path.lexists(whole) else [])
+    files = sorted(files or folder.glob("*.safetensors"))
+    if not files:
+        require_safetensors(folder)
+        raise InputError(f"{folder}: no *.safetensors file; only safetensors weights are read")
+    for file in files:
+        # opening a pipe would wait; Path.is_file raises for a name that is too long
+        if not os.path.isfile(file):  # noqa: PTH113
+            why = f"{index} names it, and it" if names else "it"
+            raise InputError(f"{file}: {why} is missing or not a regular file; get it again")
+    return files
+
+
+class _Stored(NamedTuple):
+    """A tensor of a file."""
+
+    file: Path
+    name: str
+    dtype: str  # safetensors' name
+    shape: tuple[int, ...]
+    data: UInt8[np.ndarray, " bytes"]
 
 
 class Tensors:
-    """The tensors of a folder's safetensors files, mapped into memory."""
+    """The tensors of a folder's weights, mapped into memory; those that nobody reads do not matter.
 
-    def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{folder}: no *.safetensors file; only safetensors weights are read")
-        self.folder = folder
-        self.by_name = {name: tensor for file in files for name, tensor in _map_safetensors(file).items()}
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            shards = read_json(index).get("weight_map", {})
-            if missing := set(shards) - set(self.by_name):
-                name = min(missing)
-                raise InputError(
-                    f"{index}: {name} should be in {shards[name]}, which is missing; get it again"
-                )
+    Args:
+      folder: the Hugging Face folder.
+      tied: whether config.json makes the embedding the LM head; then the files may have it under either name.
+
+    Raises:
+      InputError: for files that safetensors refuses, and for a tied model with an LM head of its own.
+    """
+
+    def __init__(self, folder: Path, tied: bool) -> None:
+        self.folder, self.index = folder, read_index(folder)
+        self.by_name: dict[str, list[_Stored]] = {}
+        for file in weight_files(folder):
+            for tensor in _map_safetensors(file):
+                self.by_name.setdefault(tensor.name, []).append(tensor)
+        self.head_is_embedding = tied and not self._named(EMBED)
+        if tied and self._named(EMBED) and self._named(HEAD):
+            self._require_equal()
 
     def read(
         self, spec: Spec, layers: int, dtype: np.dtype, index: tuple[slice, ...]
     ) -> Shaped[np.ndarray, " ..."]:
-        """Reads the slice `index` of a parameter, stacked over layers where there is one a layer."""
-        if not spec.stacked:
-            return np.asarray(self._get(spec.name, spec.shape)[index]).astype(dtype)
-        names = [spec.name.format(layer) for layer in range(layers)[index[0]]]
-        parts = [self._get(name, spec.shape)[index[1:]] for name in names]
+        """Reads the slice `index` of a parameter, stacked over layers where there is one a layer.
+
+        Raises:
+          InputError: if a tensor is missing, ambiguous, of another shape or type, or not finite.
+        """
+        names, within = [spec.name], index
+        if spec.stacked:
+            names, within = [spec.name.format(i) for i in range(layers)[index[0]]], index[1:]
+        parts = [self._get(name, spec.shape)[within] for name in names]
         out = np.empty((len(parts), *parts[0].shape), dtype)
         for i, part in enumerate(parts):
-            out[i] = part  # converts while copying: one layer in flight
-        return out
+            with np.errstate(over="ignore", invalid="ignore"):
+                out[i] = part  # converts while copying: one layer in flight
+            if not np.isfinite(out[i]).all():
+                self._refuse_values(names[i], spec.shape, dtype)
+        return out if spec.stacked else out[0]
 
-    def _get(self, name: str, shape: tuple[int, ...]) -> Shaped[np.ndarray, " ..."]:
-        if name not in self.by_name:
+    def _named(self, name: str) -> list[_Stored]:
+        """The tensors of a name. A base model's names lack the prefix `model.`, as in transformers."""
+        return [
+            t for n in dict.fromkeys((name, name.removeprefix("model."))) for t in self.by_name.get(n, [])
+        ]
+
+    def _get(self, name: str, shape: tuple[int, ...] | None = None) -> Shaped[np.ndarray, " ..."]:
+        found = self._named(HEAD if name == EMBED and self.head_is_embedding else name)
+        if not found:
             reason = f"the weights have no tensor {name}; they do not belong to config.json"
             raise InputError(f"{self.folder}: {reason}")
-        tensor = self.by_name[name]
-        if tensor.shape != shape:
+        tensor = found[0]
+        if len(found) > 1:
+            both = " and ".join(f"{t.file.name} ({t.name})" for t in found[:2])
+            raise InputError(f"{self.folder}: {name} is in {both}; keep one")
+        named = self.index.get(tensor.name, tensor.file.name)
+        if named != tensor.file.name:
+            where = f"{tensor.name} should be in {named}, but is in {tensor.file.name}"
+            raise InputError(f"{self.folder / INDEX}: {where}; get the folder again")
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise InputError(f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; {known} are read")
+        if shape not in (None, tensor.shape):
             raise InputError(f"{self.folder}: {name} has shape {tensor.shape}, config.json makes it {shape}")
-        return tensor
+        return tensor.data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def _require_equal(self) -> None:
+        """Raises: InputError if LM head and embedding differ: transformers unties them, vLLM takes the embedding."""
+        embed, head = self._get(EMBED), self._get(HEAD)
+        # row by row, or the comparison would hold a third matrix
+        if embed.shape != head.shape or not all(map(np.array_equal, embed, head)):
+            raise InputError(
+                f"{self.folder}: config.json ties {HEAD} to {EMBED}, but they differ; set tie_word_embeddings to false "
+                "in config.json"
+            )
+
+    def _refuse_values(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> NoReturn:
+        whole = self._get(name, shape)
+        lost = whole.size - np.count_nonzero(np.isfinite(whole))
+        reason = f"{lost} values that are NaN or infinite; the checkpoint is damaged, get another"
+        if not lost:
+            with np.errstate(over="ignore"):
+                lost = whole.size - np.count_nonzero(np.isfinite(whole.astype(dtype)))
+            reason = f"{lost} values too large for {dtype}; load it in a wider type, or get another"
+        raise InputError(f"{self.folder}: {name} has {reason}")
 
 
-def _map_safetensors(path: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
+def _map_safetensors(path: Path) -> list[_Stored]:
     """Maps a file's tensors as read-only views. Format: u64 header size, JSON header, raw little-endian tensors.
 
-    Parsed here because safetensors' NumPy front end does not know bfloat16.
+    safetensors checks the file, so that both refuse the same; its NumPy front end does not know bfloat16.
     """
     try:
-        data = np.memmap(path, np.uint8, mode="r")
-        size = int(data[:8].view("<u8")[0])
-        header = json.loads(bytes(data[8 : 8 + size]))
-        header.pop("__metadata__", None)
-        body = data[8 + size :]
-        tensors = {k: _view(body, **entry) for k, entry in header.items() if entry["dtype"] in DTYPES}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{path}: truncated or not a safetensors file; download it again") from None
-    for name in header.keys() - tensors.keys():
-        stored = header[name]["dtype"]
-        raise InputError(f"{path}: {name} is stored as {stored}; {', '.join(DTYPES)} are read")
-    return tensors
-
-
-def _view(
-    body: UInt8[np.ndarray, " bytes"], dtype: str, shape: list[int], data_offsets: list[int]
-) -> Shaped[np.ndarray, " ..."]:
-    begin, end = data_offsets
-    if not 0 <= begin <= end <= body.size:
-        raise ValueError
-    return body[begin:end].view(DTYPES[dtype]).reshape(shape)
+        with safe_open(path, "numpy"):
+            data = np.memmap(path, np.uint8, mode="r")
+    except (SafetensorError, OSError) as error:
+        reason = f"truncated or not a safetensors file ({first_line(error)})"
+        raise InputError(f"{path}: {reason}; download it again") from None
+    size = int(data[:8].view("<u8")[0])
+    header, body = json.loads(bytes(data[8 : 8 + size])), data[8 + size :]
+    header.pop("__metadata__", None)
+    return [
+        _Stored(path, name, entry["dtype"], tuple(entry["shape"]), body[slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jaxrl.rewards.corrected import corrected
 from jaxrl.rewards.deepscaler import equivalent
 from jaxrl.rewards.minerva import minerva
 from jaxrl.rewards.strict_boxed import strict_boxed
@@ -25,6 +26,7 @@ VERIFIERS: dict[Verifier, Callable[[str, str], float]] = {
     "strict_boxed": strict_boxed,
     "minerva": minerva,
     "equivalent": equivalent,
+    "corrected": corrected,
 }
 
 ANSWER = "<answer>"
@@ -32,9 +34,10 @@ WINNING: dict[Verifier, str] = {
     "strict_boxed": f"\\boxed{{{ANSWER}}}",
     "minerva": f"Answer: {ANSWER}",
     "equivalent": f"<think></think>\\boxed{{{ANSWER}}}",
+    "corrected": f"\\boxed{{{ANSWER}}}",
 }
 
-__all__ = ["VERIFIERS", "WINNING", "can_win", "equivalent", "minerva", "strict_boxed", "winning"]
+__all__ = ["VERIFIERS", "WINNING", "can_win", "corrected", "equivalent", "minerva", "strict_boxed", "winning"]
 
 
 def winning(verifier: Verifier, answer: str) -> str:

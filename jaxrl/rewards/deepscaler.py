@@ -19,7 +19,9 @@ def equivalent(response: str, ground_truth: str | float | list[str]) -> float:
 
 
 def _same(answer: str, truth: str | None) -> bool:
-    return truth is not None and (same_spelling(answer, truth) or sandbox.same_value(answer, truth))
+    return truth is not None and (
+        same_spelling(answer, truth) or sandbox.compare("released", answer, truth) is True
+    )
 
 
 def extract(response: str) -> str | None:

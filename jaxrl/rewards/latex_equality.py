@@ -183,6 +183,8 @@ def _plain_text(latex: str) -> str:
     text = text.replace(r"\frac", r" \frac")  # keeps the whole part of a mixed number apart
     try:
         return LatexNodes2Text().latex_to_text(text).translate(_SYMBOLS).strip()
+    except MemoryError:  # undecided
+        raise
     except Exception:  # LaTeX that it cannot read stays as it is, whatever it raises
         return latex
 
@@ -259,6 +261,8 @@ def _same_formula(given: str, truth: str) -> bool:
             if not all(_agree_at(point, ours, theirs) for point in POINTS):
                 return False
         return sympy.simplify(_evaluated(theirs) - _evaluated(ours)) == 0
+    except MemoryError:  # undecided
+        raise
     except Exception:  # an expression on which sympy fails is not equal, as in the reference
         return False
 

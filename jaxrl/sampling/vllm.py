@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import queue
 import threading
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -32,7 +33,7 @@ RETRY = 1.0  # seconds between requests to a server that is down
 JUST_BACK = 5.0  # seconds for which a server that was found well is not asked again
 
 T = TypeVar("T")
-Ask = Callable[[str, int], Awaitable[list[Rollout]]]  # (server, index of a prompt) to its samples
+Ask = Callable[[str, int], Awaitable[None]]  # has a server answer the prompt of an index
 # (server, seconds that it has been unwell) to whether it was restarted
 Restart = Callable[[str, float], bool]
 
@@ -131,18 +132,34 @@ class VLLMSampler:
     ) -> list[list[Rollout]]:
         """See `Sampler.generate`. Groups of prompts that servers refuse are empty; `dropped` has the reason.
 
+        The thread that calls this calls `on_rollout`, with all that arrived before an error too. Meanwhile requests go
+        on.
+
         Raises:
-          InputError: before `publish`, or if no server takes any of the prompts.
+          InputError: before `publish`, if no server takes any of the prompts, or if one cuts completions short.
           RunError: if no server has answered within the patience.
         """
         if self._version is None:
             raise InputError("the vLLM servers have no weights; publish some before generating")
+        groups: list[list[Rollout]] = [[] for _ in prompts]
+        arrived: queue.SimpleQueue[tuple[int, list[Rollout]] | None] = queue.SimpleQueue()  # None is the end
 
-        async def ask(url: str, p: int) -> list[Rollout]:
-            rollouts = await self._ask(url, prompts[p], samples, params, (*seed, first + p))
-            return [on_rollout(rollout) for rollout in rollouts]
+        async def ask(url: str, p: int) -> None:
+            arrived.put((p, await self._ask(url, prompts[p], samples, params, (*seed, first + p))))
 
-        return self._run(self._generate(len(prompts), ask))
+        work = asyncio.run_coroutine_threadsafe(self._generate(len(prompts), ask), self._loop)
+        work.add_done_callback(lambda _: arrived.put(None))
+        try:
+            while answer := arrived.get():
+                p, rollouts = answer
+                groups[p] = [on_rollout(rollout) for rollout in rollouts]
+            work.result()
+        except BaseException:  # on Ctrl-C the work would go on
+            work.cancel()
+            raise
+        if prompts and not any(groups):
+            raise InputError(f"the servers refused every prompt; the last: {list(self.dropped.values())[-1]}")
+        return groups
 
     def _run(self, work: Coroutine[None, None, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -152,9 +169,8 @@ class VLLMSampler:
             future.cancel()
             raise
 
-    async def _generate(self, count: int, ask: Ask) -> list[list[Rollout]]:
+    async def _generate(self, count: int, ask: Ask) -> None:
         """Shares `count` prompts out among lanes of all servers, each with one request under way."""
-        groups: list[list[Rollout]] = [[] for _ in range(count)]
         waiting, open_ = deque(range(count)), set(range(count))
         changed = asyncio.Condition()
 
@@ -167,13 +183,11 @@ class VLLMSampler:
                         return
                     p = waiting.popleft()
                 try:
-                    groups[p] = await ask(url, p)
-                except (ServerError, InputError, RunError) as error:
+                    await ask(url, p)
+                except ServerError as error:
                     async with changed:  # another lane may take it
                         waiting.appendleft(p)
                         changed.notify_all()
-                    if not isinstance(error, ServerError):  # of `on_rollout`: no other server helps
-                        raise
                     await self._revive(url, error)
                     continue
                 async with changed:
@@ -187,15 +201,12 @@ class VLLMSampler:
             while open_:  # a server that is down does not hold up what others can finish
                 done, pending = await asyncio.wait(pending, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
                 errors = [error for task in done if (error := task.exception())]
-                if errors and (not pending or not isinstance(errors[0], InputError | RunError)):
+                if errors and (not pending or not isinstance(errors[0], RunError)):
                     raise errors[0]
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if count and not any(groups):
-            raise InputError(f"the servers refused every prompt; the last: {list(self.dropped.values())[-1]}")
-        return groups
 
     async def _ask(
         self, url: str, prompt: Prompt, samples: int, params: SamplingParams, seed: tuple[int, ...]
@@ -203,6 +214,7 @@ class VLLMSampler:
         """All samples of one prompt.
 
         Raises:
+          InputError: if the server cuts completions short.
           ServerError: if the server does not answer, or with other model weights than it should have.
         """
         oldest = self._current[url]
@@ -234,6 +246,8 @@ class VLLMSampler:
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             rollouts = [self._rollout(url, prompt, params, choice, oldest) for choice in choices]
+        except InputError:  # is a ValueError
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"it answered with something else than completions ({error!r})") from None
         return rollouts if params.temperature else rollouts * samples

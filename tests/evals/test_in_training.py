@@ -54,10 +54,10 @@ def test_a_prompt_that_does_not_fit_is_named_before_training(tmp_path: Path) -> 
         load(tmp_path, **{"data.max_prompt_tokens": 2})
 
 
-def test_accuracy_is_of_each_benchmark_by_rule(tmp_path: Path) -> None:
+def test_accuracy_is_of_each_benchmark_by_both_rules(tmp_path: Path) -> None:
     tasks = load(tmp_path)
     right = {"digits": [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], "again": [[0, 1], [0, 0], [0, 1]]}
-    texts, rollouts = [*(f"\\boxed{{{d}}}" for d in "012"), "none"], []
+    texts, rollouts = [r"\boxed{0}", r"\boxed{2^0}", r"\boxed{2}", "none"], []
     for task in tasks:
         for prompt, marks in zip(task.prompts, right[task.name], strict=True):
             for mark in marks:  # wrong ones have no box and are cut short
@@ -65,9 +65,11 @@ def test_accuracy_is_of_each_benchmark_by_rule(tmp_path: Path) -> None:
                 finish = "stop" if mark else "length"
                 tokens = np.array([token] * (3 if mark else 5), np.int32)
                 rollouts.append(Rollout(prompt, tokens, np.zeros(len(tokens), np.float32), finish, 0))
-    found, average = in_training.measure(tasks, rollouts, lambda ids: texts[ids[0]])
+    found, average, corrected = in_training.measure(tasks, rollouts, lambda ids: texts[ids[0]])
     digits, again = found["digits"], found["again"]
-    assert (digits["pass@1"], again["pass@1"]) == pytest.approx((6 / 12, 2 / 6))
-    assert digits["pass@k"][4] == pytest.approx(2 / 3) and digits["truncated"] == digits["no_box"] == 0.5
+    assert (digits["pass@1"], again["pass@1"]) == pytest.approx((2 / 12, 2 / 6))  # 2^0 is refused for 1
+    assert (digits["corrected"]["pass@1"], again["corrected"]["pass@1"]) == pytest.approx((6 / 12, 2 / 6))
+    assert digits["pass@k"][4] == pytest.approx(1 / 3) and digits["truncated"] == digits["no_box"] == 0.5
     assert digits["length_mean"] == 4 and again["length_mean"] == pytest.approx((2 * 3 + 4 * 5) / 6)
-    assert average["pass@1"] == pytest.approx((6 / 12 + 2 / 6) / 2)
+    assert average["pass@1"] == pytest.approx((2 / 12 + 2 / 6) / 2)
+    assert corrected["pass@1"] == pytest.approx((6 / 12 + 2 / 6) / 2)

@@ -78,7 +78,12 @@ def test_the_files_have_the_grades_of_all_responses(base: Path, whole: Path) -> 
     assert found["length_mean"] == pytest.approx(sum(row["tokens"] for row in made.values()) / len(made))
     assert found["rule+model"] is None and found["judge"] is None
     grades = by_sample(whole / "digits.scores.jsonl")
-    assert all(grades[key]["rule"] is grade(row["response"], row["answer"]) for key, row in made.items())
+    for key, row in made.items():
+        assert grades[key]["rule"] is grade(row["response"], row["answer"])
+        assert grades[key]["corrected"] is grade(row["response"], row["answer"], "corrected")
+    true = [row["corrected"] for row in grades.values()]
+    assert found["corrected"]["pass@1"] == pytest.approx(sum(true) / len(true))
+    assert results["average"]["corrected"]["pass@1"] > 0
     accuracies = [b["rule"]["pass@1"] for b in results["benchmarks"].values()]
     assert results["average"]["rule"]["pass@1"] == pytest.approx(sum(accuracies) / 2)
     table = (whole / "results.md").read_text()

@@ -28,7 +28,7 @@ def test_the_papers_averages_are_those_of_its_numbers_but_one() -> None:
     assert found["DeepScaleR-1.5B-Preview"] == pytest.approx(44.90, abs=0.005)
 
 
-def test_the_table_has_both_gradings_and_the_papers_rows_of_the_same_benchmarks() -> None:
+def test_the_table_has_all_gradings_and_the_papers_rows_of_the_same_benchmarks() -> None:
     rule: Measures = {"pass@1": 0.25, "ci95": [0.125, 0.5], "pass@k": {4: 0.75}, "majority@k": {4: 0.5}}
     result: BenchmarkResult = {
         "problems": 30,
@@ -37,8 +37,10 @@ def test_the_table_has_both_gradings_and_the_papers_rows_of_the_same_benchmarks(
         "truncated": 0.5,
         "no_box": 0.25,
         "distinct_4gram": 0.9,
+        "undecided": 0,
         "rule": rule,
         "rule+model": None,
+        "corrected": rule | {"pass@1": 0.5},
         "judge": {"A": 2, "pending": 1},
     }
     results: BenchmarksResult = {
@@ -56,13 +58,22 @@ def test_the_table_has_both_gradings_and_the_papers_rows_of_the_same_benchmarks(
             "prompts": {},
         },
         "judge": None,
-        "benchmarks": {"aime24": result, "amc23": result},
-        "average": {"rule": {"pass@1": 0.25, "ci95": [0.2, 0.3]}, "rule+model": None},
+        "benchmarks": {"aime24": result, "amc23": {**result, "undecided": 1234}},
+        "average": {
+            "rule": {"pass@1": 0.25, "ci95": [0.2, 0.3]},
+            "rule+model": None,
+            "corrected": {"pass@1": 0.5, "ci95": [0.2, 0.6]},
+        },
     }
     lines = tables.markdown(results, {"aime24": "AIME 2024", "amc23": "AMC 2023"}).splitlines()
     cell = "25.00 (12.5 to 50.0)"
     assert f"| **mine**, rule only | {cell} | {cell} | 25.00 (20.0 to 30.0) |" in lines
     assert "| **mine**, rule + model | - | - | - |" in lines
+    cell = "50.00 (12.5 to 50.0)"
+    assert f"| **mine**, corrected rules | {cell} | {cell} | 50.00 (20.0 to 60.0) |" in lines
+    assert [line for line in lines if "undecided" in line] == [
+        "AMC 2023: 1,234 responses are undecided (too much work to compare) and count as wrong."
+    ]
     assert "| ProRL-V2 (paper) | 51.87 | 88.75 | 70.31 |" in lines
     assert "| BroRL (paper) | 57.50 | - | - |" in lines
     assert "at most 31,744 tokens, seed 1, protocol default." in lines[3]

@@ -246,7 +246,7 @@ NOTHING: tuple[str, ...] = (
 
 # What a reader would pay: the constant, and in the spelling of `plain`, the only references it is right for.
 RIGHT: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("pi", "PI", "Pi"), ("pi",)),
+    **dict.fromkeys(("pi", "PI", "Pi"), ("pi", "3.14")),
     **dict.fromkeys(("inf", "Infinity", "oo"), ("infty",)),
     "1.e11": ("1e11",),
     "E": ("e", "(E)"),
@@ -263,7 +263,17 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "0x5f": ("95",),
     "1_0_0": ("100",),
     "1_5": ("15",),
-    **dict.fromkeys(("x:=5", "x==5", "5,", "5=5=5", "abc=5"), ("5",)),
+    "１．５": ("1.5", "frac32"),
+    "5!!": ("15", "15mboxcm^2"),
+    **dict.fromkeys(("(5)(6)", "5(6)"), ("30", "30^circ")),
+    **dict.fromkeys(("5^6", "5^{6}"), ("15625",)),
+    **dict.fromkeys(("1e-8+0", "0.00000001"), ("1e-8",)),
+    **dict.fromkeys(("1.e30-1.e30", "0*1.e300", "1e999-1e999"), ("0",)),
+    **dict.fromkeys(("1.e30/1.e30", "1e300*1e-300+1e16-1e16", "~1", "(x:=1)"), ("1",)),
+    **dict.fromkeys(("-(-9)", "0!*9"), ("9",)),
+    "{1:2}": ("0.5", "frac12"),
+    "x,": ("x",),
+    **dict.fromkeys(("x:=5", "x==5", "5,", "5=5=5", "abc=5", "~5"), ("5",)),
     **dict.fromkeys(("[1]", "'1'", '"1"', "1==1"), ("1",)),
     **dict.fromkeys(("1 or 2", "1 and 2"), ("1,2",)),
     "0_5.5": ("frac112",),

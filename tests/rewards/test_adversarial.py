@@ -7,6 +7,7 @@ them. Where BENCHMARKS names a folder of references, as `jaxrl eval --data` take
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -51,6 +52,7 @@ SHAPES = (
     ),
 )
 Paid = Callable[[str, str], bool]
+CORRECTED = importlib.import_module("jaxrl.rewards.corrected")  # the package has the verifier by that name
 
 NEAR_ZERO = ("1e-400", "1e-308", "5e-324", "1e-7", "-1e-8", "0.0000000001", "0.00000001", "०")
 # By rule: the constants, and what they are paid for in the spelling of `plain`.
@@ -132,11 +134,27 @@ def lenient() -> Iterable[Paid]:
         yield is_equivalent
 
 
+@pytest.fixture(scope="module")
+def truthful() -> Iterable[Paid]:
+    """What the corrected rules decide, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tokens", "_read"):
+            patch.setattr(CORRECTED, name, functools.cache(getattr(CORRECTED, name)))
+        yield is_same
+
+
+def is_same(given: str, truth: str) -> bool:
+    return is_small(given, truth) and CORRECTED.same(given, truth)
+
+
+def is_small(given: str, truth: str) -> bool:
+    boxed = last_box(f"\\boxed{{{given}}}") == given
+    return boxed and max(len(given), len(truth)) <= LONGEST and max(_depth(given), _depth(truth)) <= DEEPEST
+
+
 def is_equivalent(given: str, truth: str) -> bool:
-    if last_box(f"\\boxed{{{given}}}") != given:
-        return False
-    small = max(len(given), len(truth)) <= LONGEST and max(_depth(given), _depth(truth)) <= DEEPEST
-    return same_spelling(given, truth) or (small and same_value(given, truth))
+    boxed = last_box(f"\\boxed{{{given}}}") == given
+    return boxed and (same_spelling(given, truth) or (is_small(given, truth) and same_value(given, truth)))
 
 
 def unexpected(paid: Paid, rules: dict[str, dict[str, str]], references: Iterable[str]) -> list[str]:
@@ -181,10 +199,15 @@ def test_minerva_and_strict_boxed_pay_no_constant_either() -> None:
     assert unexpected(paid_by_strict_boxed, STRICT, (*SHAPES, *REFERENCES)) == []
 
 
-def test_no_hedge_is_right(lenient: Paid) -> None:
+def test_the_corrected_rules_pay_no_constant_and_need_no_table(truthful: Paid) -> None:
+    assert unexpected(truthful, {}, (*SHAPES, *REFERENCES)) == []
+
+
+def test_no_hedge_is_right(lenient: Paid, truthful: Paid) -> None:
     truths = ("5", "204", "1.6", r"\frac{1}{2}", r"2\sqrt{3}", "x^2+x", "(1,2)")
     for paid, known in (
         (lenient, LENIENT_HEDGES),
+        (truthful, ()),
         (paid_by_minerva, MINERVA_HEDGES),
         (paid_by_strict_boxed, ()),
     ):
@@ -205,7 +228,7 @@ def test_no_answer_closes_the_bracket_around_it(answer: str, truth: str) -> None
 @pytest.mark.parametrize("truth", NOTHING)
 def test_a_reference_that_states_nothing_pays_no_one(truth: str) -> None:
     for answer in (truth, *NOTHING, "5"):
-        for name in ("minerva", "equivalent"):
+        for name in ("minerva", "equivalent", "corrected"):
             assert VERIFIERS[name](winning(name, answer), truth) == -1.0, (name, answer)
         blank = truth.strip(" $").lower() in ("", "nan")  # strict_boxed pays "cm" for "cm"
         assert strict_boxed(winning("strict_boxed", answer), truth) == (
@@ -235,10 +258,11 @@ def test_every_verifier_is_quick_on_every_constant(name: Verifier) -> None:
 @pytest.mark.skipif(
     "BENCHMARKS" not in os.environ, reason="BENCHMARKS is not set; it names a folder of benchmarks"
 )
-def test_no_constant_is_right_for_references_of_the_benchmarks(lenient: Paid) -> None:
+def test_no_constant_is_right_for_references_of_the_benchmarks(lenient: Paid, truthful: Paid) -> None:
     folder = Path(os.environ["BENCHMARKS"])
     truths = {problem.answer for name, b in select("all").items() for problem in load(name, b, folder)}
     found = unexpected(lenient, LENIENT, sorted(truths | set(REFERENCES)))
+    found += unexpected(truthful, {}, sorted(truths))
     found += unexpected(paid_by_minerva, MINERVA, sorted(truths))
     found += unexpected(paid_by_strict_boxed, STRICT, sorted(truths))
     assert found == []

@@ -25,7 +25,9 @@ def test_what_is_sent_arrives() -> None:
         tokens = rng.integers(9, size=length).astype(np.int32)
         logprobs = rng.random(length).astype(np.float32)
         finish = "stop" if length % 2 else "length"
-        return Rollout(prompt, tokens, logprobs, finish, length, float(-length), length / 8)
+        return Rollout(
+            prompt, tokens, logprobs, finish, length, float(-length), length / 8, undecided=length > 4
+        )
 
     lengths = [(3, 1), (2, 5), (), (4, 7), (1, 1)]
     groups = [[rollout(prompts[p], n) for n in row] for p, row in enumerate(lengths)]
@@ -36,7 +38,7 @@ def test_what_is_sent_arrives() -> None:
     for a, b in zip((r for g in found for r in g), (r for g in groups for r in g), strict=True):
         assert a.prompt is b.prompt
         assert (a.finish_reason, a.version) == (b.finish_reason, b.version)
-        assert (a.score, a.reward) == (b.score, b.reward)
+        assert (a.score, a.reward, a.undecided) == (b.score, b.reward, b.undecided)
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
         assert (a.tokens.dtype, a.logprobs.dtype) == (np.int32, np.float32)

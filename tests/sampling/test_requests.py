@@ -1,0 +1,179 @@
+"""What VLLMSampler does with requests and answers, against a server of our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from jaxrl import config
+from jaxrl.errors import InputError, RunError
+from jaxrl.sampling.client import Client, Failures
+from jaxrl.sampling.vllm import VLLMSampler
+from jaxrl.types import JsonObject, Prompt, Rollout, SamplingParams, silent
+
+SAMPLING = SamplingParams(max_tokens=4, stop_ids=(1,))
+PROMPTS = [Prompt(str(p), np.array([p], np.int32), "") for p in range(4)]
+
+
+class Server(ThreadingHTTPServer):
+    """Completes every prompt with `completion`, and fails at those whose first token `fails` names."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.completion, self.reason, self.fails = [7, 1], "stop", set[int]()
+        self.asked: list[int] = []  # first token of each prompt
+        self.changed = threading.Condition()
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def wait_for(self, asked: int) -> None:
+        """Returns once that many prompts were asked for."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.asked) >= asked, 10)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        weights = {"weight_transfer_config": {"backend": Nothing.backend}}
+        known: dict[str, JsonObject] = {
+            "/version": {"version": "0.32.0"},
+            "/server_info": {"vllm_config": weights},
+            "/weight_info": {"weight_version": "0"},
+        }
+        self.reply(200, known[self.path.partition("?")[0]])
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+        if "sampling_params" not in body:
+            return self.reply(200, {})
+        first, server = body["token_ids"][0], self.server
+        if "cache_salt" in body:  # not the request of the inspection
+            with server.changed:
+                server.asked.append(first)
+                server.changed.notify_all()
+            if first in server.fails:
+                return self.reply(503, {})
+        choice = {
+            "index": 0,
+            "token_ids": server.completion,
+            "logprobs": {"content": [{"logprob": 0.0} for _ in server.completion]},
+            "weight_versions": [{"version": "0"}],
+            "finish_reason": server.reason,
+        }
+        return self.reply(200, {"choices": [choice]})
+
+    def reply(self, status: int, body: JsonObject) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Nothing:
+    """A transport that carries no weights."""
+
+    backend = "nothing"
+
+    def prepare(self, params: object, version: int) -> None: ...
+
+    def follow(self, params: object) -> None: ...
+
+    async def greet(self, client: Client, url: str) -> None: ...
+
+    async def connect(self, client: Client, urls: Sequence[str], failed: Failures) -> None: ...
+
+    async def deliver(self, client: Client, urls: Sequence[str], failed: Failures) -> None: ...
+
+    def done(self) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def sampler(server: Server) -> Iterator[VLLMSampler]:
+    section = config.Sampler(concurrency=1, patience_seconds=1)
+    sampler = VLLMSampler([server.url], Nothing(), section, say=silent)
+    sampler.publish(None, 0)
+    yield sampler
+    sampler.close()
+
+
+def once(act: Callable[[], None]) -> tuple[list[str], Callable[[Rollout], Rollout]]:
+    """A mark that acts at the first rollout, and the list of those that it has marked."""
+    marked: list[str] = []
+
+    def mark(rollout: Rollout) -> Rollout:
+        if not marked:
+            act()
+        marked.append(rollout.prompt.id)
+        return dataclasses.replace(rollout, score=1.0)
+
+    return marked, mark
+
+
+def test_requests_go_on_while_a_rollout_is_marked(server: Server, sampler: VLLMSampler) -> None:
+    """The first mark lasts until all prompts were asked for, one after the other."""
+    marked, mark = once(lambda: server.wait_for(len(PROMPTS)))
+    groups = sampler.generate(PROMPTS, 1, SAMPLING, (1,), mark)
+    assert server.asked == [0, 1, 2, 3] and marked == ["0", "1", "2", "3"]
+    assert [[(r.prompt.id, r.score) for r in group] for group in groups] == [[(id_, 1.0)] for id_ in marked]
+
+
+@pytest.mark.parametrize("error", [InputError, RunError, KeyError, KeyboardInterrupt])
+def test_what_a_mark_raises_ends_the_batch_and_nothing_else(
+    server: Server, sampler: VLLMSampler, error: type[BaseException]
+) -> None:
+    def fail() -> None:
+        raise error("of the mark")
+
+    _, mark = once(fail)
+    with pytest.raises(error, match="of the mark"):
+        sampler.generate(PROMPTS, 1, SAMPLING, (1,), mark)
+    assert len(server.asked) == len(set(server.asked))  # nothing is asked for again
+    assert all(sampler.generate(PROMPTS, 1, SAMPLING, (2,)))
+
+
+def test_what_arrived_before_the_servers_were_lost_is_marked(server: Server, sampler: VLLMSampler) -> None:
+    server.fails = {2}
+    marked, mark = once(lambda: server.wait_for(3))
+    with pytest.raises(RunError, match=r"was not back|answered 503"):
+        sampler.generate(PROMPTS, 1, SAMPLING, (1,), mark)
+    assert marked[:2] == ["0", "1"]
+
+
+def test_a_server_that_cuts_completions_is_an_error_of_the_input(
+    server: Server, sampler: VLLMSampler
+) -> None:
+    server.completion, server.reason = [7, 7], "length"
+
+    def cut_no_more() -> None:  # so that asking again would end
+        server.wait_for(2)
+        server.reason = "stop"
+
+    threading.Thread(target=cut_no_more, daemon=True).start()
+    with pytest.raises(InputError, match=r"cut a completion at 1 \+ 2 tokens; start it with --max-model-len 5"):
+        sampler.generate(PROMPTS[:1], 1, SAMPLING, (1,))
+    assert server.asked == [0]
