@@ -43,7 +43,7 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
         say = say if processes.chief() else silent
         setup = load(recipe, evaluation, say)
         checkpoints = open_checkpoints(recipe)
-        start, state = resume(setup, checkpoints, say)
+        start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
         if start and start >= recipe.run.steps:  # a new run of no steps is still evaluated
             say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
             return
@@ -67,7 +67,7 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
             stopping = processes.any_of(stop.asked)
             done = step + 1
             if stopping or done == steps or done % recipe.checkpoint.every == 0:
-                run.checkpoints.save(done, state, recipe)
+                run.checkpoints.save(done, state, recipe, run.setup.content)
             if done == steps or (recipe.eval.every and done % recipe.eval.every == 0):
                 run.evaluate(done)
             if stopping:

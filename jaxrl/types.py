@@ -85,6 +85,7 @@ class Tokenizer(Protocol):
     name_or_path: str
     chat_template: str | Mapping[str, str] | None
     eos_token_id: int | None
+    all_special_tokens: list[str]
 
     def __call__(
         self, text: list[str], *, add_special_tokens: bool = True

@@ -23,11 +23,6 @@ from jaxrl.telemetry.timer import PHASES
 from jaxrl.train import train
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
-
-
 def optimizer_bytes(run: Path) -> dict[str, list[float]]:
     """Every array of the last checkpoint, optimizer included, in a form that compares bit for bit."""
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from blake3 import blake3
 from jaxtyping import Float64, Int64
 
 from jaxrl import config
@@ -79,6 +81,14 @@ class PromptSet:
     @property
     def overlong(self) -> int:
         return self.counts.overlong
+
+    def digest(self) -> str:
+        """A digest of all that a run takes from the rows: ids, tokens, answers, in their order and mixture."""
+        whole = blake3(repr(self.mixture).encode())
+        for prompt in self.prompts:
+            texts = json.dumps([prompt.id, prompt.answer, len(prompt.tokens)])
+            whole.update(texts.encode() + prompt.tokens.tobytes())
+        return whole.hexdigest()
 
     def summary(self) -> str:
         """Lines for people: one of counts, and one for whatever needs a look."""

@@ -27,6 +27,10 @@ class Stop:
     def arm(self) -> None:
         """Signals now wait for the end of a step. Raises `reason` if one came before and a library swallowed it."""
         self.armed = True
+        self.raise_if_asked()
+
+    def raise_if_asked(self) -> None:
+        """Raises `reason` if a signal has come: a library may have taken what it raised for a failure of its own."""
         if self.asked:
             raise self.reason
 

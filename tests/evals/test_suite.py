@@ -23,11 +23,6 @@ OPTIONS = ("--data.suffix", "", "--model.dtype", "float32", "--rollout.max-token
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     digits = [{"problem": d, "answer": d} for d in "012"]

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import tiny_run
 from jaxrl.errors import TRY_AGAIN
 from jaxrl.parallel import processes
 from jaxrl.sampling.servers import free_port
+from jaxrl.types import Gather
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
 
 
 def start(recipe: Path) -> list[subprocess.Popen[str]]:
@@ -151,3 +151,40 @@ def test_one_that_does_not_come(base: Path, tmp_path: Path) -> None:
     )
     said = outputs([process])[0]
     assert process.returncode == 2 and "JAXRL_PROCESSES=''" in said and "give all three" in said
+
+
+@pytest.mark.parametrize("gather", get_args(Gather))
+def test_a_checkpoint_is_resumed_on_every_mesh(base: Path, tmp_path: Path, gather: str) -> None:
+    """Written by two processes of two devices: read by one with 4, 2 and 1, and the other way."""
+    sections = {"mesh.gather": gather, "checkpoint.every": 1, "model.remat": "full"}
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2} | sections)
+    complete(recipe)
+    first = tmp_path / "run"
+    steps = []
+    for devices in (4, 2, 1):
+        again = tmp_path / str(devices)
+        shutil.copytree(first, again)
+        process = tiny_run.jaxrl(
+            "train", recipe, "--run.directory", again, "--run.steps", 3, JAX_NUM_CPU_DEVICES=str(devices)
+        )
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and "going on from step 2" in output, output
+        assert bits(again, 2) == bits(first, 2)
+        steps.append(tiny_run.weights(again, tmp_path / f"{devices}-hf"))
+    complete(tiny_run.write_recipe(tmp_path, base, **{"run.steps": 3} | sections))
+    steps.append(tiny_run.weights(first, tmp_path / "two-hf"))
+    for other in steps[1:]:
+        for a, b in zip(steps[0], other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+    alone = tmp_path / "1"
+    complete(
+        tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4, "run.directory": str(alone)} | sections)
+    )
+    assert bits(alone, 3).keys() == bits(first, 3).keys()
+
+
+def bits(run: Path, step: int) -> dict[str, bytes]:
+    """The parameters and moments of a checkpoint, as Orbax reads them."""
+    read = ocp.StandardCheckpointer().restore(run.absolute() / "checkpoints" / str(step) / "params")
+    moments = ocp.StandardCheckpointer().restore(run.absolute() / "checkpoints" / str(step) / "optimizer")
+    return {str(p): np.asarray(x).tobytes() for p, x in jax.tree_util.tree_leaves_with_path([read, moments])}
