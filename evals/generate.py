@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,23 +107,24 @@ def generate(
       InputError: from the sampler, or where it refuses a prompt.
     """
     count = len(task.prompts)
-    found = read(path, count, task.samples)
-    with path.open("a", encoding="utf-8") as file:
+    found, lock = read(path, count, task.samples), threading.Lock()
 
-        def keep(rollout: Rollout) -> Rollout:
-            row = _row(rollout, detokenize)
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n")
-            file.flush()
+    def keep(rollout: Rollout) -> Rollout:
+        row = _row(rollout, detokenize)
+        line = json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n"
+        # Opened for each row: one that comes from another thread after an interruption is kept too.
+        with lock, path.open("a", encoding="utf-8") as file:
+            file.write(line)
             found[row.problem, row.sample] = row
             return on_rollout(rollout)
 
-        def sample(numbers: range) -> None:
-            pairs = [(task.prompts[n % count], f"{n % count}.{n // count}") for n in numbers]
-            prompts = [dataclasses.replace(prompt, id=name) for prompt, name in pairs]
-            sampler.generate(prompts, 1, params, seed, keep, numbers.start)
+    def sample(numbers: range) -> None:
+        pairs = [(task.prompts[n % count], f"{n % count}.{n // count}") for n in numbers]
+        prompts = [dataclasses.replace(prompt, id=name) for prompt, name in pairs]
+        sampler.generate(prompts, 1, params, seed, keep, numbers.start)
 
-        missing = (n for n in range(task.total) if (n % count, n // count) not in found)
-        _each(sample, runs(missing), parallel)
+    missing = (n for n in range(task.total) if (n % count, n // count) not in found)
+    _each(sample, runs(missing), parallel)
     if len(found) < task.total:
         raise InputError(
             f"{path}: {task.total - len(found)} of {task.total} responses are missing, because the sampler refused "

@@ -13,6 +13,7 @@ import hashlib
 import threading
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -84,6 +85,8 @@ class VLLMSampler:
         self._loading = asyncio.Lock()
         self._reviving: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._client = Client()
+        # one thread: callbacks need no locks, and a slow one does not stop the requests
+        self._marking = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._closed = False
         try:
             self._run(self._inspect_all())
@@ -106,6 +109,7 @@ class VLLMSampler:
 
         self._run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._marking.shutdown(wait=False, cancel_futures=True)
 
     def publish(self, params: Params, version: int) -> None:
         """Has every server load the parameters. One that fails gets them when it is back.
@@ -138,25 +142,42 @@ class VLLMSampler:
         if self._version is None:
             raise InputError("the vLLM servers have no weights; publish some before generating")
 
-        async def ask(url: str, p: int) -> list[Rollout]:
-            rollouts = await self._ask(url, prompts[p], samples, params, (*seed, first + p))
-            return [on_rollout(rollout) for rollout in rollouts]
+        def ask(url: str, p: int) -> Awaitable[list[Rollout]]:
+            return self._ask(url, prompts[p], samples, params, (*seed, first + p))
 
-        return self._run(self._generate(len(prompts), ask))
+        return self._run(self._generate(len(prompts), ask, on_rollout))
 
     def _run(self, work: Coroutine[None, None, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        started: list[asyncio.Task[T]] = []
+
+        async def whole() -> T:
+            started.extend(filter(None, [asyncio.current_task()]))
+            return await work
+
+        async def ended() -> None:
+            if started:
+                await asyncio.wait(started)
+
+        future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
         try:
             return future.result()
-        except BaseException:  # on Ctrl-C the work would go on
+        except BaseException:  # on Ctrl-C the work would go on, with what the caller is about to close
             future.cancel()
+            asyncio.run_coroutine_threadsafe(ended(), self._loop).result()
+            work.close()
             raise
 
-    async def _generate(self, count: int, ask: Ask) -> list[list[Rollout]]:
+    async def _generate(self, count: int, ask: Ask, on_rollout: OnRollout) -> list[list[Rollout]]:
         """Shares `count` prompts out among lanes of all servers, each with one request under way."""
         groups: list[list[Rollout]] = [[] for _ in range(count)]
         waiting, open_ = deque(range(count)), set(range(count))
-        changed = asyncio.Condition()
+        changed, marks = asyncio.Condition(), set[asyncio.Task[None]]()
+
+        async def finish(p: int, rollouts: Sequence[Rollout]) -> None:
+            groups[p] = await self._loop.run_in_executor(self._marking, lambda: [*map(on_rollout, rollouts)])
+            async with changed:
+                open_.remove(p)
+                changed.notify_all()
 
         async def serve(url: str) -> None:
             """One lane of one server: takes prompts as long as there are any."""
@@ -167,32 +188,36 @@ class VLLMSampler:
                         return
                     p = waiting.popleft()
                 try:
-                    groups[p] = await ask(url, p)
-                except (ServerError, InputError, RunError) as error:
+                    rollouts = await ask(url, p)
+                except (ServerError, InputError) as error:
                     async with changed:  # another lane may take it
                         waiting.appendleft(p)
                         changed.notify_all()
-                    if not isinstance(error, ServerError):  # of `on_rollout`: no other server helps
+                    if isinstance(error, InputError):  # of the server's options
                         raise
                     await self._revive(url, error)
                     continue
-                async with changed:
-                    open_.remove(p)
-                    changed.notify_all()
+                marks.add(asyncio.create_task(finish(p, rollouts)))
 
         lanes = max(1, min(self._settings.concurrency, -(-count // len(self._urls))))
         tasks = {asyncio.create_task(serve(url)) for _ in range(lanes) for url in self._urls}
         pending = tasks
         try:
             while open_:  # a server that is down does not hold up what others can finish
-                done, pending = await asyncio.wait(pending, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
-                errors = [error for task in done if (error := task.exception())]
+                done, _ = await asyncio.wait(
+                    pending | marks, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED
+                )
+                for mark in done & marks:
+                    mark.result()  # no other server helps against what `on_rollout` raises
+                errors = [error for task in done & pending if (error := task.exception())]
+                marks, pending = marks - done, pending - done
                 if errors and (not pending or not isinstance(errors[0], InputError | RunError)):
                     raise errors[0]
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*marks, return_exceptions=True)  # what has been generated is not lost
         if count and not any(groups):
             raise InputError(f"the servers refused every prompt; the last: {list(self.dropped.values())[-1]}")
         return groups
@@ -204,6 +229,7 @@ class VLLMSampler:
 
         Raises:
           ServerError: if the server does not answer, or with other model weights than it should have.
+          InputError: if it was started with too short a context.
         """
         oldest = self._current[url]
         if oldest is None:
@@ -234,6 +260,8 @@ class VLLMSampler:
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             rollouts = [self._rollout(url, prompt, params, choice, oldest) for choice in choices]
+        except InputError:  # a ValueError too
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"it answered with something else than completions ({error!r})") from None
         return rollouts if params.temperature else rollouts * samples
