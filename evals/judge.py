@@ -263,19 +263,36 @@ def read_prompt(path: Path) -> str:
 
 
 def label(reply: str) -> str:
-    """The label in a reply, A, B or C, or "" without one: the last in a box, or else the last after "Final Judgment:".
+    """The label in a reply, A, B or C, or "" where there is none, or two that differ.
 
-    Without these words the whole reply is searched. A letter in parentheses takes precedence over CORRECT, INCORRECT or
-    INVALID, and these over a letter alone.
+    A label is a letter or one of CORRECT, INCORRECT and INVALID that has a line for itself: the first, the last, or one
+    that begins with what it is ("Judgment: B"). Without such a line it is what all boxes hold. Only what follows the
+    last "Final Judgment" counts, where a reply has these words. A letter in a sentence is no label: "A good try".
     """
-    text = reply.strip()
-    if boxed := re.findall(r"boxed\{([A-C])\}", text):
-        return boxed[-1]
-    text = text.rpartition("Final Judgment:")[2]
-    for pattern in (r"\(([A-C])\)", r"\b(CORRECT|INCORRECT|INVALID)\b", r"\b([A-C])\b"):
-        if found := re.findall(pattern, text):
-            return WORDS.get(found[-1], found[-1])
-    return ""
+    text = re.split("final judge?ment", reply.rpartition("</think>")[2], flags=re.IGNORECASE)[-1]
+    lines = [line for line in map(str.strip, text.splitlines()) if line.strip(_AROUND)]
+    ends = {*lines[:1], *lines[-1:]}
+    found = {_label_of(line) for line in lines if line in ends or _NAMED.match(line.strip(_AROUND))} - {""}
+    found = found or set(_BOXED.findall(text))
+    return found.pop() if len(found) == 1 else ""
+
+
+_AROUND = " \t*_`\"'#>.,;:!-–—"
+_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([ABC])\b")
+_NAMES = "answer|conclusion|decision|evaluation|grade|judge?ment|label|result|verdict"
+_NAME = rf"(?i:(?:the |my |your )?(?:final )?(?:{_NAMES}))"
+_NAMED = re.compile(rf"{_NAME}\b[\s*]*(?::|=|is\b)")
+_LINE = re.compile(
+    rf"(?:{_NAME}[\s*]*(?::|=|is\b))?[\s*:]*"
+    r"(?:\$?\\boxed\{\s*)?(?:\\text\{)?\(?([ABC])?\)?\}{0,2}\$?[\s*.:=\-–—]*\(?((?i:correct|incorrect|invalid))?\)?"
+)
+
+
+def _label_of(line: str) -> str:
+    """The label that a line consists of, or ""."""
+    found = _LINE.fullmatch(line.strip(_AROUND))
+    letter, word = (found[1] or "", WORDS.get((found[2] or "").upper(), "")) if found else ("", "")
+    return letter if word in ("", letter) else "" if letter else word
 
 
 def _read(cache: Path) -> dict[str, str | None]:

@@ -54,6 +54,7 @@ PROTOCOL: dict[str, dict[str, object]] = {
     "packing": {"stream_tokens": 1 << 20},  # nothing is packed: room for any length
     "sampler": {"concurrency": 256},
 }
+TOP_K = 0  # all tokens
 CALLS = 64  # of a vLLM sampler at one time
 EVERY = 60.0  # seconds between lines of progress, where there is no terminal
 
@@ -183,14 +184,18 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
         "temperature": recipe.eval.temperature,
         "top_p": recipe.eval.top_p,
         "max_tokens": recipe.rollout.max_tokens,
+        "top_k": TOP_K,
         "stop_ids": list(stop_ids),
+        "tokenizer": data.tokenizer_digest(job.folder),
+        "config": blake3(repr(hf.read_config(job.folder)).encode()).hexdigest(),
         "engine": recipe.rollout.engine,
         "dtype": recipe.model.dtype,
+        "vllm_options": list(recipe.sampler.vllm_options) if recipe.rollout.engine == "vllm" else [],
         "prompts": before.get("prompts", {}) | prompts,
     }
     remedy = "give another --out, or delete it"
     for name, value in settings.items():
-        if name != "prompts" and before.get(name, value) != value:
+        if name != "prompts" and before.get(name, value) != value:  # older versions had fewer names
             raise InputError(
                 f"{job.out}: its responses are of {name} = {before[name]}, not {value}; {remedy}"
             )
@@ -228,7 +233,7 @@ def _generate(
         return {task.name: in_order(found[task.name], len(task.prompts), task.samples) for task in tasks}
     recipe, parallel = _fitted(job, tasks), CALLS if job.recipe.rollout.engine == "vllm" else 1
     section, longest = recipe.eval, recipe.rollout.max_tokens
-    params = SamplingParams(section.temperature, section.top_p, 0, longest, stop_ids)
+    params = SamplingParams(section.temperature, section.top_p, TOP_K, longest, stop_ids)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     model = hf.load(job.folder, mesh=mesh)
     responses = {}

@@ -1,24 +1,37 @@
-"""Checkpoints of a run: asynchronous, atomic, resumed bit for bit.
+"""Checkpoints of a run: asynchronous, atomic, verified, resumed bit for bit, and never deleted by a reader.
 
-A checkpoint is the training state and the recipe. Batches, seeds and packing follow from the seed and the step, so
-nothing else has to be kept. Orbax writes into a temporary folder and renames it when all of it is on disk.
+A checkpoint is the training state and the recipe, with fingerprints of both. Batches, seeds and packing follow from the
+seed and the step, so nothing else has to be kept. Orbax writes into a temporary folder and renames it when all of it is
+on disk.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
+import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from types import MappingProxyType
+from typing import NoReturn, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
+from blake3 import blake3
+from jaxtyping import PyTree
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError, first_line
+from jaxrl.fingerprint import fingerprints, path_name
 from jaxrl.grpo.update import TrainState
 from jaxrl.models import decoder
-from jaxrl.types import Say
+from jaxrl.parallel import processes
+from jaxrl.parallel.mesh import abstract_sharded, make_mesh
+from jaxrl.types import JsonObject, Say
 
 # Keys that may change between one start of a run and the next: where, how long and on what, not what is computed.
 FREE = (
@@ -41,6 +54,21 @@ FREE = (
 # Keys under these that may not, since they change what is computed.
 FIXED = ("sampler.correction", "sampler.max_staleness")
 SHOWN = 200  # characters of another library's error that are shown
+PAUSES = (1.0, 5.0)  # seconds before a checkpoint that could not be read is tried again
+BARRIER = 300.0  # seconds
+PIECE = 1 << 24  # bytes read at a time
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written."""
+
+
+class Manifest(TypedDict):
+    """What a checkpoint holds, kept beside it."""
+
+    arrays: dict[str, str]  # "float32[2,32] 0123456789abcdef": dtype, shape and fingerprint, by path
+    recipe: str  # digest of its JSON
+    content: dict[str, str]  # digests of what the recipe's paths hold, by key; see `require_same_recipe`
 
 
 class Checkpoints:
@@ -60,12 +88,28 @@ class Checkpoints:
             ),
         )
 
+    def steps(self) -> list[int]:
+        """The steps that have one, in ascending order."""
+        return sorted(self._manager.all_steps())
+
     def latest(self) -> int | None:
         """The newest step, or None without a checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, recipe: config.Recipe) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        recipe: config.Recipe,
+        content: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Starts writing `state`; returns as soon as it is copied off the devices.
+
+        Args:
+          step: steps done.
+          state: after them.
+          recipe: the run's.
+          content: digests of what the recipe's paths hold, by key; such a path may move later, its content not change.
 
         Raises:
           RunError: if there is no room for it, or this or the write before it failed; with the step that a restart
@@ -75,72 +119,245 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free
         if free < need:  # Orbax would fail too, after many lines of its own
             self._fail(f"it takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+        optimizer = {"step": state.step, "opt_state": state.opt_state}
+        values = config.to_dict(recipe)
+        arrays = _described({"params": state.params, "optimizer": optimizer})
+        manifest: Manifest = {"arrays": arrays, "recipe": _digest(values), "content": dict(content)}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            recipe=ocp.args.JsonSave(config.to_dict(recipe)),
+            optimizer=ocp.args.StandardSave(optimizer),
+            recipe=ocp.args.JsonSave(values),
+            manifest=ocp.args.JsonSave({"manifest": manifest, "digest": _digest(manifest)}),
         )
         self._guarded(lambda: self._manager.save(step, args=items, force=True))
 
-    def resume(self, recipe: config.Recipe, like: TrainState, say: Say) -> tuple[int, TrainState]:
-        """Reads the newest checkpoint that can be read, and deletes the newer ones that cannot.
+    def resume(
+        self,
+        recipe: config.Recipe,
+        like: TrainState,
+        say: Say,
+        raise_if_stopped: Callable[[], None],
+        content: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[int, TrainState]:
+        """Reads the newest checkpoint that is whole; newer ones are then kept aside, in `checkpoints-damaged`.
 
         Args:
           recipe: the run's.
           like: see `restore`.
           say: prints a line.
+          raise_if_stopped: raises what a signal asked for; a library may have swallowed it.
+          content: see `save`.
 
         Returns:
           the step of the checkpoint and the state.
 
         Raises:
-          InputError: if another recipe wrote it, or none can be read.
+          InputError: if another recipe or model wrote it, it may not be read, or none is whole.
+          RunError: if it cannot be read now. Nothing has been changed after either.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
             try:
-                self.require_same_recipe(step, recipe)
-                return step, self.restore(step, like)
-            except InputError:
+                state = self._read(step, recipe, like, raise_if_stopped, content)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            for bad, why in damaged.items():
+                aside = self._set_aside(bad)
+                say(
+                    f"{self.directory / str(bad)} is damaged ({why}) and now {aside}; the one before it is used"
+                )
+            return step, state
+        reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+        raise InputError(
+            f"{self.directory}: no checkpoint is whole ({reasons}); put back a copy, or set run.directory to a new "
+            "folder"
+        )
+
+    def _read(
+        self,
+        step: int,
+        recipe: config.Recipe,
+        like: TrainState,
+        raise_if_stopped: Callable[[], None],
+        content: Mapping[str, str],
+    ) -> TrainState:
+        """Reads and verifies a checkpoint, several times where that fails: shared file systems have their moments.
+
+        Raises:
+          InputError, RunError: see `resume`.
+          Damaged: if all of its files can be read, and they are not what was written.
+        """
+        for pause in (*PAUSES, 0.0):
+            error: Exception | None = None
+            try:
+                self.require_same_recipe(step, recipe, content)
+                self._require_same_model(step, like)
+                state = self.restore(step, like)
+            except InputError:  # all processes read the same
                 raise
-            except Exception as error:  # a torn file raises whatever its format's reader does
-                why = _root(error)[:SHOWN]
-                say(f"{self.directory / str(step)} cannot be read ({why}); the one before it is used")
-                self._manager.delete(step)
-        raise InputError(f"{self.directory}: no checkpoint can be read; set run.directory to a new folder")
+            except Exception as caught:  # a torn file raises whatever its format's reader does
+                raise_if_stopped()
+                error = caught
+            if not processes.any_of(error is not None):
+                return state
+            time.sleep(pause)
+        verdict = _verdict(self.directory / str(step), error) if error else ("", "")
+        verdicts = processes.exchange(json.dumps(verdict).encode())
+        kind, why = max(map(json.loads, verdicts))
+        raise {"damaged": Damaged, "input": InputError, "run": RunError}[kind](why)
+
+    def _set_aside(self, step: int) -> Path:
+        """Renames a checkpoint to where none is looked for."""
+        folder = self.directory.with_name(f"{self.directory.name}-damaged")
+        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+        aside = next(folder / name for name in names if not (folder / name).exists())
+        processes.barrier(f"checkpoint {step} is about to be kept aside", BARRIER)
+        if processes.chief():
+            folder.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+        processes.barrier(f"checkpoint {step} is kept aside", BARRIER)
+        self._manager.reload()
+        return aside
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Reads the state of `step` into the shapes and shardings of `like` (abstract arrays)."""
+        """Reads the state of `step` into the shapes and shardings of `like` (abstract arrays), and verifies it.
+
+        Raises:
+          Damaged: if an array is not what was written.
+        """
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(like.params),
             optimizer=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
         )
         read = self._manager.restore(step, args=items)
+        self._require_intact(step, dict(read))
         return TrainState(read["optimizer"]["step"], read["params"], read["optimizer"]["opt_state"])
 
     def restore_params(self, step: int, like: decoder.Params) -> decoder.Params:
-        """Reads the parameters alone, which are a third of the bytes; `like` has their shapes and shardings."""
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-        return self._manager.restore(step, args=items)["params"]
+        """Reads and verifies the parameters alone, a third of the bytes; `like` has their shapes and shardings.
 
-    def require_same_recipe(self, step: int, recipe: config.Recipe) -> None:
-        """Refuses to go on with another recipe than the one that wrote the checkpoint.
+        Raises:
+          InputError: if one is not what was written, or cannot be read.
+        """
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(like))
+        try:
+            read = self._manager.restore(step, args=items)
+            self._require_intact(step, dict(read))
+        except Exception as error:  # a torn file raises whatever its format's reader does
+            older = [each for each in self.steps() if each < step]
+            remedy = f"take {self.directory / str(max(older))}" if older else "there is no older one"
+            raise InputError(
+                f"{self.directory / str(step)} cannot be read ({_root(error)[:SHOWN]}); {remedy}"
+            ) from error
+        return read["params"]
+
+    def _require_intact(self, step: int, read: PyTree[jax.Array]) -> None:
+        """Raises Damaged if an array is not what was written."""
+        if manifest := self.manifest(step):
+            for name, found in _described(read).items():
+                if found != manifest["arrays"][name]:
+                    raise Damaged(f"{name} has changed since it was written")
+
+    def _require_same_model(self, step: int, like: TrainState) -> None:
+        """Raises InputError for a checkpoint of a model or an optimizer of other shapes."""
+        manifest = self.manifest(step)
+        if manifest is None:
+            return
+        wanted = {"params": like.params, "optimizer": {"step": like.step, "opt_state": like.opt_state}}
+        ours = {path_name(path): _kind(x) for path, x in jax.tree_util.tree_leaves_with_path(wanted)}
+        theirs = {name: text.split()[0] for name, text in manifest["arrays"].items()}
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                was, now = theirs.get(name, "missing"), ours.get(name, "missing")
+                raise InputError(
+                    f"{self.directory / str(step)} is of another model or optimizer: {name} is {was} there and {now} "
+                    "by model.path and the recipe; put these back, or set run.directory to a new folder"
+                )
+
+    def verify(self, step: int) -> str:
+        """Reads a whole checkpoint on this machine's devices, an item at a time; returns a line on what it holds.
+
+        Raises:
+          InputError: if something in it is not what was written, or cannot be read.
+        """
+        folder = self.directory / str(step)
+        try:
+            self.recipe(step)
+            manifest, found, mesh = self.manifest(step), dict[str, str](), make_mesh()
+            for item in ("params", "optimizer"):
+                arrays = ocp.StandardCheckpointer().metadata(folder / item).item_metadata.tree
+                like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+                args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_sharded(like, mesh))})
+                found |= _described(dict(self._manager.restore(step, args=args)))
+        except Exception as error:  # a torn file raises whatever its format's reader does
+            raise InputError(f"{folder}: {_verdict(folder, error)[1]}") from error
+        if manifest is None:
+            return f"{folder}: {len(found)} arrays can be read; it has no manifest to compare them with"
+        for name in sorted(manifest["arrays"].keys() | found.keys()):
+            if manifest["arrays"].get(name) != found.get(name):
+                raise InputError(f"{folder}: {name} has changed since it was written")
+        return f"{folder}: {len(found)} arrays and the recipe are what was written"
+
+    def require_same_recipe(
+        self, step: int, recipe: config.Recipe, content: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Refuses to go on with another recipe than the one that wrote the checkpoint, or with other data.
+
+        A path may be another one if what it holds is the same.
+
+        Args:
+          step: of the checkpoint.
+          recipe: the run's.
+          content: see `save`.
 
         Raises:
           InputError: naming the keys that differ and may not.
         """
+        folder, manifest = self.directory / str(step), self.manifest(step)
+        before = manifest["content"] if manifest else {}
+        same = [key for key, digest in content.items() if before.get(key) == digest]
+        for key, digest in content.items():
+            if before.get(key, digest) != digest:
+                raise InputError(
+                    f"{folder} was written with another content of {key}; put the files back as they were, or set "
+                    "run.directory to a new folder"
+                )
         differing = config.differences(self.recipe(step), recipe)
-        fixed = [d for d in differing if d.startswith(FIXED) or not d.startswith(FREE)]
+        free = (*FREE, *(f"{key}:" for key in same))
+        fixed = [d for d in differing if d.startswith(FIXED) or not d.startswith(free)]
         if fixed:
             raise InputError(
-                f"{self.directory / str(step)} was written by another recipe ({'; '.join(fixed)}); "
-                "put these back, or set run.directory to a new folder"
+                f"{folder} was written by another recipe ({'; '.join(fixed)}); put these back, or set run.directory to "
+                "a new folder"
             )
 
     def recipe(self, step: int) -> config.Recipe:
-        """The recipe that wrote a checkpoint."""
-        items = ocp.args.Composite(recipe=ocp.args.JsonRestore())
-        values = self._manager.restore(step, args=items)["recipe"]
+        """The recipe that wrote a checkpoint.
+
+        Raises:
+          Damaged: if it is not what was written.
+        """
+        values, manifest = self._json(step, "recipe"), self.manifest(step)
+        if manifest and _digest(values) != manifest["recipe"]:
+            raise Damaged("its recipe has changed since it was written")
         return config.from_dict(values, str(self.directory / str(step)))
+
+    def manifest(self, step: int) -> Manifest | None:
+        """The manifest of a checkpoint; None for one of a version that wrote none.
+
+        Raises:
+          Damaged: if it is not what was written.
+        """
+        if not (self.directory / str(step) / "manifest").exists():
+            return None
+        whole = self._json(step, "manifest")
+        if _digest(whole["manifest"]) != whole["digest"]:
+            raise Damaged("its manifest has changed since it was written")
+        return whole["manifest"]
+
+    def _json(self, step: int, item: str) -> JsonObject:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
     def close(self) -> None:
         """Waits for the write under way.
@@ -168,6 +385,63 @@ class Checkpoints:
 
 def _root(error: BaseException) -> str:
     """The message of the error that all others of the chain come from."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return first_line(error)
+    return first_line(list(_chain(error))[-1])
+
+
+def _described(tree: PyTree[jax.Array]) -> dict[str, str]:
+    """Dtype, shape and fingerprint of each array, by path."""
+    kinds = [_kind(leaf) for leaf in jax.tree.leaves(tree)]
+    return {
+        name: f"{kind} {digits}"
+        for kind, (name, digits) in zip(kinds, fingerprints(tree).items(), strict=True)
+    }
+
+
+def _kind(array: jax.Array | jax.ShapeDtypeStruct) -> str:
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def _digest(values: object) -> str:
+    return blake3(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _verdict(folder: Path, error: Exception) -> tuple[str, str]:
+    """What a failed read amounts to, and why: ("input" or "run", all of the line) or ("damaged", a reason).
+
+    Only what can be read to the last byte, and is not what was written, is damaged.
+    """
+    try:
+        for file in _files(folder):
+            with file.open("rb") as data:
+                while data.read(PIECE):
+                    pass
+    except PermissionError as denied:
+        return "input", f"{denied.filename}: may not be read; give this user the right to"
+    except OSError as failed:
+        return (
+            "run",
+            f"{failed.filename or folder}: cannot be read ({failed.strerror}); the same command tries again",
+        )
+    chain = list(_chain(error))
+    system = [re.search(r"OS error (\d+)", str(each)) for each in chain]
+    numbers = {int(found[1]) for found in system if found}
+    numbers |= {each.errno or 0 for each in chain if isinstance(each, OSError)}
+    no_memory = any(isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED" in str(each) for each in chain)
+    if no_memory or numbers - {errno.ENOENT}:
+        return "run", f"{folder}: cannot be read ({_root(error)[:SHOWN]}); the same command tries again"
+    return "damaged", _root(error)[:SHOWN]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    for root, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(root) / name for name in names)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it comes from."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -12,6 +12,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,8 @@ def _one_group(pattern: str) -> str:
     return pattern
 
 
+# A path, or what may stand in its place; ~ is the home folder, and stays where there is none
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Pattern = Annotated[str, AfterValidator(_one_group)]
 
 
@@ -81,7 +84,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Run(Section):
-    directory: str = "runs/default"
+    directory: Location = "runs/default"
     """Run folder: recipe.toml, metrics.jsonl, rollouts/, checkpoints/, hf/, report/ (ours)."""
     steps: Count = 4380
     """Rollout batches to train on (JustRL-DeepSeek: 4,380 when the paper's numbers were taken)."""
@@ -93,7 +96,7 @@ class Run(Section):
     """Keep every n-th step's rollouts as jsonl; 0 keeps none (ours)."""
     rollouts_keep: Count = 50
     """Files of rollouts to keep, the newest ones; 0 keeps all, of some 200 MB each in a JustRL run (ours)."""
-    compilation_cache: str = "~/.cache/jaxrl"
+    compilation_cache: Location = "~/.cache/jaxrl"
     """Folder for compiled programs, on a file system that all hosts share; empty keeps none (ours)."""
     profile: Count = 0
     """Trace this many steps after the first into the run folder's profile/, for XProf; 0 traces none (ours)."""
@@ -101,7 +104,7 @@ class Run(Section):
 
 @dataclass(frozen=True)
 class Model(Section):
-    path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    path: Location = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     """Hugging Face folder or Hub id of the policy to start from (paper, section 3)."""
     dtype: Dtype = "bfloat16"
     """Compute dtype; parameters, moments, softmax, log-probs and gradients stay float32 (verl FSDP)."""
@@ -115,7 +118,7 @@ class Model(Section):
 class Source(Section):
     """One of several data sets to mix. A field that is left empty is that of [data]."""
 
-    path: str
+    path: Location
     weight: PositiveFloat = 1.0
     """Share of the prompts, relative to the other sources'."""
     problem_column: str = ""
@@ -131,7 +134,7 @@ class Source(Section):
 
 @dataclass(frozen=True)
 class Data(Section):
-    path: str = "BytedTsinghua-SIA/DAPO-Math-17k"
+    path: Location = "BytedTsinghua-SIA/DAPO-Math-17k"
     """Hub id of a data set, a .parquet or .jsonl file, or a folder of such files (paper, section 3)."""
     config: str = ""
     """Configuration of a data set that has several (ours)."""
@@ -200,13 +203,13 @@ class Sampler(Section):
     """vLLM servers that are running, such as http://10.0.0.2:8000 (ours)."""
     servers: Count = 0
     """vLLM servers to start on this machine instead, and to stop with the run (ours)."""
-    vllm: str = ".venv-vllm/bin/vllm"
+    vllm: Location = ".venv-vllm/bin/vllm"
     """The vllm program that starts them, in an environment of its own: make vllm (ours)."""
     vllm_options: tuple[str, ...] = ()
     """More options for it, such as "--gpu-memory-utilization", "0.5" (ours)."""
     transport: TransportName = "files"
     """How weights get to the servers: by a file in sampler.folder, or broadcast from GPU to GPU (ours)."""
-    folder: str = "/dev/shm/jaxrl"
+    folder: Location = "/dev/shm/jaxrl"
     """Where published weights lie; every server reads them: memory of this host, or a shared file system (ours)."""
     concurrency: Positive = 64
     """Prompts under way at one server (ours)."""
@@ -323,7 +326,7 @@ class Checkpoint(Section):
 
 @dataclass(frozen=True)
 class Eval(Section):
-    path: str = ""
+    path: Location = ""
     """Held-out problems with the training columns, marked by the run's verifier; what data.path may be (ours)."""
     config: str = ""
     """Configuration of the data set of eval.path, if it has several (ours)."""
@@ -334,7 +337,7 @@ class Eval(Section):
     benchmarks: str = ""
     """Benchmarks to evaluate on during training, graded by rule, as `jaxrl eval --benchmarks` takes them (JustRL:
     aime24,aime25,amc23)."""
-    benchmark_folder: str = ""
+    benchmark_folder: Location = ""
     """Local copies of the benchmarks, as `jaxrl eval --data` takes them; empty downloads them."""
     every: Count = 0
     """Steps between evaluations during training; 0 evaluates only on request (JustRL: 50)."""

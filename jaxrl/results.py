@@ -76,10 +76,14 @@ class Settings(TypedDict):
     seed: int
     temperature: float
     top_p: float
+    top_k: int
     max_tokens: int
     stop_ids: list[int]  # that end a response
+    tokenizer: str  # hash of its files, the chat template among them
+    config: str  # hash of what config.json means
     engine: str
     dtype: str
+    vllm_options: list[str]  # empty with another engine
     prompts: dict[str, str]  # hash of each benchmark's token ids
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class Setup:
     prompts: Sequence[Prompt]  # all there are; see `batch`
     mixture: Sequence[data.Part]  # of [[data.sources]]; empty for one
     sampling: SamplingParams
+    content: Mapping[str, str]  # digests of what the recipe's paths hold, by key
     evaluate: Evaluate | None
     compilations: Compilations
     began: float  # time.monotonic()
@@ -166,21 +167,33 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         prompts=prompts.prompts,
         mixture=prompts.mixture,
         sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, vocabulary.stop_ids),
+        content={"data.path": prompts.digest()}
+        | ({"data.sources": prompts.digest()} if recipe.data.sources else {}),
         evaluate=evaluate,
         compilations=compilations,
         began=began,
     )
 
 
-def resume(setup: Setup, checkpoints: Checkpoints, say: Say) -> tuple[int, TrainState]:
+def resume(
+    setup: Setup, checkpoints: Checkpoints, say: Say, raise_if_stopped: Callable[[], None] = lambda: None
+) -> tuple[int, TrainState]:
     """The steps done and the state after them: from the newest checkpoint, or else 0 and the model folder's weights.
+
+    Args:
+      setup: see `load`.
+      checkpoints: the run's.
+      say: prints a line.
+      raise_if_stopped: raises what a signal has asked for.
 
     Raises:
       InputError: if another recipe wrote the checkpoint, or it or the model cannot be read.
+      RunError: if the checkpoint cannot be read now.
     """
     if not checkpoints.latest():
         return 0, setup.programs.init_state(hf.load(setup.folder, mesh=setup.mesh).params)
-    start, state = checkpoints.resume(setup.recipe, setup.programs.abstract_state(), say)
+    like = setup.programs.abstract_state()
+    start, state = checkpoints.resume(setup.recipe, like, say, raise_if_stopped, setup.content)
     if start < setup.recipe.run.steps:
         say(f"going on from step {start}")
     return start, state
@@ -213,7 +226,7 @@ def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Device
         closing(checkpoints),
         open_sampler(recipe, setup.folder, setup.model, setup.mesh, say, devices) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
-        open_trackers(directory, start, recipe.run.tensorboard, enabled=chief) as trackers,
+        open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
         closing(Profile(directory / "profile", start, recipe.run.profile)) as profile,
         watchdog(timer, print),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from jaxrl import config, prepare
 from jaxrl.grpo import group_advantages
 from jaxrl.grpo.update import TrainState
+from jaxrl.lock import alone
 from jaxrl.metrics import Record
 from jaxrl.parallel import processes
 from jaxrl.parallel.signals import Stop, graceful_stop
@@ -42,13 +43,14 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
     with graceful_stop(say) as stop, processes.lookout(say):
         say = say if processes.chief() else silent
         setup = load(recipe, evaluation, say)
-        checkpoints = open_checkpoints(recipe)
-        start, state = resume(setup, checkpoints, say)
-        if start and start >= recipe.run.steps:  # a new run of no steps is still evaluated
-            say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
-            return
-        with open_run(setup, checkpoints, start, devices, say) as run:
-            done = run_steps(run, state, stop)
+        with alone(setup.directory, "training", say) if processes.chief() else nullcontext():
+            checkpoints = open_checkpoints(recipe)
+            start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
+            if start and start >= recipe.run.steps:  # a new run of no steps is still evaluated
+                say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
+                return
+            with open_run(setup, checkpoints, start, devices, say) as run:
+                done = run_steps(run, state, stop)
         if done < recipe.run.steps:
             say(f"stopped after step {done}; the same command goes on from there")
             raise stop.reason
@@ -67,7 +69,7 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
             stopping = processes.any_of(stop.asked)
             done = step + 1
             if stopping or done == steps or done % recipe.checkpoint.every == 0:
-                run.checkpoints.save(done, state, recipe)
+                run.checkpoints.save(done, state, recipe, run.setup.content)
             if done == steps or (recipe.eval.every and done % recipe.eval.every == 0):
                 run.evaluate(done)
             if stopping:

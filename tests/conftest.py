@@ -5,6 +5,9 @@ The devices are set in this process only: a program that a test starts sees the 
 
 import os
 import signal
+from pathlib import Path
+
+import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -23,3 +26,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["jaxrl.grpo", "jaxrl.models"], "shapes.check")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model as a Hugging Face folder, see `tiny_run.make_base`; the compilation cache lies beside it."""
+    import tiny_run
+
+    return tiny_run.make_base(tmp_path_factory.mktemp("base") / "model")

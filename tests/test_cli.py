@@ -16,11 +16,6 @@ from jaxrl import cli
 from jaxrl.errors import BAD_INPUT, TRY_AGAIN
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
-
-
 def refused(capsys: pytest.CaptureFixture[str], *args: object, status: int = BAD_INPUT) -> str:
     """The one line that a command ends with."""
     with pytest.raises(SystemExit) as stop:

@@ -381,3 +381,12 @@ def test_sources_that_cannot_be_are_named(source: dict[str, object], message: st
         config.from_dict({"data": {"sources": [source]}})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "recipe.toml"
+    path.write_text('[run]\ndirectory = "~/runs/x"\n[data]\npath = "~/rows.jsonl"\n')
+    recipe = config.load(path, ["--model.path", "~/base"])
+    paths = (recipe.run.directory, recipe.data.path, recipe.model.path)
+    assert paths == ("/home/me/runs/x", "/home/me/rows.jsonl", "/home/me/base")

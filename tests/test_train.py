@@ -17,15 +17,10 @@ import pytest
 import tiny_run
 from jaxrl import config
 from jaxrl.checkpoint import Checkpoints
-from jaxrl.errors import InputError
+from jaxrl.errors import TRY_AGAIN, InputError
 from jaxrl.parallel.signals import graceful_stop
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.train import train
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
 
 
 def optimizer_bytes(run: Path) -> dict[str, list[float]]:
@@ -177,6 +172,14 @@ def test_ctrl_c_saves_the_step_and_goes_on_from_it(uninterrupted: Path, base: Pa
     assert kill_when(kill_points(run)["after one step"], signal.SIGINT, "train", recipe) == 130
     assert "going on from step" in tiny_run.finish("train", recipe)
     assert_same_run(run, uninterrupted, tmp_path)
+
+
+def test_a_closed_terminal_saves_the_step_too(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"checkpoint.every": 100})
+    run = tmp_path / "run"
+    assert kill_when(kill_points(run)["after one step"], signal.SIGHUP, "train", recipe) == TRY_AGAIN
+    assert "going on from step" in tiny_run.finish("train", recipe)
+    assert optimizer_bytes(run) == optimizer_bytes(uninterrupted)
 
 
 def assert_same_run(run: Path, reference: Path, tmp_path: Path) -> None:

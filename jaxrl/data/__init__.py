@@ -5,7 +5,7 @@ from jaxrl.data.files import FORMATS, Choice, find_files
 from jaxrl.data.prompts import COPIES, Part, PromptSet, batch, load_prompts
 from jaxrl.data.rows import read_rows
 from jaxrl.data.stops import Vocabulary, read_vocabulary
-from jaxrl.data.tokens import detokenizer, encode, load_tokenizer, require_template
+from jaxrl.data.tokens import detokenizer, encode, load_tokenizer, require_template, tokenizer_digest
 
 __all__ = [
     "COPIES",
@@ -26,4 +26,5 @@ __all__ = [
     "read_rows",
     "read_vocabulary",
     "require_template",
+    "tokenizer_digest",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from blake3 import blake3
 from jaxtyping import Float64, Int64
 
 from jaxrl import config
@@ -80,6 +82,14 @@ class PromptSet:
     @property
     def overlong(self) -> int:
         return self.counts.overlong
+
+    def digest(self) -> str:
+        """A digest of all that a run takes from the rows: ids, tokens, answers, in their order and mixture."""
+        whole = blake3(repr(self.mixture).encode())
+        for prompt in self.prompts:
+            texts = json.dumps([prompt.id, prompt.answer, len(prompt.tokens)])
+            whole.update(texts.encode() + prompt.tokens.tobytes())
+        return whole.hexdigest()
 
     def summary(self) -> str:
         """Lines for people: one of counts, and one for whatever needs a look."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from blake3 import blake3
 from jaxtyping import Int32
 
 from jaxrl import config
@@ -54,6 +55,15 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise InputError(
             f"{path}: no readable tokenizer ({why}); a model folder has tokenizer.json"
         ) from None
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """A digest of the files that make a folder's tokenizer and chat template."""
+    whole, names = blake3(), {*VOCABULARIES, *SETTINGS, "merges.txt"}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and (file.name in names or file.name.startswith("chat_template")):
+            whole.update(f"{file.relative_to(folder)}\n".encode()).update(file.read_bytes())
+    return whole.hexdigest()
 
 
 def _require_readable(folder: Path) -> None:

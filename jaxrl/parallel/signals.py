@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step under way is finished and saved."""
+"""Ctrl-C, SIGTERM and SIGHUP: the step under way is finished and saved."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ class Stop:
     def arm(self) -> None:
         """Signals now wait for the end of a step. Raises `reason` if one came before and a library swallowed it."""
         self.armed = True
+        self.raise_if_asked()
+
+    def raise_if_asked(self) -> None:
+        """Raises `reason` if a signal has come: a library may have taken what it raised for a failure of its own."""
         if self.asked:
             raise self.reason
 
 
 @contextmanager
 def graceful_stop(say: Say) -> Iterator[Stop]:
-    """Once armed, the first Ctrl-C or SIGTERM lets the step finish and be saved; any other stops at once.
+    """Once armed, the first Ctrl-C, SIGTERM or SIGHUP lets the step finish and be saved; any other stops at once.
 
     Raises:
       KeyboardInterrupt: after Ctrl-C.
-      SystemExit: with TRY_AGAIN, after SIGTERM.
+      SystemExit: with TRY_AGAIN, after SIGTERM or SIGHUP (which `nohup` keeps away).
     """
     stop = Stop()
 
@@ -54,7 +58,9 @@ def graceful_stop(say: Say) -> Iterator[Stop]:
             hook(error)
 
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop
     finally:

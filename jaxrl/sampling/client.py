@@ -31,6 +31,16 @@ class ServerError(Exception):
     """A server did not answer, or not as asked."""
 
 
+def _json(route: str, answer: httpx.Response) -> JsonObject:
+    """Raises: ServerError."""
+    try:
+        return answer.json() if answer.content else {}
+    except (ValueError, RecursionError):
+        raise ServerError(
+            f"{route} answered with something else than JSON: {answer.text[:EXCERPT]}"
+        ) from None
+
+
 Failures = dict[str, ServerError]  # the reason for each server that failed, by URL
 
 
@@ -50,7 +60,7 @@ class Client:
         answer = await self._request("GET", url + route, None, httpx.Timeout(limit))
         if answer.status_code != 200:
             raise ServerError(f"{route} answered {answer.status_code}")
-        return answer.json() if answer.content else {}
+        return _json(route, answer)
 
     async def post(self, url: str, route: str, body: JsonObject | None, limit: float) -> JsonObject | str:
         """The answer, or the reason why the request itself was refused (HTTP 4xx).
@@ -63,7 +73,7 @@ class Client:
             return f"HTTP {answer.status_code}: {answer.text[:EXCERPT]}"
         if answer.status_code != 200:
             raise ServerError(f"{route} answered {answer.status_code}: {answer.text[:EXCERPT]}")
-        return answer.json() if answer.content else {}
+        return _json(route, answer)
 
     async def order(self, url: str, route: str, body: JsonObject | None, limit: float) -> JsonObject:
         """A post that has to succeed.

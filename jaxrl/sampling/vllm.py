@@ -154,8 +154,12 @@ class VLLMSampler:
                 p, rollouts = answer
                 groups[p] = [on_rollout(rollout) for rollout in rollouts]
             work.result()
-        except BaseException:  # on Ctrl-C the work would go on
+        except BaseException as error:  # on Ctrl-C the work would go on
             work.cancel()
+            if isinstance(error, KeyboardInterrupt):  # what has been generated is kept
+                while answer := arrived.get():
+                    for rollout in answer[1]:
+                        on_rollout(rollout)
             raise
         if prompts and not any(groups):
             raise InputError(f"the servers refused every prompt; the last: {list(self.dropped.values())[-1]}")

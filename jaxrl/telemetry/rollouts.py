@@ -55,9 +55,16 @@ def rollout_files(directory: Path) -> list[Path]:
 
 
 def read_vocabulary(directory: Path) -> dict[str, str]:
-    """The text of each token id in a run's rollout files; empty where none was written."""
+    """The text of each token id in a run's rollout files; empty where none was written, or it is damaged.
+
+    It is made again as its ids are sampled.
+    """
     path = directory / "rollouts" / "vocabulary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_rollouts(file: Path, size: int) -> Iterator[RolloutRow]:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from jaxrl.errors import InputError
 from jaxrl.files import write_atomically
+from jaxrl.types import Say
 
 # A row of metrics.jsonl: the step, 0 for the first, and its metrics by name; None where a value is not finite.
 MetricsRow = dict[str, float | None]
@@ -26,12 +27,23 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl, an object a step. Rows from `start` on are dropped: those steps are about to be run again."""
+    """metrics.jsonl, an object a step. Rows from `start` on are dropped: those steps are about to be run again.
 
-    def __init__(self, path: Path, start: int) -> None:
-        kept = [row for row in _rows(path) if row["step"] < start] if path.exists() else []  # type: ignore[operator]
+    Lines that are no rows are moved to metrics.damaged.jsonl, and reported.
+    """
+
+    def __init__(self, path: Path, start: int, say: Say) -> None:
+        rows, damaged = _read(path)
+        if damaged:
+            aside = path.with_name("metrics.damaged.jsonl")
+            with aside.open("ab") as file:
+                file.write(b"".join(line.rstrip(b"\n") + b"\n" for line in damaged))
+            say(
+                f"{path}: {len(damaged)} lines were damaged and are now in {aside}; the other {len(rows)} are kept"
+            )
+        kept = [row for row in rows if row["step"] < start]  # type: ignore[operator]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -60,13 +72,13 @@ class TensorBoard:
 
 @contextmanager
 def open_trackers(
-    directory: Path, start: int, tensorboard: bool = True, enabled: bool = True
+    directory: Path, start: int, tensorboard: bool = True, enabled: bool = True, say: Say = print
 ) -> Iterator[list[Tracker]]:
     """The trackers of a run folder, from step `start` on; none where not enabled."""
     trackers: list[Tracker] = []
     with ExitStack() as stack:
         if enabled:
-            trackers.append(JsonLines(directory / "metrics.jsonl", start))
+            trackers.append(JsonLines(directory / "metrics.jsonl", start, say))
             stack.callback(trackers[-1].close)
         if enabled and tensorboard:
             trackers.append(TensorBoard(directory / "tensorboard", start))
@@ -85,17 +97,22 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     Raises:
       InputError: if there are none.
     """
-    rows = list(_rows(path)) if path.exists() else []
+    rows, _ = _read(path)
     if not rows:
         raise InputError(f"{path}: no metrics; give a run folder that has trained for a step")
     return rows
 
 
-def _rows(path: Path) -> Iterator[MetricsRow]:
-    """The rows up to a torn one, which a killed process may have left at the end."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+def _read(path: Path) -> tuple[list[MetricsRow], list[bytes]]:
+    """The rows of a file, and the lines that are none; a last one without an end is neither, but a killed process's."""
+    rows, damaged = list[MetricsRow](), list[bytes]()
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif line.strip() and line.endswith(b"\n"):
+            damaged.append(line)
+    return rows, damaged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Sampler:
 
     def __init__(self, limit: int = 10**9, shuffle: int = 0, refuse: str = "") -> None:
         self.limit, self.order, self.refuse, self.made = limit, random.Random(shuffle), refuse, 0
+        self.calls = list[threading.Event]()  # set when a call has ended
 
     def publish(self, params: object, version: int) -> None:
         raise AssertionError
@@ -43,6 +45,16 @@ class Sampler:
         first: int = 0,
     ) -> list[list[Rollout]]:
         assert samples == 1 and params.max_tokens == 9
+        self.calls.append(ended := threading.Event())
+        try:
+            self._each(prompts, seed, on_rollout, first)
+        finally:
+            ended.set()
+        return []
+
+    def _each(
+        self, prompts: Sequence[Prompt], seed: tuple[int, ...], on_rollout: OnRollout, first: int
+    ) -> None:
         for p in self.order.sample(range(len(prompts)), len(prompts)):
             if self.made == self.limit:
                 raise Interrupted
@@ -50,7 +62,11 @@ class Sampler:
                 self.made += 1
                 ids = np.array([*seed, first + p, *prompts[p].tokens], np.int32)
                 on_rollout(Rollout(prompts[p], ids, np.zeros(4, np.float32), "length", 0))
-        return []
+
+    def close(self) -> None:
+        """Waits for the calls in other threads, as the owner of a sampler does after an interruption."""
+        for ended in self.calls:
+            assert ended.wait(60)
 
 
 def detokenize(ids: np.ndarray) -> str:
@@ -78,6 +94,7 @@ def test_interrupted_again_and_again_it_ends_the_same_and_makes_nothing_twice(
             parts = answers(sampler, path, parallel=parallel)
             break
         except Interrupted:
+            sampler.close()
             made += sampler.made
             with path.open("a") as file:
                 file.write('{"problem": 3, "sam')  # and the process was killed while writing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -20,11 +21,6 @@ from jaxrl.types import JsonObject
 
 SAMPLES = 40
 OPTIONS = ("--data.suffix", "", "--model.dtype", "float32", "--rollout.max-tokens", 8, "--rollout.slots", 8)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +111,31 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(
     stamp = path.stat().st_mtime_ns
     cli.main(list(map(str, command)))
     assert path.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("config.json", {"rms_norm_eps": 1e-5}, "of config ="),
+        ("tokenizer_config.json", {"clean_up_tokenization_spaces": True}, "of tokenizer ="),
+        ("generation_config.json", {"eos_token_id": [1, 4]}, "of stop_ids ="),
+    ],
+)
+def test_responses_of_another_model_folder_are_not_mixed_in(
+    base: Path,
+    mine: Path,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    change: JsonObject,
+    said: str,
+) -> None:
+    """Its weights and the prompts' tokens are the same."""
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | change))
+    assert said in refused(capsys, "eval", model, "--benchmarks", mine, "--out", whole, *OPTIONS)
 
 
 def test_other_settings_are_not_mixed_in(

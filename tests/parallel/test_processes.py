@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import tiny_run
 from jaxrl.errors import TRY_AGAIN
 from jaxrl.parallel import processes
 from jaxrl.sampling.servers import free_port
+from jaxrl.types import Gather
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_base(tmp_path_factory.mktemp("base"))
 
 
 def start(recipe: Path) -> list[subprocess.Popen[str]]:
@@ -151,3 +151,41 @@ def test_one_that_does_not_come(base: Path, tmp_path: Path) -> None:
     )
     said = outputs([process])[0]
     assert process.returncode == 2 and "JAXRL_PROCESSES=''" in said and "give all three" in said
+
+
+@pytest.mark.parametrize("gather", get_args(Gather))
+def test_a_checkpoint_is_resumed_on_every_mesh(base: Path, tmp_path: Path, gather: str) -> None:
+    """Written by two processes of two devices and read by them, by one with 2 and with 1; and the other way.
+
+    What is read is verified by fingerprints, which are the same on every mesh.
+    """
+    sections = {"mesh.gather": gather, "model.remat": "full", "optimizer.learning_rate": 1e-4}
+    complete(tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2} | sections))
+    first, found = tmp_path / "run", list[dict[str, np.ndarray]]()
+    for devices in (2, 1):
+        again = tmp_path / str(devices)
+        shutil.copytree(first, again)
+        changed = {"run.steps": 3, "run.directory": str(again)} | sections
+        process = tiny_run.jaxrl(
+            "train", tiny_run.write_recipe(tmp_path, base, **changed), JAX_NUM_CPU_DEVICES=str(devices)
+        )
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and "going on from step 2" in output, output
+        found.append(params(again, 3))
+    assert "going on from step 2" in complete(
+        tiny_run.write_recipe(tmp_path, base, **{"run.steps": 3} | sections)
+    )
+    for other in found:
+        for name, array in params(first, 3).items():
+            np.testing.assert_allclose(other[name], array, atol=1e-6, rtol=0, err_msg=name)
+    more = {"run.steps": 4, "run.directory": str(tmp_path / "1")} | sections
+    assert "going on from step 3" in complete(tiny_run.write_recipe(tmp_path, base, **more))
+
+
+def params(run: Path, step: int) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint, as Orbax reads them without a mesh."""
+    folder, reader = run.absolute() / "checkpoints" / str(step) / "params", ocp.PyTreeCheckpointer()
+    tree = reader.metadata(folder).item_metadata.tree
+    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    read = reader.restore(folder, restore_args=kinds)
+    return {str(path): array for path, array in jax.tree_util.tree_leaves_with_path(read)}

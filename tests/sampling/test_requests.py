@@ -174,6 +174,8 @@ def test_a_server_that_cuts_completions_is_an_error_of_the_input(
         server.reason = "stop"
 
     threading.Thread(target=cut_no_more, daemon=True).start()
-    with pytest.raises(InputError, match=r"cut a completion at 1 \+ 2 tokens; start it with --max-model-len 5"):
+    with pytest.raises(
+        InputError, match=r"cut a completion at 1 \+ 2 tokens; start it with --max-model-len 5"
+    ):
         sampler.generate(PROMPTS[:1], 1, SAMPLING, (1,))
     assert server.asked == [0]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from jaxrl.telemetry.rollouts import (
     read_rollouts,
@@ -79,3 +80,10 @@ def test_reading_stops_after_so_many_bytes(tmp_path: Path) -> None:
     assert len(list(read_rollouts(file, 2 * line))) == 2
     assert len(list(read_rollouts(file, 10**9))) == 5
     assert read_vocabulary(tmp_path) == {"0": "[0]"} and read_vocabulary(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize("damage", [b'{"1": "a', b"\xff", b"[]", b""])
+def test_a_damaged_vocabulary_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "vocabulary.json").write_bytes(damage)
+    assert read_vocabulary(tmp_path) == {}

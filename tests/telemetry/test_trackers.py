@@ -47,3 +47,17 @@ def test_other_processes_have_no_trackers(tmp_path: Path) -> None:
 def test_no_metrics_is_said_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"metrics\.jsonl"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe\n", b"{]\n", b"[1]\n", b'{"step": "x"}\n', b"[" * 100_000 + b"\n"]
+)
+def test_a_damaged_line_costs_no_other_one(tmp_path: Path, damage: bytes) -> None:
+    path, lines = tmp_path / "metrics.jsonl", list[str]()
+    path.write_bytes(b'{"step": 0}\n' + damage + b'{"step": 1}\n{"st')
+    assert [row["step"] for row in read_metrics(path)] == [0, 1]
+    with open_trackers(tmp_path, 2, tensorboard=False, say=lines.append) as (tracker,):
+        tracker.log(2, {})
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage
+    assert len(lines) == 1 and "metrics.damaged.jsonl" in lines[0]

@@ -1,0 +1,81 @@
+"""One owner of a folder at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import tiny_run
+from jaxrl import lock
+from jaxrl.errors import BAD_INPUT, InputError
+from jaxrl.types import silent
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "SILENCE", 0.8)
+
+
+def hold(folder: Path, held: threading.Event) -> None:
+    with lock.alone(folder, "training", silent):
+        held.set()
+        signal.pause()
+
+
+def test_an_owner_on_this_host_is_named_and_a_dead_one_forgotten(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    held = context.Event()
+    owner = context.Process(target=hold, args=(tmp_path, held))
+    owner.start()
+    assert held.wait(60)
+    with pytest.raises(InputError, match=f"process {owner.pid} on {socket.gethostname()} is at work there"):
+        hold(tmp_path, threading.Event())
+    assert owner.pid
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.join()
+    with lock.alone(tmp_path, "training"):
+        assert f"process {os.getpid()}" in (tmp_path / "lock").read_text()
+    assert (tmp_path / "lock").read_text() == ""
+
+
+def test_an_owner_on_another_host_is_known_by_its_beat(tmp_path: Path) -> None:
+    path, ended = tmp_path / "lock", threading.Event()
+
+    def beat() -> None:
+        for number in range(1000):
+            path.write_text(f"process 7 on elsewhere\n{number}\n")
+            if ended.wait(0.1):
+                return
+
+    other = threading.Thread(target=beat)
+    other.start()
+    try:
+        while not path.exists():
+            time.sleep(0.01)
+        with (
+            pytest.raises(InputError, match="process 7 on elsewhere"),
+            lock.alone(tmp_path, "training", silent),
+        ):
+            pass
+    finally:
+        ended.set()
+        other.join()
+    lines = list[str]()
+    with lock.alone(tmp_path, "training", lines.append):
+        assert "process 7 on elsewhere" in lines[0]
+
+
+def test_a_second_training_of_a_run_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    with lock.alone(tmp_path / "run", "training"):
+        process = tiny_run.jaxrl("train", tiny_run.write_recipe(tmp_path, base))
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == BAD_INPUT and "is at work there" in output, output
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]
