@@ -248,7 +248,7 @@ def test_a_hub_data_set_gives_its_training_files(
     found = data.load_prompts(Data(path="org/name", **PLAIN), tokenizer)
     assert answers(found) == ["0", "2", "4"]
     assert [Path(file).name for file in found.files] == ["train-0.parquet", "train-1.parquet"]
-    assert f"2 files of {tmp_path}/data: train-0.parquet, train-1.parquet" in found.summary()
+    assert f"files read (2) of {tmp_path}/data: train-0.parquet, train-1.parquet" in found.summary()
     assert (asked["name"], asked["repo_type"]) == ("org/name", "dataset")
     for file in (tmp_path / "data").glob("train*"):
         file.unlink()

@@ -106,7 +106,7 @@ class PromptSet:
         if len(self.files) > 1 or (self.files and self.files[0] != self.path):
             folder = os.path.commonpath([Path(file).parent for file in self.files])
             names = listed(os.path.relpath(file, folder) for file in self.files)
-            lines.append(f"{len(self.files)} files of {folder}: {names}")
+            lines.append(f"files read ({len(self.files)}) of {folder}: {names}")
         if 2 * c.duplicates > c.rows:
             lines.append(
                 "more than half of the rows are duplicates: right for DAPO-Math-17k, which has 100 copies of each; "

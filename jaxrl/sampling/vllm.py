@@ -12,7 +12,7 @@ import functools
 import hashlib
 import queue
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TypeVar
 
@@ -175,7 +175,7 @@ class VLLMSampler:
 
     async def _generate(self, count: int, ask: Ask) -> None:
         """Shares `count` prompts out among lanes of all servers, each with one request under way."""
-        waiting, open_ = deque(range(count)), set(range(count))
+        waiting, open_, failures = deque(range(count)), set(range(count)), Counter[int]()
         changed = asyncio.Condition()
 
         async def serve(url: str) -> None:
@@ -192,7 +192,11 @@ class VLLMSampler:
                     async with changed:  # another lane may take it
                         waiting.appendleft(p)
                         changed.notify_all()
+                    failures[p] += 1
+                    if failures[p] * RETRY > self._settings.patience_seconds:
+                        raise RunError(f"{url}: {error}, at attempt {failures[p]}; see the server's log") from None
                     await self._revive(url, error)
+                    await asyncio.sleep(RETRY)  # it may be well, and fail at this prompt again
                     continue
                 async with changed:
                     open_.remove(p)

@@ -97,7 +97,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, rows: list[JsonObject], said:
 
 def test_a_set_under_another_name(tmp_path: Path) -> None:
     write(tmp_path / "Y" / "test.parquet", PLAIN)
-    with pytest.raises(InputError, match=r"aime24: --data has none of .*AIME24/test\.parquet"):
+    with pytest.raises(InputError, match=r"aime24: --data has neither .*/AIME24 nor .*/AIME24\.parquet"):
         benchmarks.load("aime24", benchmarks.select("aime24")["aime24"], tmp_path)
 
 

@@ -156,12 +156,15 @@ def test_what_a_mark_raises_ends_the_batch_and_nothing_else(
     assert all(sampler.generate(PROMPTS, 1, SAMPLING, (2,)))
 
 
-def test_what_arrived_before_the_servers_were_lost_is_marked(server: Server, sampler: VLLMSampler) -> None:
+def test_a_prompt_that_fails_again_and_again_is_not_asked_for_without_end(
+    server: Server, sampler: VLLMSampler
+) -> None:
+    """What arrived before it is marked."""
     server.fails = {2}
     marked, mark = once(lambda: server.wait_for(3))
-    with pytest.raises(RunError, match=r"was not back|answered 503"):
+    with pytest.raises(RunError, match=r"answered 503: \{\}, at attempt 2; see the server's log"):
         sampler.generate(PROMPTS, 1, SAMPLING, (1,), mark)
-    assert marked[:2] == ["0", "1"]
+    assert marked == ["0", "1"] and server.asked == [0, 1, 2, 2]
 
 
 def test_a_server_that_cuts_completions_is_an_error_of_the_input(
