@@ -52,7 +52,9 @@ def main() -> None:
     print(f"{'processes':<12}{'seconds':>10}{'ms each':>10}{'right':>8}{'undecided':>11}")
     for row in results:
         each = row["seconds"] / RESPONSES * 1e3
-        print(f"{row['processes']:<12}{row['seconds']:>10.1f}{each:>10.2f}{row['right']:>8,}{row['undecided']:>11}")
+        print(
+            f"{row['processes']:<12}{row['seconds']:>10.1f}{each:>10.2f}{row['right']:>8,}{row['undecided']:>11}"
+        )
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "platform": sys.platform}
     setting = {"responses": RESPONSES, "characters": CHARACTERS}
     write_results("grading", machine | setting | {"results": results})

@@ -71,7 +71,7 @@ def load_problems(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.
       InputError: if it is empty or cannot be read.
     """
     if not recipe.eval.path:
-        raise InputError("eval.path is empty; name a .parquet or .jsonl file of held-out problems")
+        raise InputError("eval.path is empty; name a file, folder or Hub id of held-out problems")
     return data.load_prompts(recipe.data, tokenizer, recipe.eval, recipe.reward.verifier, vocabulary).prompts
 
 

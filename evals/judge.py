@@ -266,26 +266,45 @@ def label(reply: str) -> str:
     """The label in a reply, A, B or C, or "" where there is none, or two that differ.
 
     A label is a letter or one of CORRECT, INCORRECT and INVALID that has a line for itself: the first, the last, or one
-    that begins with what it is ("Judgment: B"). Without such a line it is what all boxes hold. Only what follows the
-    last "Final Judgment" counts, where a reply has these words. A letter in a sentence is no label: "A good try".
+    that begins with what it is ("Judgment: B"). It may also open the reply ("B: they differ"), or be a word in capitals
+    that ends it. Without any of these it is what all boxes hold. Only what follows the last "Final Judgment" counts,
+    where a reply has these words. A letter in a sentence is no label: "A good try".
     """
     text = re.split("final judge?ment", reply.rpartition("</think>")[2], flags=re.IGNORECASE)[-1]
     lines = [line for line in map(str.strip, text.splitlines()) if line.strip(_AROUND)]
     ends = {*lines[:1], *lines[-1:]}
     found = {_label_of(line) for line in lines if line in ends or _NAMED.match(line.strip(_AROUND))} - {""}
+    first, last = (_MARKUP.sub("", lines[i]).lstrip(_AROUND) if lines else "" for i in (0, -1))
+    if opening := _OPENING.match(first):
+        found |= {WORDS.get(opening[1], opening[1]), *_mentioned(first)}
+    if _CLOSING.search(last) and not _NEGATION.search(last):
+        found |= _mentioned(last)
     found = found or set(_BOXED.findall(text))
     return found.pop() if len(found) == 1 else ""
 
 
-_AROUND = " \t*_`\"'#>.,;:!-–—"
+_AROUND = " \t*_`\"'“”[]#>.,;:!-–—"
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([ABC])\b")
 _NAMES = "answer|conclusion|decision|evaluation|grade|judge?ment|label|result|verdict"
-_NAME = rf"(?i:(?:the |my |your )?(?:final )?(?:{_NAMES}))"
+_NAME = rf"(?i:(?:so,? |thus,? |therefore,? )?(?:the |my |your )?(?:final )?(?:{_NAMES}))"
 _NAMED = re.compile(rf"{_NAME}\b[\s*]*(?::|=|is\b)")
 _LINE = re.compile(
     rf"(?:{_NAME}[\s*]*(?::|=|is\b))?[\s*:]*"
     r"(?:\$?\\boxed\{\s*)?(?:\\text\{)?\(?([ABC])?\)?\}{0,2}\$?[\s*.:=\-–—]*\(?((?i:correct|incorrect|invalid))?\)?"
 )
+_MARKUP = re.compile(r"[*_`]")
+_OPENING = re.compile(
+    r"\(?([ABC]|CORRECT|INCORRECT|INVALID)"
+    r"(?:\)\s+[A-Z]|\)?[.:;]\s|\)?\s*[-–—]\s+[A-Za-z]{2}|\)?,?\s+(?:because|since)\b)"
+)
+_CLOSING = re.compile(r"\b(?:CORRECT|INCORRECT|INVALID)[\s.!)>\"']*$")
+_NEGATION = re.compile(r"not\b|n't\b|\b(?:neither|never)\b", re.IGNORECASE)
+_MENTION = re.compile(r"\b(?:[ABC](?=\s*[.:;)])|(?i:correct|incorrect|invalid)\b)")
+
+
+def _mentioned(line: str) -> set[str]:
+    """The labels that a line has: words, and letters before a mark."""
+    return {WORDS.get(word.upper(), word) for word in _MENTION.findall(line)}
 
 
 def _label_of(line: str) -> str:

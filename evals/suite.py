@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import fcntl
 import json
+import re
 import secrets
 import sys
 import time
@@ -29,7 +30,7 @@ from jaxrl import config, data
 from jaxrl.errors import InputError, RunError
 from jaxrl.files import write_atomically
 from jaxrl.models import hf
-from jaxrl.models.tensors import weight_files
+from jaxrl.models.tensors import hash_weights
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.results import (
     Average,
@@ -55,6 +56,8 @@ PROTOCOL: dict[str, dict[str, object]] = {
     "sampler": {"concurrency": 256},
 }
 TOP_K = 0  # all tokens
+# Options of vLLM that decide about memory, not about responses.
+MEMORY = re.compile(r"--(gpu-memory-utilization|max-num-seqs|max-num-batched-tokens|cpu-offload-gb)[ =]\S+ ?")
 CALLS = 64  # of a vLLM sampler at one time
 EVERY = 60.0  # seconds between lines of progress, where there is no terminal
 
@@ -168,17 +171,18 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
     """Writes settings.json: all that a response depends on, the same for all in the folder.
 
     Raises:
-      InputError: if the folder has responses of other settings.
+      InputError: if the folder has responses of other settings, or of some that it does not name.
     """
     path, recipe = job.out / "settings.json", job.recipe
     before: JsonObject = json.loads(path.read_text()) if path.exists() else {}
+    options = " ".join(recipe.sampler.vllm_options) if recipe.sampler.servers else ""
     seed = recipe.run.seed
     if job.protocol == "justrl_released":  # JustRL's seeds come from an unseeded generator
         seed = before.get("seed", secrets.randbelow(2**31 - 1))
     prompts = {task.name: _hash_prompts(task) for task in tasks}
     settings: Settings = {
         "model": before.get("model", job.model),
-        "weights": _hash_weights(job.folder),
+        "weights": hash_weights(job.folder),
         "protocol": job.protocol,
         "seed": seed,
         "temperature": recipe.eval.temperature,
@@ -187,30 +191,32 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
         "top_k": TOP_K,
         "stop_ids": list(stop_ids),
         "tokenizer": data.tokenizer_digest(job.folder),
-        "config": blake3(repr(hf.read_config(job.folder)).encode()).hexdigest(),
+        "config": blake3((job.folder / "config.json").read_bytes()).hexdigest(),
         "engine": recipe.rollout.engine,
         "dtype": recipe.model.dtype,
-        "vllm_options": list(recipe.sampler.vllm_options) if recipe.rollout.engine == "vllm" else [],
+        "vllm_options": MEMORY.sub("", options).strip(),
         "prompts": before.get("prompts", {}) | prompts,
     }
     remedy = "give another --out, or delete it"
     for name, value in settings.items():
-        if name != "prompts" and before.get(name, value) != value:  # older versions had fewer names
+        if name != "prompts" and before.get(name, value) != value:
             raise InputError(
                 f"{job.out}: its responses are of {name} = {before[name]}, not {value}; {remedy}"
             )
     for name, value in prompts.items():
         if before.get("prompts", {}).get(name, value) != value:
             raise InputError(f"{job.out}: its responses to {name} are to other prompts; {remedy}")
+    unknown = {name: value for name, value in settings.items() if before and name not in before}
+    unknown.pop("top_k", None)  # older versions had no other
+    if not options:
+        unknown.pop("vllm_options", None)
+    if unknown:
+        raise InputError(
+            f"{path}: an older version wrote it without {', '.join(unknown)}, so its responses may be of another model; "
+            f"give another --out, or if they are of this one, add {json.dumps(unknown)[1:-1]}"
+        )
     write_atomically(path, json.dumps(before | settings, indent=2))
     return settings
-
-
-def _hash_weights(folder: Path) -> str:
-    weights = blake3(max_threads=blake3.AUTO)
-    for file in weight_files(folder):
-        weights.update_mmap(file)
-    return weights.hexdigest()
 
 
 def _hash_prompts(task: Task) -> str:

@@ -80,10 +80,10 @@ class Settings(TypedDict):
     max_tokens: int
     stop_ids: list[int]  # that end a response
     tokenizer: str  # hash of its files, the chat template among them
-    config: str  # hash of what config.json means
+    config: str  # hash of config.json
     engine: str
     dtype: str
-    vllm_options: list[str]  # empty with another engine
+    vllm_options: str  # of started servers, those on memory left out
     prompts: dict[str, str]  # hash of each benchmark's token ids
 
 

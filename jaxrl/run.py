@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
+from blake3 import blake3
 from jax.sharding import Mesh
 
 from jaxrl import config, data
@@ -19,6 +20,7 @@ from jaxrl.grpo.update import TrainState
 from jaxrl.marking import make_marker
 from jaxrl.metrics import Record, step_metrics
 from jaxrl.models import decoder, hf
+from jaxrl.models.tensors import hash_weights
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.programs import Programs, build_programs
@@ -167,12 +169,18 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         prompts=prompts.prompts,
         mixture=prompts.mixture,
         sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, vocabulary.stop_ids),
-        content={"data.path": prompts.digest()}
-        | ({"data.sources": prompts.digest()} if recipe.data.sources else {}),
+        content=_content(folder, prompts),
         evaluate=evaluate,
         compilations=compilations,
         began=began,
     )
+
+
+def _content(folder: Path, prompts: data.PromptSet) -> dict[str, str]:
+    """Digests of what the recipe's paths hold, by key: the model folder's weights and config, and the prompts."""
+    model = blake3(hash_weights(folder).encode() + (folder / "config.json").read_bytes()).hexdigest()
+    keys = ("path", "config", "split", "files", "sources")
+    return {"model.path": model} | dict.fromkeys((f"data.{key}" for key in keys), prompts.digest())
 
 
 def resume(

@@ -171,7 +171,7 @@ def test_rows_that_differ_in_template_arguments_are_no_duplicates(tmp_path: Path
 
 def rows_of(path: str, **changes: object) -> list[data.prompts.Problem]:
     section = Data(path=path, **PLAIN | changes)
-    return list(data.prompts._problems(path, section, data.prompts.Counts()))
+    return list(data.prompts._problems([Path(path)], section, data.prompts.Counts()))
 
 
 def found_arguments(problem: data.prompts.Problem) -> JsonObject:

@@ -260,14 +260,18 @@ def test_check_names_what_is_not_what_was_written(folder: Path, capsys: pytest.C
 
 
 def test_paths_may_move_and_their_content_may_not_change(folder: Path, base: Path) -> None:
-    moved = folder / "elsewhere"
-    moved.mkdir()
-    shutil.copy(folder / "problems.jsonl", moved)
-    assert resume(folder, base, **{"data.path": str(moved / "problems.jsonl")})[0] == 4
-    with (moved / "problems.jsonl").open("a") as file:
-        file.write('{"problem": "0", "answer": "1"}\n{"problem": "00", "answer": "1"}\n')
+    moved = {"model.path": str(folder / "base"), "data.path": str(folder / "elsewhere.jsonl")}
+    shutil.copytree(base, moved["model.path"])
+    shutil.copy(folder / "problems.jsonl", moved["data.path"])
+    assert resume(folder, base, **moved)[0] == 4
+    with Path(moved["data.path"]).open("a") as file:
+        file.write('{"problem": "00", "answer": "1"}\n')
     with pytest.raises(InputError, match=r"another content of data\.path"):
-        resume(folder, base, **{"data.path": str(moved / "problems.jsonl")})
+        resume(folder, base, **moved)
+    weights = folder / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(InputError, match=r"another content of model\.path"):
+        resume(folder, base, **moved)
 
 
 def test_a_checkpoint_without_a_manifest_is_still_read(finished: Path, folder: Path, base: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
+from blake3 import blake3
 from jaxtyping import Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 
@@ -96,6 +97,14 @@ def weight_files(folder: Path) -> list[Path]:
             why = f"{index} names it, and it" if names else "it"
             raise InputError(f"{file}: {why} is missing or not a regular file; get it again")
     return files
+
+
+def hash_weights(folder: Path) -> str:
+    """A digest of the files of a folder's weights."""
+    weights = blake3(max_threads=blake3.AUTO)
+    for file in weight_files(folder):
+        weights.update_mmap(file)
+    return weights.hexdigest()
 
 
 class _Stored(NamedTuple):

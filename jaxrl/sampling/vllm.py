@@ -194,7 +194,9 @@ class VLLMSampler:
                         changed.notify_all()
                     failures[p] += 1
                     if failures[p] * RETRY > self._settings.patience_seconds:
-                        raise RunError(f"{url}: {error}, at attempt {failures[p]}; see the server's log") from None
+                        raise RunError(
+                            f"{url}: {error}, at attempt {failures[p]}; see the server's log"
+                        ) from None
                     await self._revive(url, error)
                     await asyncio.sleep(RETRY)  # it may be well, and fail at this prompt again
                     continue

@@ -138,6 +138,37 @@ def test_responses_of_another_model_folder_are_not_mixed_in(
     assert said in refused(capsys, "eval", model, "--benchmarks", mine, "--out", whole, *OPTIONS)
 
 
+def test_what_older_settings_do_not_name_is_not_taken_for_granted(
+    base: Path, mine: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    settings = json.loads((out / "settings.json").read_text())
+    command = ("eval", base, "--benchmarks", mine, "--out", out, *OPTIONS)
+    older = {name: value for name, value in settings.items() if name not in ("top_k", "vllm_options")}
+    newer = {name: older.pop(name) for name in ("config", "stop_ids")}
+    (out / "settings.json").write_text(json.dumps(older))
+    error = refused(capsys, *command)
+    added = json.loads(f"{{{error.rpartition(', add ')[2]}}}")
+    assert added == newer and "without stop_ids, config, so" in error
+    (out / "settings.json").write_text(json.dumps(older | added))
+    cli.main(list(map(str, command)))
+    assert json.loads((out / "settings.json").read_text()) == settings
+
+
+def test_options_of_servers_are_settings_but_for_their_memory(
+    base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("eval", base, "--benchmarks", mine, "--out", tmp_path, *OPTIONS, "--servers", 1)
+    command += ("--sampler.vllm", "no-such-vllm", "--sampler.vllm_options")
+    for options, said in (
+        (["--kv-cache-dtype", "fp8", "--gpu-memory-utilization", "0.9"], "no such program"),
+        (["--gpu-memory-utilization=0.5", "--kv-cache-dtype", "fp8"], "no such program"),
+        (["--gpu-memory-utilization", "0.5"], "of vllm_options = --kv-cache-dtype fp8, not ;"),
+    ):
+        assert said in refused(capsys, *command, json.dumps(options))
+
+
 def test_other_settings_are_not_mixed_in(
     base: Path, mine: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

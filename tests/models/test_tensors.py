@@ -15,7 +15,6 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from evals import suite
 from jaxrl import models
 from jaxrl.errors import InputError
 from jaxrl.files import safetensors_header
@@ -93,12 +92,12 @@ def test_files_that_the_index_does_not_name_are_no_weights(
 
 
 def test_the_weights_of_an_evaluation_are_those_files(folder: Path) -> None:
-    before = suite._hash_weights(folder)
+    before = tensors.hash_weights(folder)
     save_file({NORM: np.zeros(48, np.int8)}, folder / "weights-int8.safetensors")
-    assert suite._hash_weights(folder) == before
+    assert tensors.hash_weights(folder) == before
     shard = tensors.weight_files(folder)[-1]
     save_file({name: 2 * array for name, array in load_file(shard).items()}, shard)
-    assert suite._hash_weights(folder) != before
+    assert tensors.hash_weights(folder) != before
 
 
 def test_without_an_index_model_safetensors_is_the_weights(folder: Path) -> None:
