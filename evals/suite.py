@@ -194,7 +194,7 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
         "config": blake3((job.folder / "config.json").read_bytes()).hexdigest(),
         "engine": recipe.rollout.engine,
         "dtype": recipe.model.dtype,
-        "vllm_options": MEMORY.sub("", options).strip(),
+        "vllm_options": MEMORY.sub("", options).strip() or "none",
         "prompts": before.get("prompts", {}) | prompts,
     }
     remedy = "give another --out, or delete it"
@@ -208,7 +208,7 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
             raise InputError(f"{job.out}: its responses to {name} are to other prompts; {remedy}")
     unknown = {name: value for name, value in settings.items() if before and name not in before}
     unknown.pop("top_k", None)  # older versions had no other
-    if not options:
+    if not recipe.sampler.servers:
         unknown.pop("vllm_options", None)
     if unknown:
         raise InputError(

@@ -79,13 +79,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of a folder's weights, sorted: those of its index, or model.safetensors, or all *.safetensors.
 
     Raises:
-      InputError: if there are none, one is missing, or the index does not decide which they are.
+      InputError: if there are none, or one is missing.
     """
     names, index, whole = set(read_index(folder).values()), folder / INDEX, folder / WHOLE
-    if names and WHOLE not in names and os.path.lexists(whole):
-        raise InputError(
-            f"{index}: does not name {WHOLE}, which is there too: transformers reads that, vLLM the index; delete one"
-        )
     files = [folder / name for name in names] or ([whole] if os.path.lexists(whole) else [])
     files = sorted(files or folder.glob("*.safetensors"))
     if not files:

@@ -113,10 +113,11 @@ def test_shards_without_an_index_are_the_weights(folder: Path) -> None:
     np.testing.assert_array_equal(logits(models.load(folder)), expected)
 
 
-def test_an_index_beside_another_whole_file_is_refused(folder: Path) -> None:
-    save_file(weights(folder), folder / "model.safetensors")
-    message = one_line(folder)
-    assert "model.safetensors.index.json" in message and "delete one" in message
+def test_the_index_decides_beside_another_whole_file(folder: Path) -> None:
+    """As vLLM reads such a folder."""
+    expected = logits(models.load(folder))
+    save_file({name: 2 * array for name, array in weights(folder).items()}, folder / "model.safetensors")
+    np.testing.assert_array_equal(logits(models.load(folder)), expected)
 
 
 def test_a_tensor_is_where_the_index_says_and_nowhere_else(folder: Path) -> None:
