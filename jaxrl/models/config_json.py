@@ -108,6 +108,7 @@ def _has_sliding_window(fields: Fields, family: str) -> bool:
     """
     raw, layers = fields.values, fields.integer("num_hidden_layers", most=MOST_LAYERS)
     used = family != "llama" and fields.flag("use_sliding_window", False)
+    first = 0 if family == "llama" else fields.integer("max_window_layers", QWEN_WINDOW_LAYERS, least=0)
     types = raw.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != layers:
@@ -115,7 +116,6 @@ def _has_sliding_window(fields: Fields, family: str) -> bool:
         return any(kind != "full_attention" for kind in types)
     if family == "llama":
         return bool(raw.get("sliding_window")) and bool(raw.get("use_sliding_window", True))
-    first = fields.integer("max_window_layers", QWEN_WINDOW_LAYERS, least=0)
     return used and raw.get("sliding_window", QWEN_WINDOW) is not None and first < layers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Sampler:
     def __init__(self, limit: int = 10**9, shuffle: int = 0, refuse: str = "") -> None:
         self.limit, self.order, self.refuse, self.made = limit, random.Random(shuffle), refuse, 0
         self.calls = list[threading.Event]()  # set when a call has ended
+        self.lock = threading.Lock()
 
     def publish(self, params: object, version: int) -> None:
         raise AssertionError
@@ -56,10 +58,11 @@ class Sampler:
         self, prompts: Sequence[Prompt], seed: tuple[int, ...], on_rollout: OnRollout, first: int
     ) -> None:
         for p in self.order.sample(range(len(prompts)), len(prompts)):
-            if self.made == self.limit:
-                raise Interrupted
+            with self.lock:
+                if self.made == self.limit:
+                    raise Interrupted
+                self.made += prompts[p].id != self.refuse
             if prompts[p].id != self.refuse:
-                self.made += 1
                 ids = np.array([*seed, first + p, *prompts[p].tokens], np.int32)
                 on_rollout(Rollout(prompts[p], ids, np.zeros(4, np.float32), "length", 0))
 
@@ -100,6 +103,64 @@ def test_interrupted_again_and_again_it_ends_the_same_and_makes_nothing_twice(
                 file.write('{"problem": 3, "sam')  # and the process was killed while writing
     assert parts == whole
     assert made + sampler.made == len(path.read_text().splitlines()) == len(PROMPTS) * SAMPLES
+
+
+class Late(Sampler):
+    """Of two calls, that for the first response fails, and the other has an answer only when `failed` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.failed = threading.Barrier(2, timeout=30), threading.Event()
+
+    def _each(
+        self, prompts: Sequence[Prompt], seed: tuple[int, ...], on_rollout: OnRollout, first: int
+    ) -> None:
+        self.both.wait()
+        if first == 0:
+            raise Interrupted
+        assert self.failed.wait(30)
+        super()._each(prompts, seed, on_rollout, first)
+
+
+def test_an_answer_that_comes_after_the_error_of_another_call_is_written(tmp_path: Path) -> None:
+    path, sampler = tmp_path / "x.jsonl", Late()
+    whole = answers(Sampler(), path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if pair_of(line) not in ((0, 0), (6, 4))))
+    with pytest.raises(Interrupted):
+        answers(sampler, path, parallel=2)
+    sampler.failed.set()
+    sampler.close()
+    assert pair_of(path.read_text().splitlines()[-1]) == (6, 4) and sampler.made == 1
+    assert answers(Sampler(limit=1), path) == whole
+
+
+def test_rows_of_many_calls_are_whole_and_the_callback_needs_no_lock(tmp_path: Path) -> None:
+    path, busy, at_once = tmp_path / "x.jsonl", 0, []
+    task, params = Task("x", "X", [], PROMPTS * 8, SAMPLES), SamplingParams(max_tokens=9)
+    generate(task, params, (3, 4), Sampler(), path, detokenize)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[::2]))  # every gap is a call
+
+    def on_rollout(rollout: Rollout) -> Rollout:
+        nonlocal busy
+        busy += 1
+        at_once.append(busy)
+        time.sleep(1e-4)
+        busy -= 1
+        return rollout
+
+    def long(ids: np.ndarray) -> str:
+        return detokenize(ids) * 5000
+
+    generate(task, params, (3, 4), Sampler(), path, long, on_rollout, parallel=64)
+    assert at_once == [1] * (task.total // 2)
+    pairs = sorted(map(pair_of, path.read_text().splitlines()))
+    assert pairs == [(p, g) for p in range(len(PROMPTS) * 8) for g in range(SAMPLES)]
+
+
+def pair_of(line: str) -> tuple[int, int]:
+    row = json.loads(line)
+    return row["problem"], row["sample"]
 
 
 def test_what_is_there_is_read_only(tmp_path: Path) -> None:
