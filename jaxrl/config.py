@@ -96,7 +96,7 @@ class Run(Section):
     """Keep every n-th step's rollouts as jsonl; 0 keeps none (ours)."""
     rollouts_keep: Count = 50
     """Files of rollouts to keep, the newest ones; 0 keeps all, of some 200 MB each in a JustRL run (ours)."""
-    compilation_cache: Location = "~/.cache/jaxrl"
+    compilation_cache: str = "~/.cache/jaxrl"
     """Folder for compiled programs, on a file system that all hosts share; empty keeps none (ours)."""
     profile: Count = 0
     """Trace this many steps after the first into the run folder's profile/, for XProf; 0 traces none (ours)."""

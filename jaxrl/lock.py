@@ -53,15 +53,20 @@ def alone(folder: Path, what: str, say: Say = print) -> Iterator[None]:
                 time.sleep(min(1.0, BEAT / 4))
                 if _read(path) != left:
                     raise _taken(folder, what)
-        ended, beats = threading.Event(), itertools.count()
+        ended = threading.Event()
 
-        def beat() -> None:
-            while not ended.is_set():
-                with contextlib.suppress(OSError):  # a full disk is the work's to report
-                    path.write_text(f"process {os.getpid()} on {host}\n{next(beats)}\n", encoding="utf-8")
-                ended.wait(BEAT)
+        def beat(number: int) -> None:
+            with contextlib.suppress(OSError):  # a full disk is the work's to report
+                path.write_text(f"process {os.getpid()} on {host}\n{number}\n", encoding="utf-8")
 
-        thread = threading.Thread(target=beat, name="lock", daemon=True)
+        def keep_beating() -> None:
+            for number in itertools.count(1):
+                if ended.wait(BEAT):
+                    return
+                beat(number)
+
+        beat(0)
+        thread = threading.Thread(target=keep_beating, name="lock", daemon=True)
         thread.start()
         try:
             yield

@@ -112,6 +112,13 @@ def test_a_split_is_chosen_by_name_or_by_meaning(tmp_path: Path) -> None:
 def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     there = [f"part-{n}.jsonl" for n in range(12)]
     assert names(folder(tmp_path / "a", *there)) == there
+    hashed = [f"data/train-{n:05}-of-00003-{n + 15:016x}.parquet" for n in range(3)]
+    assert names(folder(tmp_path / "c", *hashed)) == hashed
+    assert names(folder(tmp_path / "d", "0.jsonl", "1.jsonl", "test/0.jsonl")) == ["0.jsonl", "1.jsonl"]
+    assert names(folder(tmp_path / "e", "x/0000.parquet", "x/0001.parquet")) == [
+        "x/0000.parquet",
+        "x/0001.parquet",
+    ]
     there = [f"data/train-{n:05}-of-00003.parquet" for n in range(3)]
     assert names(folder(tmp_path / "b", *there, "data/test-00000-of-00001.parquet")) == there
 

@@ -26,7 +26,8 @@ SPLITS = {
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF)})(?![a-z])", re.IGNORECASE)
-SHARD = re.compile(r"(?:^|[-_.]|(?<=part)|(?<=shard)|(?<=chunk))(\d+)([-_.]of[-_.]\d+)?$")
+# the Hub's older ones end in 16 digits of a hash
+SHARD = re.compile(r"(?:^|[-_./]|(?<=part)|(?<=shard)|(?<=chunk))(\d+)([-_.]of[-_.]\d+(-[0-9a-f]{16})?)?$")
 CARD = "README.md"
 SHOWN = 10  # names in a message
 
