@@ -212,8 +212,8 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
         unknown.pop("vllm_options", None)
     if unknown:
         raise InputError(
-            f"{path}: an older version wrote it without {', '.join(unknown)}, so its responses may be of another model; "
-            f"give another --out, or if they are of this one, add {json.dumps(unknown)[1:-1]}"
+            f"{path}: an older version wrote it without {', '.join(unknown)}, so its responses may be of others; "
+            f"give another --out, or if they are of these, add {json.dumps(unknown)[1:-1]}"
         )
     write_atomically(path, json.dumps(before | settings, indent=2))
     return settings

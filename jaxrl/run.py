@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -56,10 +57,17 @@ class Setup:
     prompts: Sequence[Prompt]  # all there are; see `batch`
     mixture: Sequence[data.Part]  # of [[data.sources]]; empty for one
     sampling: SamplingParams
-    content: Mapping[str, str]  # digests of what the recipe's paths hold, by key
+    digest: str  # of the prompts
     evaluate: Evaluate | None
     compilations: Compilations
     began: float  # time.monotonic()
+
+    @functools.cached_property
+    def content(self) -> dict[str, str]:
+        """Digests of what the recipe's paths hold, by key: the model folder's weights and config, and the prompts."""
+        model = blake3(hash_weights(self.folder).encode() + (self.folder / "config.json").read_bytes())
+        keys = ("path", "config", "split", "files", "sources")
+        return {"model.path": model.hexdigest()} | dict.fromkeys((f"data.{key}" for key in keys), self.digest)
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of a step, [P]: a function of the seed and the step alone."""
@@ -169,18 +177,11 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         prompts=prompts.prompts,
         mixture=prompts.mixture,
         sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, vocabulary.stop_ids),
-        content=_content(folder, prompts),
+        digest=prompts.digest(),
         evaluate=evaluate,
         compilations=compilations,
         began=began,
     )
-
-
-def _content(folder: Path, prompts: data.PromptSet) -> dict[str, str]:
-    """Digests of what the recipe's paths hold, by key: the model folder's weights and config, and the prompts."""
-    model = blake3(hash_weights(folder).encode() + (folder / "config.json").read_bytes()).hexdigest()
-    keys = ("path", "config", "split", "files", "sources")
-    return {"model.path": model} | dict.fromkeys((f"data.{key}" for key in keys), prompts.digest())
 
 
 def resume(
