@@ -301,7 +301,11 @@ def _reporter(task: Task, done: int, progress: Progress, say: Say) -> OnRollout:
 
 def _grade(task: Task, responses: Responses, say: Say) -> Graded:
     """Grades the responses to a task by rule, and by the corrected rules."""
-    pairs = [(response.response, response.answer) for group in responses for response in group]
+    pairs = [
+        (response.response, prompt.answer)  # not the row's: a reference may have been corrected since
+        for prompt, group in zip(task.prompts, responses, strict=True)
+        for response in group
+    ]
     marks, corrected = grade_many(pairs), grade_many(pairs, "corrected")
     right, true = (np.array(m, bool).reshape(len(task.prompts), task.samples) for m in (marks, corrected))
     say(f"{task.name}: {right.mean():.2%} by rule, {true.mean():.2%} by the corrected rules")
@@ -318,8 +322,10 @@ def _ask(judge: Judge, graded: Sequence[Graded], say: Say) -> list[Graded]:
     labeled = []
     for g in graded:
         candidates = [
-            Candidate(problem.question, r.answer, r.response, r.finish_reason == "length")
-            for problem, group, marks in zip(g.task.problems, g.responses, g.rule, strict=True)
+            Candidate(problem.question, prompt.answer, r.response, r.finish_reason == "length")
+            for problem, prompt, group, marks in zip(
+                g.task.problems, g.task.prompts, g.responses, g.rule, strict=True
+            )
             for r, right in zip(group, marks, strict=True)
             if not right
         ]

@@ -157,6 +157,7 @@ class VLLMSampler:
         except BaseException as error:  # on Ctrl-C the work would go on
             work.cancel()
             if isinstance(error, KeyboardInterrupt):  # what has been generated is kept
+                arrived.put(None)  # the end may have been read
                 while answer := arrived.get():
                     for rollout in answer[1]:
                         on_rollout(rollout)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -182,3 +184,19 @@ def test_a_server_that_cuts_completions_is_an_error_of_the_input(
     ):
         sampler.generate(PROMPTS[:1], 1, SAMPLING, (1,))
     assert server.asked == [0]
+
+
+def test_an_interruption_loses_no_answer(server: Server, sampler: VLLMSampler) -> None:
+    called = list[str]()
+
+    def keep(rollout: Rollout) -> Rollout:
+        called.append(rollout.prompt.id)
+        if len(called) == 1:
+            server.wait_for(len(PROMPTS))
+            time.sleep(0.5)  # the other answers come
+            _thread.interrupt_main()
+        return rollout
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.generate(PROMPTS, 1, SAMPLING, (1,), keep)
+    assert sorted(called) == [prompt.id for prompt in PROMPTS]
