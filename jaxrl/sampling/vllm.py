@@ -193,12 +193,12 @@ class VLLMSampler:
                     async with changed:  # another lane may take it
                         waiting.appendleft(p)
                         changed.notify_all()
+                    await self._revive(url, error)
                     failures[p] += 1
                     if failures[p] * RETRY > self._settings.patience_seconds:
                         raise RunError(
                             f"{url}: {error}, at attempt {failures[p]}; see the server's log"
                         ) from None
-                    await self._revive(url, error)
                     await asyncio.sleep(RETRY)  # it may be well, and fail at this prompt again
                     continue
                 async with changed:

@@ -63,23 +63,3 @@ def test_no_server_left_ends_the_run_which_may_go_on(tmp_path: Path, monkeypatch
     with pytest.raises(RunError, match=r"gone: no answer; it was not back after 0 s"):
         sampler.generate(PROMPTS, 2, SamplingParams(), (0,))
     sampler.close()
-
-
-def test_a_grader_that_fails_hangs_no_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fails once, and another lane asks again; then it fails for good, which ends the call."""
-    sampler, failures = make_sampler(["here", "there"], tmp_path, monkeypatch), []
-
-    def fail_once(rollout: Rollout) -> Rollout:
-        if not failures:
-            failures.append(rollout)
-            raise RunError("not ready to grade")
-        return rollout
-
-    def fail(rollout: Rollout) -> Rollout:
-        raise RunError("not ready to grade")
-
-    groups = sampler.generate(PROMPTS, 2, SamplingParams(), (0,), fail_once)
-    assert all(len(group) == 2 for group in groups) and len(failures) == 1
-    with pytest.raises(RunError, match="not ready to grade"):
-        sampler.generate(PROMPTS, 2, SamplingParams(), (0,), fail)
-    sampler.close()
