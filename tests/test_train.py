@@ -199,7 +199,7 @@ def test_a_torn_last_checkpoint_is_said_and_the_one_before_it_used(
         if file.is_file() and file.stat().st_size > 1000:
             os.truncate(file, file.stat().st_size // 2)
     said = tiny_run.finish("train", recipe)
-    assert f"{newest} cannot be read" in said and "going on from step 2" in said
+    assert f"{newest} is damaged" in said and "going on from step 2" in said
     assert optimizer_bytes(tmp_path / "run") == optimizer_bytes(uninterrupted)
 
 
