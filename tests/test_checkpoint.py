@@ -228,18 +228,16 @@ def test_a_stop_while_restoring_is_no_damage(
 
 @pytest.mark.slow
 def test_signals_at_many_moments_of_start_and_restore_lose_no_checkpoint(folder: Path, base: Path) -> None:
-    recipe = tiny_run.write_recipe(folder, base, **{"run.steps": 8})
-    before, random_ = contents(folder / "run" / "checkpoints"), random.Random(0)
-    for _ in range(20):
+    recipe = tiny_run.write_recipe(folder, base, **{"run.steps": 10_000})
+    random_, newest = random.Random(0), 4
+    for _ in range(10):
         process = tiny_run.jaxrl("train", recipe)
         time.sleep(random_.uniform(0, 12))
         process.send_signal(random_.choice([signal.SIGTERM, signal.SIGINT]))
         output, _ = process.communicate(timeout=120)
-        assert "Traceback" not in output, output
-        now = contents(folder / "run")
-        if process.returncode == 0 or any("checkpoints/" in name and name not in before for name in now):
-            assert "damaged" not in output
-        assert not any(name.startswith("checkpoints-damaged") for name in now), output
+        steps = [int(p.name) for p in (folder / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+        assert max(steps) >= newest and not (folder / "run" / "checkpoints-damaged").exists(), output
+        newest = max(steps)
 
 
 def test_check_names_what_is_not_what_was_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
