@@ -87,6 +87,7 @@ def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
             "--recipe is for held-out problems and --benchmarks for benchmarks; give one of them"
         )
     from evals import benchmarks, suite
+    from jaxrl.lock import alone
 
     chosen = benchmarks.select(args.benchmarks)
     base = config.from_dict(suite.PROTOCOL)
@@ -99,7 +100,7 @@ def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
     open_judge = _judge(args, recipe)
     folder, out = _model_of(args.model, args.out)
     job = suite.Job(args.model, folder, chosen, recipe, out, args.data, args.samples, args.protocol)
-    with suite.alone(out):
+    with alone(out, "evaluation"):
         results = suite.evaluate(job, open_judge, devices)
     print((out / "results.md").read_text())
     print(f"{len(results['benchmarks'])} benchmarks -> {out}")

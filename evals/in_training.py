@@ -12,11 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from evals import benchmarks, held_out, measures
 from evals.generate import Response
-from evals.grade import grade_many
 from evals.held_out import HeldOut
 from evals.task import Task, load_tasks
 from jaxrl import config, data
@@ -132,7 +129,7 @@ def measure(
     """
     texts = [detokenize(r.tokens) for r in rollouts]
     pairs = [(text, r.prompt.answer) for text, r in zip(texts, rollouts, strict=True)]
-    marks, corrected = grade_many(pairs), grade_many(pairs, "corrected")
+    marks = measures.grade_by_both(pairs)
     found, per_problem, at = dict[str, TaskResult](), [], 0
     for task in tasks:
         own = slice(at, at + task.total)
@@ -142,15 +139,15 @@ def measure(
         ]
         responses = [rows[i : i + task.samples] for i in range(0, task.total, task.samples)]
         shape = len(task.prompts), task.samples
-        grades, true = (np.array(each[own], bool).reshape(shape) for each in (marks, corrected))
+        grades, corrected, undecided = (each[own].reshape(shape) for each in marks)
         found[task.name] = {
             "title": task.title,
-            "undecided": sum(None in both for both in zip(marks[own], corrected[own], strict=True)),
+            "undecided": int(undecided.sum()),
             **measures.describe(responses),
             **measures.measure(grades, responses),
-            "corrected": measures.measure(true, responses),
+            "corrected": measures.measure(corrected, responses),
         }
-        per_problem.append((grades.mean(axis=1), true.mean(axis=1)))
+        per_problem.append((grades.mean(axis=1), corrected.mean(axis=1)))
         at += task.total
     by_rule, by_corrected = (measures.average(values) for values in zip(*per_problem, strict=True))
     return found, by_rule, by_corrected

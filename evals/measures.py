@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from evals.generate import Responses
+from evals.grade import grade_many
 from evals.statistics import bootstrap, confidence, distinct, interval, majority_at, pass_at
 from jaxrl.results import Average, Measures, Released, ResponseStats
 from jaxrl.rewards.latex_equality import last_box, spelling
+from jaxrl.types import Rules
+
+
+def grade_by_both(pairs: Sequence[tuple[str, str]]) -> tuple[Bool[np.ndarray, " N"], ...]:
+    """Grades each (response, ground_truth) by both rules.
+
+    Returns:
+      what is right by the released rules, what by the corrected ones, and what either of them leaves undecided.
+    """
+    released, corrected = (np.array(grade_many(pairs, rules), object) for rules in get_args(Rules))
+    undecided = (released == None) | (corrected == None)  # noqa: E711  # element by element
+    return released.astype(bool), corrected.astype(bool), undecided
 
 
 def describe(responses: Responses) -> ResponseStats:

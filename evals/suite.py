@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import re
 import secrets
@@ -13,7 +12,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from jaxtyping import Bool, Shaped
 from evals import measures, tables
 from evals.benchmarks import Benchmark
 from evals.generate import Response, Responses, generate, in_order, read
-from evals.grade import grade_many, undecided_note
+from evals.grade import undecided_note
 from evals.judge import Candidate, Judge
 from evals.task import Task, load_tasks
 from jaxrl import config, data
@@ -147,24 +146,6 @@ def evaluate(
         except (InputError, RunError) as error:  # the judge's server could not be started
             say(f"{error}. The grades by rule are kept; the same command asks the judge")
     return _write(job, settings, judge, graded)
-
-
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keeps other evaluations from writing to the same folder.
-
-    Raises:
-      InputError: if one does already.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as lock:
-        try:
-            # Released when this process ends, in whatever way.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remedy = "wait for it, or give another --out"
-            raise InputError(f"{out}: another evaluation is writing there; {remedy}") from None
-        yield
 
 
 def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Settings:
@@ -306,12 +287,12 @@ def _grade(task: Task, responses: Responses, say: Say) -> Graded:
         for prompt, group in zip(task.prompts, responses, strict=True)
         for response in group
     ]
-    marks, corrected = grade_many(pairs), grade_many(pairs, "corrected")
-    right, true = (np.array(m, bool).reshape(len(task.prompts), task.samples) for m in (marks, corrected))
-    say(f"{task.name}: {right.mean():.2%} by rule, {true.mean():.2%} by the corrected rules")
-    if undecided := sum(None in both for both in zip(marks, corrected, strict=True)):
-        say(f"{task.name}: {undecided_note(undecided)}")
-    return Graded(task, responses, right, undecided, true)
+    shape = len(task.prompts), task.samples
+    right, corrected, undecided = (marks.reshape(shape) for marks in measures.grade_by_both(pairs))
+    say(f"{task.name}: {right.mean():.2%} by rule, {corrected.mean():.2%} by the corrected rules")
+    if count := int(undecided.sum()):
+        say(f"{task.name}: {undecided_note(count)}")
+    return Graded(task, responses, right, count, corrected)
 
 
 def _ask(judge: Judge, graded: Sequence[Graded], say: Say) -> list[Graded]:

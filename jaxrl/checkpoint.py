@@ -56,6 +56,7 @@ FIXED = ("sampler.correction", "sampler.max_staleness")
 SHOWN = 200  # characters of another library's error that are shown
 PAUSES = (1.0, 5.0)  # seconds before a checkpoint that could not be read is tried again
 BARRIER = 300.0  # seconds
+ITEMS = ("params", "optimizer")
 PIECE = 1 << 24  # bytes read at a time
 
 
@@ -119,17 +120,15 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free
         if free < need:  # Orbax would fail too, after many lines of its own
             self._fail(f"it takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
-        optimizer = {"step": state.step, "opt_state": state.opt_state}
-        values = config.to_dict(recipe)
-        arrays = _described({"params": state.params, "optimizer": optimizer})
+        values, items = config.to_dict(recipe), _items(state)
+        arrays = _described(items)
         manifest: Manifest = {"arrays": arrays, "recipe": _digest(values), "content": dict(content)}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(optimizer),
+        args = ocp.args.Composite(
+            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
             recipe=ocp.args.JsonSave(values),
             manifest=ocp.args.JsonSave({"manifest": manifest, "digest": _digest(manifest)}),
         )
-        self._guarded(lambda: self._manager.save(step, args=items, force=True))
+        self._guarded(lambda: self._manager.save(step, args=args, force=True))
 
     def resume(
         self,
@@ -226,11 +225,12 @@ class Checkpoints:
         Raises:
           Damaged: if an array is not what was written.
         """
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(like.params),
-            optimizer=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
+        read = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
+            ),
         )
-        read = self._manager.restore(step, args=items)
         self._require_intact(step, dict(read))
         return TrainState(read["optimizer"]["step"], read["params"], read["optimizer"]["opt_state"])
 
@@ -264,8 +264,7 @@ class Checkpoints:
         manifest = self.manifest(step)
         if manifest is None:
             return
-        wanted = {"params": like.params, "optimizer": {"step": like.step, "opt_state": like.opt_state}}
-        ours = {path_name(path): _kind(x) for path, x in jax.tree_util.tree_leaves_with_path(wanted)}
+        ours = {path_name(path): _kind(x) for path, x in jax.tree_util.tree_leaves_with_path(_items(like))}
         theirs = {name: text.split()[0] for name, text in manifest["arrays"].items()}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
@@ -285,7 +284,7 @@ class Checkpoints:
         try:
             self.recipe(step)
             manifest, found, mesh = self.manifest(step), dict[str, str](), make_mesh()
-            for item in ("params", "optimizer"):
+            for item in ITEMS:
                 arrays = ocp.StandardCheckpointer().metadata(folder / item).item_metadata.tree
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
                 args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_sharded(like, mesh))})
@@ -386,6 +385,12 @@ class Checkpoints:
 def _root(error: BaseException) -> str:
     """The message of the error that all others of the chain come from."""
     return first_line(list(_chain(error))[-1])
+
+
+def _items(state: TrainState) -> dict[str, PyTree[jax.Array]]:
+    """The state as a checkpoint has it: parameters can be read without the rest."""
+    params, rest = ITEMS
+    return {params: state.params, rest: {"step": state.step, "opt_state": state.opt_state}}
 
 
 def _described(tree: PyTree[jax.Array]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxrl.checkpoint import Checkpoints
+from jaxrl.checkpoint import Checkpoints, Damaged
 from jaxrl.errors import InputError
 from jaxrl.models import decoder, hf
 from jaxrl.parallel.mesh import abstract_sharded, make_mesh
@@ -41,7 +41,10 @@ def export(source: Path, out: Path, dtype: Dtype = "bfloat16", say: Say = print)
     step = step if step is not None else checkpoints.latest()
     if step is None:
         raise InputError(f"{run}: has no checkpoint yet; train until the first one is written")
-    folder = hf.resolve(checkpoints.recipe(step).model.path)
+    try:
+        folder = hf.resolve(checkpoints.recipe(step).model.path)
+    except Damaged as error:
+        raise InputError(f"{run / 'checkpoints' / str(step)}: {error}; take an older one") from None
     model = hf.read_config(folder)
     like = abstract_sharded(decoder.abstract_params(model), make_mesh())
     params = checkpoints.restore_params(step, like)

@@ -83,5 +83,5 @@ def _read(path: Path) -> list[str]:
 
 
 def _taken(folder: Path, what: str) -> InputError:
-    owner = next(iter(_read(folder / "lock")), "another process")
+    owner = next(iter(_read(folder / "lock")), f"another {what}")
     return InputError(f"{folder}: {owner} is at work there ({what}); wait for it, or give another folder")

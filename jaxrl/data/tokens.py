@@ -59,17 +59,22 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 def tokenizer_digest(folder: Path) -> str:
     """A digest of the files that make a folder's tokenizer and chat template."""
-    whole, names = blake3(), {*VOCABULARIES, *SETTINGS, "merges.txt"}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and (file.name in names or file.name.startswith("chat_template")):
+    whole = blake3()
+    for file in sorted(_companions(folder)):
+        if file.is_file() and file.name != "config.json":
             whole.update(f"{file.relative_to(folder)}\n".encode()).update(file.read_bytes())
     return whole.hexdigest()
 
 
+def _companions(folder: Path) -> Iterator[Path]:
+    """What a tokenizer is read from."""
+    yield from (file for file in folder.iterdir() if any(map(file.match, COMPANIONS)))
+    yield from folder.glob("additional_chat_templates/*")
+
+
 def _require_readable(folder: Path) -> None:
     """Raises InputError for files of a tokenizer that would be waited for, or are no such files."""
-    named = [f for f in folder.iterdir() if any(f.match(pattern) for pattern in COMPANIONS)]
-    for file in (*named, *folder.glob("additional_chat_templates/*")):
+    for file in _companions(folder):
         if file.suffix or not file.is_dir():
             status = file.stat() if file.exists() else None
             if status is None or not stat.S_ISREG(status.st_mode):

@@ -16,7 +16,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from jaxrl.rewards.nothing import UNITS, states_nothing
+from jaxrl.rewards.nothing import NOTHING, UNITS, states_nothing
 from jaxrl.rewards.strict_boxed import BOX, group_from
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ INTEGRAL = 1e-7  # a number as close as this to an integer is one; the reference
 ROUNDING = 1e-12  # relative to a value; a smaller imaginary part is a rounding error
 DIGITS = 60  # so that terms that cancel leave enough of a small value
 ZERO = 1e-9  # relative to the reference's value; sympy gets smaller differences
-CANCELED = (
-    1e-40  # relative to the largest value on the way to the reference's; what is left of terms that cancel
-)
-NOTHING = ("", "nan")  # no reference
+CANCELED = 1e-40  # relative to the largest value on the way to the reference's: what cancellation leaves
 POINTS = (0.61803, 2.71043)  # where differences are evaluated: on both sides of 1, so that high powers show
 
 BOX_COMMAND = r"\boxed"

@@ -12,6 +12,7 @@ UNITS = (
     *("degree", "cm", "centimeter", "meter", "mile", "second", "minute", "hour"),
     *("day", "week", "month", "year", "foot", "feet", "inch", "yard"),
 )
+NOTHING = ("", "nan")
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 _NO_CONTENT = re.compile(
     r"\\text|\\mbox|\\mathrm|\\q?quad|\\[,;:!%$ ]|\^?\{?\\circ\}?"
@@ -30,4 +31,4 @@ def states_nothing(reference: str) -> bool:
     """
     if reference[:1].isdigit():  # nearly all references of reinforcement learning
         return False
-    return _NO_CONTENT.sub("", reference).lower() in ("", "nan")
+    return _NO_CONTENT.sub("", reference).lower() in NOTHING

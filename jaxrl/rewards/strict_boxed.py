@@ -7,6 +7,8 @@ plain box.
 
 from __future__ import annotations
 
+from jaxrl.rewards.nothing import NOTHING
+
 # Characters. The reference cuts to 300 and then, on this path, to 100; only the second cut has an effect.
 WINDOW = 100
 BOX = "\\boxed{"
@@ -14,7 +16,7 @@ BOX = "\\boxed{"
 
 def strict_boxed(response: str, ground_truth: str) -> float:
     """+1.0 if the extracted answer equals `ground_truth` exactly, and that is neither blank nor NaN; else -1.0."""
-    right = extract(response) == ground_truth and ground_truth.strip(" $").lower() not in ("", "nan")
+    right = extract(response) == ground_truth and ground_truth.strip(" $").lower() not in NOTHING
     return 1.0 if right else -1.0
 
 

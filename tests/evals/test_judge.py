@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from evals import judge
 from evals.judge import Candidate, Judge, label
 from jaxrl.errors import InputError
 from jaxrl.types import JsonObject
+from json_server import JsonHandler, serving
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -33,7 +33,7 @@ class Endpoint(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Endpoint
 
     def do_GET(self) -> None:
@@ -55,23 +55,11 @@ class Handler(BaseHTTPRequestHandler):
             said = ["C", *re.findall(r"REPLY (.*)", prompt)][-1]
             self.reply(200, {"choices": [{"message": {"content": self.server.replies.get(said, said)}}]})
 
-    def reply(self, status: int, body: JsonObject) -> None:
-        text = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    with Endpoint() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with serving(Endpoint()) as server:
         yield server
-        server.shutdown()
 
 
 def asking(reply: str, question: str = "What?", truncated: bool = False) -> Candidate:

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from jaxrl.errors import InputError, RunError
 from jaxrl.sampling.client import Client, Failures
 from jaxrl.sampling.vllm import VLLMSampler
 from jaxrl.types import JsonObject, Prompt, Rollout, SamplingParams, silent
+from json_server import JsonHandler, serving
 
 SAMPLING = SamplingParams(max_tokens=4, stop_ids=(1,))
 PROMPTS = [Prompt(str(p), np.array([p], np.int32), "") for p in range(4)]
@@ -44,7 +45,7 @@ class Server(ThreadingHTTPServer):
             assert self.changed.wait_for(lambda: len(self.asked) >= asked, 10)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Server
     protocol_version = "HTTP/1.1"
 
@@ -77,16 +78,6 @@ class Handler(BaseHTTPRequestHandler):
         }
         return self.reply(200, {"choices": [choice]})
 
-    def reply(self, status: int, body: JsonObject) -> None:
-        text = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 class Nothing:
     """A transport that carries no weights."""
@@ -108,10 +99,8 @@ class Nothing:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with serving(Server()) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
