@@ -59,7 +59,6 @@ class HeldOut:
         groups = sampler.gather(own, self.problems, f"evaluation {name} {step}")
         result = summary(groups, self.params, name, step)
         if processes.chief():
-            out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, json.dumps(result, indent=2))
         return result
 

@@ -110,7 +110,6 @@ def run_benchmarks(run: Run, tasks: Sequence[Task], params: SamplingParams, out:
         "max_tokens": params.max_tokens,
         "seconds": time.monotonic() - began,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(result, indent=2))
 
 

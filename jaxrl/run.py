@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from jaxrl import config, data
 from jaxrl.checkpoint import Checkpoints
-from jaxrl.errors import InputError
-from jaxrl.files import write_atomically
+from jaxrl.errors import InputError, RunError
+from jaxrl.files import write_atomically, writing
 from jaxrl.grpo.update import TrainState
 from jaxrl.marking import make_marker
 from jaxrl.metrics import Record, step_metrics
@@ -112,21 +112,23 @@ class Run:
 
     def log(self, step: int, record: Record) -> None:
         """Reports a step: trackers, rollout files, progress."""
-        run, metrics = self.recipe.run, step_metrics(self.recipe, self.setup.model, step, record)
-        metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
-        if step == self.start:
-            metrics["time/first_step"] = time.monotonic() - self.setup.began
-        for tracker in self.trackers:
-            tracker.log(step, finite(metrics))
-        if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
-            decode = self.setup.tokenizer.decode
-            write_rollouts(self.setup.directory, step, record.groups, decode, run.rollouts_keep)
+        with self.phase("report"):
+            run, metrics = self.recipe.run, step_metrics(self.recipe, self.setup.model, step, record)
+            metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
+            if step == self.start:
+                metrics["time/first_step"] = time.monotonic() - self.setup.began
+            for tracker in self.trackers:
+                tracker.log(step, finite(metrics))
+            if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
+                decode = self.setup.tokenizer.decode
+                write_rollouts(self.setup.directory, step, record.groups, decode, run.rollouts_keep)
         self.progress.step_done(step, metrics)
 
     def evaluate(self, steps: int) -> None:
         """Evaluates what the sampler holds after so many steps, where the recipe wants that during training."""
         if self.setup.evaluate:
-            self.setup.evaluate(self, steps)
+            with self.timer("evaluation"):
+                self.setup.evaluate(self, steps)
 
 
 def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say) -> Setup:
@@ -211,7 +213,8 @@ def resume(
 def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
     """The checkpoints of the recipe's run folder, which is made if missing."""
     directory = Path(recipe.run.directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     section = recipe.checkpoint
     return Checkpoints(directory / "checkpoints", section.keep_last, section.keep_every)
 
@@ -232,11 +235,25 @@ def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Device
         write_atomically(directory / "recipe.toml", config.to_toml(recipe))
     timer = Timer()
     with (
-        closing(checkpoints),
+        watchdog(timer, print),
+        _finishing(checkpoints, timer),
         open_sampler(recipe, setup.folder, setup.model, setup.mesh, say, devices) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
-        closing(Profile(directory / "profile", start, recipe.run.profile)) as profile,
-        watchdog(timer, print),
+        closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
         yield Run(setup, start, sampler, checkpoints, trackers, progress, timer, profile, say)
+
+
+@contextmanager
+def _finishing(checkpoints: Checkpoints, timer: Timer) -> Iterator[None]:
+    """Finishes the write under way. An error of the run is the one to name: it came first."""
+    swallowed: tuple[type[Exception], ...] = ()
+    try:
+        yield
+    except (InputError, RunError):
+        swallowed = (InputError, RunError)
+        raise
+    finally:
+        with timer("checkpoint"), suppress(*swallowed):
+            checkpoints.close()

@@ -59,7 +59,8 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
 def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
     """Trains from `run.start` to `run.steps`, or until asked to stop; returns the steps done. `state` is donated."""
     recipe, steps = run.recipe, run.recipe.run.steps
-    run.sampler.publish(state.params, run.start)
+    with run.phase("publish"):
+        run.sampler.publish(state.params, run.start)
     run.evaluate(run.start)
     stop.arm()
     with closing(Prefetch(run.sample, run.start, steps, recipe.sampler.max_staleness)) as batches:
@@ -69,7 +70,8 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
             stopping = processes.any_of(stop.asked)
             done = step + 1
             if stopping or done == steps or done % recipe.checkpoint.every == 0:
-                run.checkpoints.save(done, state, recipe, run.setup.content)
+                with run.phase("checkpoint"):
+                    run.checkpoints.save(done, state, recipe, run.setup.content)
             if done == steps or (recipe.eval.every and done % recipe.eval.every == 0):
                 run.evaluate(done)
             if stopping:

@@ -90,7 +90,7 @@ def test_what_is_not_finite_is_not_published(value: float, tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """There is a file in its place: root may write into every folder."""
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file/weights_00000000\.safetensors: cannot write the weights"):
+    with pytest.raises(InputError, match=r"file/weights_00000000\.safetensors: cannot be written"):
         files.write(initialize(CONFIGS["qwen2"], 0), CONFIGS["qwen2"], tmp_path / "file", 0)
 
 

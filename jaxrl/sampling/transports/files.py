@@ -11,8 +11,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from blake3 import blake3
 
-from jaxrl.errors import InputError, RunError
-from jaxrl.files import safetensors_header
+from jaxrl.files import safetensors_header, writing
 from jaxrl.models import hf
 from jaxrl.models.config_json import describe
 from jaxrl.models.decoder import Config, Params
@@ -84,24 +83,19 @@ def write(params: Params, config: Config, folder: Path, version: int, dtype: str
     complete.
 
     Raises:
-      InputError: see `require_shapes` and `cast`; or if the folder is none that can be written to.
-      RunError: if the disk is full or fails.
+      InputError: see `require_shapes` and `cast`; or if the folder has no room or may not be written to.
+      RunError: if the disk fails.
     """
     require_shapes(params, config)
     path, hasher = folder / f"weights_{version:08d}.safetensors", blake3(max_threads=blake3.AUTO)
-    try:
-        with _recycled(folder, path) as file:
-            header = safetensors_header(hf.manifest(config), dtype)
-            hasher.update(header)
-            file.write(header)
-            for array in cast(params, config, dtype, split=True):
-                part = np.asarray(array).reshape(-1).view(np.uint8).data
-                hasher.update(part)
-                file.write(part)
-    except OSError as error:
-        no_folder = PermissionError, NotADirectoryError, FileExistsError
-        kind = InputError if isinstance(error, no_folder) else RunError
-        raise kind(f"{path}: cannot write the weights ({error.strerror}); choose another folder") from None
+    with writing(path), _recycled(folder, path) as file:
+        header = safetensors_header(hf.manifest(config), dtype)
+        hasher.update(header)
+        file.write(header)
+        for array in cast(params, config, dtype, split=True):
+            part = np.asarray(array).reshape(-1).view(np.uint8).data
+            hasher.update(part)
+            file.write(part)
     return Published(path, hasher.hexdigest(), version)
 
 
