@@ -8,7 +8,6 @@ on disk.
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from jaxtyping import PyTree
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError, first_line
-from jaxrl.files import write_error, writing
+from jaxrl.files import set_aside, write_error, writing
 from jaxrl.fingerprint import fingerprints, path_name
 from jaxrl.grpo.update import TrainState
 from jaxrl.models import decoder
@@ -213,13 +212,10 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         """Renames a checkpoint to where none is looked for."""
-        folder = self.directory.with_name(f"{self.directory.name}-damaged")
-        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
-        aside = next(folder / name for name in names if not (folder / name).exists())
+        aside = folder = self.directory.with_name(f"{self.directory.name}-damaged")
         processes.barrier(f"checkpoint {step} is about to be kept aside", BARRIER)
         if processes.chief():
-            folder.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside)
+            aside = set_aside(self.directory / str(step), folder)
         processes.barrier(f"checkpoint {step} is kept aside", BARRIER)
         self._manager.reload()
         return aside
@@ -385,6 +381,13 @@ class Checkpoints:
         good = self.latest()
         after = "there is no older checkpoint" if good is None else f"the last checkpoint is of step {good}"
         raise write_error(self.directory, number, f"{why}; {after}") from cause
+
+
+def identity(recipe: config.Recipe, content: Mapping[str, str]) -> str:
+    """A digest of what a run computes: the recipe's values that may not change, and `content` (see `save`)."""
+    values = {f"{name}.{key}": v for name, part in config.to_dict(recipe).items() for key, v in part.items()}
+    fixed = {k: v for k, v in values.items() if k.startswith(FIXED) or not k.startswith((*FREE, *content))}
+    return _digest({**fixed, **content})
 
 
 def _root(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -65,6 +66,20 @@ def write_atomically(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
+
+
+def set_aside(path: Path, folder: Path) -> Path:
+    """Moves a file or folder into `folder`, made if missing, under its name or a numbered one; returns where.
+
+    Raises:
+      InputError, RunError: see `writing`.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    names = itertools.chain([path.name], (f"{path.stem}-{n}{path.suffix}" for n in itertools.count(2)))
+    aside = next(folder / name for name in names if not (folder / name).exists())
+    with writing(aside):
+        return path.rename(aside)
 
 
 def safetensors_header(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import jax
 from blake3 import blake3
@@ -35,10 +37,19 @@ from jaxrl.telemetry.timer import Phase, Timer, watchdog
 from jaxrl.telemetry.trackers import Tracker, finite, open_trackers
 from jaxrl.types import Detokenize, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
 
-# Evaluates the parameters that the run's sampler holds, after so many steps.
-Evaluate = Callable[["Run", int], None]
+
+class Evaluation(Protocol):
+    """Evaluates a run while it trains."""
+
+    def __call__(self, run: Run, steps: int) -> None:
+        """Makes the results that are missing, of the parameters that the run's sampler holds after so many steps."""
+
+    def missing(self, setup: Setup, steps: int) -> bool:
+        """Whether a result of this run after so many steps is missing."""
+
+
 # Reads an evaluation's problems; a bad file is then named before a sampler or a server is started.
-LoadEvaluation = Callable[[config.Recipe, Tokenizer, data.Vocabulary], Evaluate]
+LoadEvaluation = Callable[[config.Recipe, Tokenizer, data.Vocabulary], Evaluation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Setup:
     mixture: Sequence[data.Part]  # of [[data.sources]]; empty for one
     sampling: SamplingParams
     digest: str  # of the prompts
-    evaluate: Evaluate | None
+    evaluation: Evaluation | None
     compilations: Compilations
     began: float  # time.monotonic()
 
@@ -68,6 +79,15 @@ class Setup:
         model = blake3(hash_weights(self.folder).encode() + (self.folder / "config.json").read_bytes())
         keys = ("path", "config", "split", "files", "sources")
         return {"model.path": model.hexdigest()} | dict.fromkeys((f"data.{key}" for key in keys), self.digest)
+
+    def evaluates(self, steps: int) -> bool:
+        """Whether the recipe wants an evaluation after so many steps: before the first, every so often, at the end."""
+        every = self.recipe.eval.every
+        return self.evaluation is not None and (steps % every == 0 or steps == self.recipe.run.steps)
+
+    def owes(self, steps: int) -> bool:
+        """Whether an evaluation after so many steps is wanted and missing: a stop may have come before its end."""
+        return self.evaluates(steps) and self.evaluation is not None and self.evaluation.missing(self, steps)
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of a step, [P]: a function of the seed and the step alone."""
@@ -125,10 +145,10 @@ class Run:
         self.progress.step_done(step, metrics)
 
     def evaluate(self, steps: int) -> None:
-        """Evaluates what the sampler holds after so many steps, where the recipe wants that during training."""
-        if self.setup.evaluate:
+        """Evaluates what the sampler holds after so many steps, where the recipe wants that."""
+        if self.setup.evaluates(steps) and self.setup.evaluation:
             with self.timer("evaluation"):
-                self.setup.evaluate(self, steps)
+                self.setup.evaluation(self, steps)
 
 
 def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say) -> Setup:
@@ -143,9 +163,13 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
       InputError: for whatever cannot be used.
     """
     began = time.monotonic()
-    if recipe.run.compilation_cache:
-        cache = Path(recipe.run.compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    cache = os.path.expanduser(recipe.run.compilation_cache)  # noqa: PTH111
+    if cache.startswith("~"):  # as Path.expanduser raises
+        say(
+            "this user has no home directory, so programs are compiled anew; set run.compilation_cache to keep them"
+        )
+    elif cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
     compilations = Compilations()
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     folder = hf.resolve(recipe.model.path)
@@ -157,14 +181,14 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
     prompts = data.load_prompts(recipe.data, tokenizer, verifier=verifier, vocabulary=vocabulary)
     say(prompts.summary())
     say(vocabulary.summary)
-    evaluate = None
+    evaluation = None
     if recipe.eval.every:
         if not load_evaluation:
             raise InputError(
                 f"eval.every = {recipe.eval.every}, and nothing evaluates; set it to 0, or give train an evaluation, "
                 "such as evals.in_training.load"
             )
-        evaluate = load_evaluation(recipe, tokenizer, vocabulary)
+        evaluation = load_evaluation(recipe, tokenizer, vocabulary)
     r = recipe.rollout
     return Setup(
         recipe=recipe,
@@ -180,7 +204,7 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         mixture=prompts.mixture,
         sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, vocabulary.stop_ids),
         digest=prompts.digest(),
-        evaluate=evaluate,
+        evaluation=evaluation,
         compilations=compilations,
         began=began,
     )

@@ -46,7 +46,7 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
         with alone(setup.directory, "training", say) if processes.chief() else nullcontext():
             checkpoints = open_checkpoints(recipe)
             start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
-            if start and start >= recipe.run.steps:  # a new run of no steps is still evaluated
+            if start and start >= recipe.run.steps and not setup.owes(start):
                 say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
                 return
             with open_run(setup, checkpoints, start, devices, say) as run:
@@ -69,13 +69,15 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
             run.log(step, record)
             stopping = processes.any_of(stop.asked)
             done = step + 1
-            if stopping or done == steps or done % recipe.checkpoint.every == 0:
+            evaluates = run.setup.evaluates(done)  # what it may be stopped in, so it is saved before
+            if stopping or evaluates or done == steps or done % recipe.checkpoint.every == 0:
                 with run.phase("checkpoint"):
                     run.checkpoints.save(done, state, recipe, run.setup.content)
-            if done == steps or (recipe.eval.every and done % recipe.eval.every == 0):
-                run.evaluate(done)
-            if stopping:
+            if stopping:  # the evaluation is made on the restart
                 return done
+            if evaluates:
+                with stop.at_once():
+                    run.evaluate(done)
     return steps
 
 
