@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, RunError
 from jaxrl.types import Say
 
 BEAT = 10.0  # seconds between two beats of an owner
@@ -32,11 +33,11 @@ def alone(folder: Path, what: str, say: Say = print) -> Iterator[None]:
       say: prints a line.
 
     Raises:
-      InputError: naming process and host, if another one is at work.
+      InputError: naming process and host, if another one is at work; or if the folder is none that can be written to.
+      RunError: if the disk fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path, host = folder / "lock", socket.gethostname()
-    with path.open("a+b") as lock:
+    with _open(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -75,6 +76,16 @@ def alone(folder: Path, what: str, say: Say = print) -> Iterator[None]:
             thread.join()
             with contextlib.suppress(OSError):
                 path.write_bytes(b"")
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+b")
+    except OSError as error:
+        no_folder = PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError
+        kind = InputError if isinstance(error, no_folder) else RunError
+        raise kind(f"{path}: cannot write it ({error.strerror}); free the disk, or give another folder") from None
 
 
 def _read(path: Path) -> list[str]:
