@@ -85,7 +85,9 @@ def _open(path: Path) -> IO[bytes]:
     except OSError as error:
         no_folder = PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError
         kind = InputError if isinstance(error, no_folder) else RunError
-        raise kind(f"{path}: cannot write it ({error.strerror}); free the disk, or give another folder") from None
+        raise kind(
+            f"{path}: cannot write it ({error.strerror}); free the disk, or give another folder"
+        ) from None
 
 
 def _read(path: Path) -> list[str]:

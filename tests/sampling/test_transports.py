@@ -108,7 +108,10 @@ def test_a_folder_of_others_is_not_used(tmp_path: Path, monkeypatch: pytest.Monk
     link.symlink_to(target)
     (tmp_path / "file").touch()
     for folder in (link, tmp_path / "file"):
-        with pytest.raises(InputError, match="is no folder of this user; delete it"), files.own_folder(folder):
+        with (
+            pytest.raises(InputError, match="is no folder of this user; delete it"),
+            files.own_folder(folder),
+        ):
             pass
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(InputError, match="is no folder of this user; delete it"), files.own_folder(target):
@@ -125,7 +128,9 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
         (folder / name).symlink_to(other)
     files.write(initialize(config, 0), config, folder, 0)
     assert not (folder / "weights_00000000.safetensors").is_symlink()
-    with pytest.raises(RunError, match="cannot write the weights"):  # as if it had been put in the place of an own file
+    with pytest.raises(
+        RunError, match="cannot write the weights"
+    ):  # as if it had been put in the place of an own file
         files.write(initialize(config, 0), config, folder, 1, spare=folder / "weights_00000009.safetensors")
     with files.own_folder(folder, silent):
         assert [path.name for path in folder.iterdir()] == ["lock"]

@@ -181,4 +181,6 @@ def _naming(path: Path) -> Iterator[None]:
     except OSError as error:
         no_folder = PermissionError, NotADirectoryError, FileExistsError
         kind = InputError if isinstance(error, no_folder) else RunError
-        raise kind(f"{path}: cannot write the weights ({error.strerror}); set another sampler.folder") from None
+        raise kind(
+            f"{path}: cannot write the weights ({error.strerror}); set another sampler.folder"
+        ) from None
