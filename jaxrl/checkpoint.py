@@ -8,6 +8,7 @@ on disk.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re

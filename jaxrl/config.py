@@ -219,8 +219,9 @@ class Sampler(Section):
     """More options for it, such as "--gpu-memory-utilization", "0.5" (ours)."""
     transport: TransportName = "files"
     """How weights get to the servers: by a file in sampler.folder, or broadcast from GPU to GPU (ours)."""
-    folder: Location = "/dev/shm/jaxrl"
-    """Where published weights lie; every server reads them: memory of this host, or a shared file system (ours)."""
+    folder: Location = "/dev/shm"
+    """Where published weights lie, in a folder that only this user can read; every server reads them: memory of this
+    host, or a shared file system (ours)."""
     concurrency: Positive = 64
     """Prompts under way at one server (ours)."""
     request_seconds: Positive = 3600

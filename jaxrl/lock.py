@@ -33,7 +33,8 @@ def alone(folder: Path, what: str, say: Say = print) -> Iterator[None]:
       say: prints a line.
 
     Raises:
-      InputError: naming process and host, if another one is at work.
+      InputError: naming process and host, if another one is at work; or if the folder is none that can be written to.
+      RunError: if the disk fails.
     """
     path, host = folder / "lock", socket.gethostname()
     with writing(path):

@@ -17,7 +17,7 @@ from jaxrl.parallel import processes
 from jaxrl.parallel.signals import Stop, graceful_stop
 from jaxrl.run import LoadEvaluation, Run, load, open_checkpoints, open_run, resume
 from jaxrl.sampling.prefetch import Prefetch
-from jaxrl.sampling.servers import choose_devices
+from jaxrl.sampling.servers import choose_devices, require_startable
 from jaxrl.types import Rollout, Say, silent
 
 BARRIER = 300.0  # seconds; every process does the same work before this barrier, so none should be late
@@ -42,6 +42,8 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
     processes.start(say)  # JAX takes SIGTERM for itself, so this comes before graceful_stop
     with graceful_stop(say) as stop, processes.lookout(say):
         say = say if processes.chief() else silent
+        if processes.chief():
+            require_startable(recipe, devices)
         setup = load(recipe, evaluation, say)
         with alone(setup.directory, "training", say) if processes.chief() else nullcontext():
             checkpoints = open_checkpoints(recipe)

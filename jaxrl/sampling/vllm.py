@@ -8,6 +8,7 @@ its prompt is prefilled once. Requests go to the server with the fewest under wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import queue
@@ -21,16 +22,17 @@ import numpy as np
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
 from jaxrl.models.decoder import Params
-from jaxrl.sampling.client import Client, Failures, ServerError, ask_all
+from jaxrl.sampling.client import SUPPORTED, Client, Failures, ServerError, ask_all, taken, this_run
 from jaxrl.sampling.sampler import unchanged
 from jaxrl.sampling.transports.base import Transport
+from jaxrl.sampling.vllm_plugin import SILENCE
 from jaxrl.types import JsonObject, OnRollout, OnUpdate, Prompt, Rollout, SamplingParams, Say
 
-SUPPORTED = "0.32"  # the minor version whose routes these are
 PAUSE: dict[OnUpdate, str] = {"keep": "keep", "drain": "wait"}  # vLLM's names for them
 LOOK = 0.2  # seconds between looks whether a batch is complete while a server is down
 RETRY = 1.0  # seconds between requests to a server that is down
 JUST_BACK = 5.0  # seconds for which a server that was found well is not asked again
+BEAT = 10.0  # seconds from one sign of life at the servers to the next
 
 T = TypeVar("T")
 Ask = Callable[[str, int], Awaitable[None]]  # has a server answer the prompt of an index
@@ -78,6 +80,7 @@ class VLLMSampler:
         self._version: int | None = None  # newest, published or being published
         self._current: dict[str, int | None] = dict.fromkeys(urls)  # what each has, where that is known
         self._back: dict[str, float] = {}  # when each server was last found to be well
+        self._claimed: list[str] = []  # the servers that keep other runs away
         self.dropped: dict[str, str] = {}
         # one thread does everything with servers, so that nothing here needs a lock between threads
         self._loop = asyncio.new_event_loop()
@@ -87,6 +90,7 @@ class VLLMSampler:
         self._client = Client()
         self._closed = False
         try:
+            self._run(self._claim_all())
             self._run(self._inspect_all())
         except BaseException:  # Ctrl-C too: nothing may go on in the thread
             self.close()
@@ -103,6 +107,8 @@ class VLLMSampler:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            give_back = [self._client.owner(url, "DELETE", limit=2) for url in self._claimed]
+            await asyncio.gather(*give_back, return_exceptions=True)
             await self._client.close()
 
         self._run(end())
@@ -269,7 +275,9 @@ class VLLMSampler:
         tokens = np.array(choice["token_ids"], np.int32)
         logprobs = np.array([entry["logprob"] for entry in choice["logprobs"]["content"]], np.float32)
         versions, reason = {span["version"] for span in choice["weight_versions"]}, choice["finish_reason"]
-        known = {str(version) for version in range(oldest, (self._version or 0) + 1)}
+        known = {version_name(version) for version in range(oldest, (self._version or 0) + 1)}
+        if any(map(is_foreign, versions)):
+            raise taken(url, "")
         if not versions <= known or len(tokens) != len(logprobs) or reason not in ("stop", "length"):
             raise ServerError(f"a completion of weights {versions}, not {known}, ended by {reason}")
         if reason == "length" and len(tokens) < params.max_tokens:
@@ -277,7 +285,7 @@ class VLLMSampler:
                 f"{url} cut a completion at {len(prompt.tokens)} + {len(tokens)} tokens; start it with "
                 f"--max-model-len {len(prompt.tokens) + params.max_tokens} or more"
             )
-        return Rollout(prompt, tokens, logprobs, reason, min(map(int, versions)), server=url)
+        return Rollout(prompt, tokens, logprobs, reason, min(map(version_number, versions)), server=url)
 
     async def _load_everywhere(self, version: int) -> None:
         self._version = version
@@ -304,7 +312,7 @@ class VLLMSampler:
             await order(url, "/start_weight_update", None)
 
         async def resume(url: str) -> None:
-            await order(url, "/finish_weight_update", {"weight_version": str(version)})
+            await order(url, "/finish_weight_update", {"weight_version": version_name(version)})
             await order(url, "/resume", None)
             self._current[url] = version
 
@@ -332,7 +340,10 @@ class VLLMSampler:
             while clock() < began + patience:
                 try:
                     info = await self._client.get(url, "/weight_info")
-                    if self._current[url] is None or info.get("weight_version") != str(self._version):
+                    found = str(info.get("weight_version"))
+                    if self._current[url] is not None and is_foreign(found):
+                        raise taken(url, "")
+                    if self._current[url] is None or found != version_name(self._version):
                         # to its end, even if the batch ends without this server: it must not stay paused
                         failed = await asyncio.shield(self._load([url]))
                         if failed:
@@ -349,6 +360,42 @@ class VLLMSampler:
         raise RunError(
             f"{url}: {error}; it was not back after {patience:.0f} s. Start it again and repeat the command"
         )
+
+    async def _claim_all(self) -> None:
+        for url in self._urls:
+            with contextlib.suppress(
+                ServerError
+            ):  # of no Guard; what else may be wrong is found by the inspection
+                await self._claim(url)
+                self._claimed.append(url)
+        self._beating = asyncio.create_task(self._beat())
+
+    async def _claim(self, url: str) -> None:
+        """Takes a server for this run, at once or when an owner that has crashed has been silent for long enough.
+
+        Raises:
+          InputError: if another run is at work there.
+          ServerError: if it does not keep runs apart.
+        """
+        before, silent = "", -1.0
+        while (answer := await self._client.owner(url))["owner"] != this_run():
+            owner, silence = str(answer["owner"]), float(answer["silent"])
+            if owner == before and silence < silent:
+                raise taken(url, owner)
+            if owner != before:
+                self._say(
+                    f"{url}: {owner.partition(' ')[2]} has not given it back; watching for {SILENCE:.0f} s whether "
+                    "it lives"
+                )
+            before, silent = owner, silence
+            await asyncio.sleep(RETRY)
+
+    async def _beat(self) -> None:
+        """Shows, also during a long update, that this run lives."""
+        while True:
+            await asyncio.sleep(BEAT)
+            signs = [self._client.owner(url) for url in self._claimed]
+            await asyncio.gather(*signs, return_exceptions=True)
 
     async def _inspect_all(self) -> None:
         for url in self._urls:
@@ -388,6 +435,20 @@ class VLLMSampler:
             raise InputError(
                 f"{url} gives log-probs from before sampling; start it with --logprobs-mode processed_logprobs"
             )
+
+
+def version_name(version: int | None) -> str:
+    """What servers call a version of this run's weights; no other run's has the same name."""
+    return f"{this_run().partition(' ')[0]}:{version}"
+
+
+def version_number(name: str) -> int:
+    return int(name.rpartition(":")[2])
+
+
+def is_foreign(name: str) -> bool:
+    """Whether another run has published this version; a server that was started again has one without a run."""
+    return name.rpartition(":")[0] not in ("", version_name(0).rpartition(":")[0])
 
 
 def request_seed(seed: tuple[int, ...]) -> int:

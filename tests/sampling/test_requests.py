@@ -31,6 +31,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.completion, self.reason, self.fails = [7, 1], "stop", set[int]()
+        self.version = "default"  # of its weights
         self.asked: list[int] = []  # first token of each prompt
         self.changed = threading.Condition()
         super().__init__(("127.0.0.1", 0), Handler)
@@ -54,13 +55,15 @@ class Handler(JsonHandler):
         known: dict[str, JsonObject] = {
             "/version": {"version": "0.32.0"},
             "/server_info": {"vllm_config": weights},
-            "/weight_info": {"weight_version": "0"},
+            "/weight_info": {"weight_version": self.server.version},
         }
-        self.reply(200, known[self.path.partition("?")[0]])
+        route = self.path.partition("?")[0]
+        self.reply(200 if route in known else 404, known.get(route, {}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         if "sampling_params" not in body:
+            self.server.version = body.get("weight_version", self.server.version)
             return self.reply(200, {})
         first, server = body["token_ids"][0], self.server
         if "cache_salt" in body:  # not the request of the inspection
@@ -73,7 +76,7 @@ class Handler(JsonHandler):
             "index": 0,
             "token_ids": server.completion,
             "logprobs": {"content": [{"logprob": 0.0} for _ in server.completion]},
-            "weight_versions": [{"version": "0"}],
+            "weight_versions": [{"version": server.version}],
             "finish_reason": server.reason,
         }
         return self.reply(200, {"choices": [choice]})
@@ -189,3 +192,15 @@ def test_an_interruption_loses_no_answer(server: Server, sampler: VLLMSampler) -
     with pytest.raises(KeyboardInterrupt):
         sampler.generate(PROMPTS, 1, SAMPLING, (1,), keep)
     assert sorted(called) == [prompt.id for prompt in PROMPTS]
+
+
+def test_a_server_to_which_another_run_has_published_ends_the_run(
+    server: Server, sampler: VLLMSampler
+) -> None:
+    """Whatever number its version has: what it completes is not this run's, and publishing again would spoil its."""
+    server.version = "0123abcd:0"
+    with pytest.raises(
+        InputError, match=rf"{server.url}: another run samples there; wait for it, or name other"
+    ):
+        sampler.generate(PROMPTS, 1, SAMPLING, (1,))
+    assert server.version == "0123abcd:0"
