@@ -72,7 +72,8 @@ class Server(ProcessGroup):
         return True
 
     def well(self) -> bool:
-        return well(self.url)
+        """Whether it runs, and can serve; another program may answer at its URL."""
+        return self.process.poll() is None and well(self.url)
 
     def why(self) -> str:
         """The line of its log that best explains why it ended: the last one with an error, or the last one."""
@@ -128,7 +129,7 @@ def prepare(
     variables = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {}) | dict(environment or {})
     if settings.beyond:  # vLLM would refuse, though its tables reach as far as the scaling does
         variables["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    return Server(f"http://{host}:{port}", log, command(settings, host, port, on_cpu), variables)
+    return Server(url_of(host, port), log, command(settings, host, port, on_cpu), variables)
 
 
 def begin(server: Server) -> None:
@@ -249,11 +250,18 @@ def running(
 
 
 def well(url: str) -> bool:
-    """Whether a server answers and can serve; its route /health needs no key."""
+    """Whether a server answers, can serve, and takes this run's key, which its route /health does not ask for."""
+    headers = {"Authorization": f"Bearer {api_key()}"}
     try:  # without certificates, which take longer to load than the answer
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=False).status_code == 200
+        with httpx.Client(headers=headers, timeout=5, trust_env=False, verify=False) as http:
+            return all(http.get(url + route).status_code == 200 for route in ("/health", "/version"))
     except httpx.HTTPError:
         return False
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of a host's port; an address of IPv6 is given without brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def free_port(host: str = LOCALHOST) -> int:
