@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
+import importlib.util
 import itertools
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from random import Random
+from typing import ClassVar, TypeVar
 
 import pytest
 import yaml
 
 from jaxrl.errors import BAD_INPUT, TRY_AGAIN
+from jaxrl.sampling import servers
 from jaxrl.sampling.servers import free_port
 from sampling.test_servers import alive, assert_gone, pids_in
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 RECIPE = """
 [run]
@@ -38,7 +46,8 @@ host, port = (sys.argv[sys.argv.index(name) + 1] for name in ("--host", "--port"
 assert len(os.environ["VLLM_API_KEY"]) > 30 and "PYTHONPATH" not in os.environ
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers()
+        own = self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
+        self.send_response(200 if own or self.path == "/health" else 401); self.end_headers()
         self.wfile.write(os.environ["JAXRL_SERVER"].encode())
     def log_message(self, *args): pass
 if os.path.exists("{folder}/broken"): raise SystemExit("ValueError: it is broken")
@@ -70,8 +79,8 @@ DRIVER = """
 import sys
 sys.path.insert(0, "{root}/launch")
 import entry
-entry.sys.executable, entry.NOTICE, entry.LOOK = "{folder}/python", 1, 0.2
-sys.exit(entry.main(sys.argv[1:]))
+entry.sys.executable, entry.NOTICE, entry.LOOK, entry.SETTLE = "{folder}/python", 1, 0.2, 1
+sys.exit(entry.main(sys.argv[1:], entry.Stop()))
 """
 
 
@@ -89,8 +98,13 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
+def without_gpus() -> dict[str, str]:
+    """This process's environment, less what it says about GPUs."""
+    return {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+
+
 def dry_run(*command: object, **environment: str) -> list[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment
+    environment = {**without_gpus(), "PYTHON": sys.executable} | environment
     line = [str(part) for part in command]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -173,10 +187,193 @@ def test_four_hosts_by_ssh(folder: Path) -> None:
         server(folder, hosts[3], 9001, " CUDA_VISIBLE_DEVICES=0"),
         server(folder, hosts[3], 9002, " CUDA_VISIBLE_DEVICES=1"),
     ]
-    (folder / "hosts").write_text("10.0.0.1 trainer\n10.0.0.2 sampeler\n")
-    command = ["launch/ssh.sh", str(folder / "hosts"), "r.toml"]
-    wrong = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-    assert wrong.returncode == 2 and b"10.0.0.2 sampeler" in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def entry() -> types.ModuleType:
+    """launch/entry.py, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("entry", ROOT / "launch" / "entry.py")
+    assert spec and spec.loader
+    module = sys.modules["entry"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launch(entry: types.ModuleType, *command: object) -> int:
+    """Runs launch/entry.py in this process."""
+    return entry.main(list(map(str, command)), types.SimpleNamespace(asked=[]))
+
+
+ONE, TWO = ["--trainer-hosts", "127.0.0.1", "--sampler-hosts", "127.0.0.1"], ["--trainer-gpus", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "visible", "why"),
+    [
+        ([*ONE, *TWO, "--sampler-gpus", "2"], "2,3", "=2,3 shows 2 GPUs of 127.0.0.1, and its part needs 4"),
+        ([*ONE, *TWO, "--sampler-gpus", "2"], "2,3,2,3", "shows 2 GPUs"),
+        ([*ONE, *TWO], "", "shows 0 GPUs"),
+        *[
+            ([*ONE, f"--{name}", value], None, f"argument --{name}: {value} is no number from")
+            for name in (
+                *[
+                    "trainer-gpus",
+                    "trainer-processes",
+                    "devices",
+                    "sampler-gpus",
+                    "tensor-parallel",
+                    "samplers",
+                ],
+                *["port", "deadline", "grace"],
+            )
+            for value in ("-1", "99999999", "1" * 5000, "1.5", "x", "")
+        ],
+        ([*ONE, "--trainer-processes", "0"], None, "0 is no number from 1"),
+        ([*ONE, "--tensor-parallel", "0"], None, "0 is no number from 1"),
+        ([*ONE, "--port", "0"], None, "0 is no number from 1"),
+        ([*ONE, *TWO, "--trainer-processes", "4"], None, "--trainer-processes 4 cannot share 2 GPUs evenly"),
+        ([*ONE, "--tensor-parallel", "4", "--sampler-gpus", "2"], None, "need more than 2 GPUs"),
+        ([*ONE, "--tensor-parallel", "4"], None, "need more than 0 GPUs"),
+        ([*ONE, "--port", "65535"], None, "--port 65535: the last server would have port 65536"),
+        ([*ONE, "--port", "65533", "--samplers", "3"], None, "the last server would have port 65536"),
+        (["--trainer-hosts", "a,b,a"], None, "a is there twice as a trainer"),
+        (["--trainer-hosts", "::1,[0:0::1]"], None, "::1 is there twice as a trainer"),
+        (["--trainer-hosts", "a", "--sampler-hosts", "b,b"], None, "b is there twice as a sampler"),
+        (["--trainer-hosts", "u@a,a"], None, "one host, and two users: a, u@a"),
+        (["--trainer-hosts", ""], None, "--trainer-hosts names no host"),
+        ([], None, "required: --trainer-hosts"),
+        *[
+            (["--trainer-hosts", f"a,{name}"], None, f"{name} is no host")
+            for name in ("b:80", "http://b", "-oX=y", "b c", "fe80::1%eth0", "u@", "10.0.0.1:80", "[::1]:80")
+        ],
+        (["--trainer-hosts", "a", "--ssh", "nothing here"], None, "--ssh nothing here: no such program"),
+        (["--trainer-hosts", "a", "--ssh", "'"], None, "argument --ssh: invalid"),
+        ([*ONE, "--here", "other"], None, "other is not one of 127.0.0.1; say which of them this is"),
+        (["--trainer-hosts", "a.x,a.y", "--here", "a"], None, "a is not one of a.x, a.y"),
+        ([*ONE, "--samplings", "3"], None, "unrecognized arguments: --samplings"),
+    ],
+)
+def test_impossible_options_end_with_one_line(
+    entry: types.ModuleType,
+    folder: Path,
+    options: list[str],
+    visible: str | None,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    here = [] if "--here" in options else ["--here", "127.0.0.1"]
+    assert launch(entry, *options, *here, folder / "recipe.toml") == BAD_INPUT
+    output = capsys.readouterr()
+    assert output.out.startswith("launch: ") and output.out.count("\n") == 1 and not output.err
+    assert why in output.out
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "hosts=': No such file or directory"),
+        ("", "hosts=: no line names a trainer"),
+        ("# 10.0.0.1 trainer\n\n10.0.0.2 sampler\r\n", "hosts=: no line names a trainer"),
+        (
+            "10.0.0.1 trainer\n10.0.0.2 sampeler\nb\n",
+            "hosts=: not a host and 'trainer' or 'sampler': 10.0.0.2 sampeler",
+        ),
+        ("10.0.0.1 trainer\n10.0.0.1 trainer\n", "10.0.0.1 is there twice as a trainer"),
+        ("10.0.0.1 trainer\n", "nothing.toml: cannot read the recipe"),
+    ],
+)
+def test_host_files_that_name_no_run_end_with_one_line(folder: Path, text: str | None, why: str) -> None:
+    if text is not None:
+        (folder / "hosts=").write_text(text)
+    command = ["launch/ssh.sh", folder / "hosts=", folder / "nothing.toml"]
+    environment = {**without_gpus(), "PYTHON": sys.executable, "LAUNCH_SSH": f"{folder}/ssh"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (BAD_INPUT, 1, ""), done
+    assert why in done.stdout
+
+
+def test_hosts_have_users_and_addresses_of_ipv6(folder: Path) -> None:
+    hosts = ["--trainer-hosts", "ann@2001:db8:0:0::1,b.c", "--sampler-hosts", "ann@[2001:db8::1],bob@[::2]"]
+    recipe = [folder / "recipe.toml", "--run.steps", "3"]
+    command = [sys.executable, "launch/entry.py", "--ssh", f"{folder}/ssh", "--dry-run", *hosts, *recipe]
+    lines = dry_run(*command)
+    urls = ["http://[2001:db8::1]:8101", "http://[::2]:8101"]
+    cpu, cpus = f" {ON_CPU}", f" {CPU_FLAGS}"
+    coordinator = "'[2001:db8::1]:8100'"
+    devices = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1"
+    expected = [
+        server(folder, "2001:db8::1", 8101, cpu, cpus),
+        trainer(folder, "2001:db8::1", coordinator, "2 0", devices, urls),
+        trainer(folder, "b.c", coordinator, "2 1", devices, urls),
+        server(folder, "::2", 8101, cpu, cpus),
+    ]
+    started = [line for line in lines if "/ssh " in line]
+    assert [
+        line.replace("'http", "http").replace(":8101'", ":8101") for line in lines if line not in started
+    ] == expected
+    targets = [shlex.split(line.partition(": ")[2])[1] for line in started]
+    assert targets == ["ann@2001:db8::1", "b.c", "bob@::2"]
+
+
+def test_a_server_of_another_run_is_not_taken_for_ones_own(folder: Path) -> None:
+    """It has the port before this run starts, or takes it while this run's own server loads."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for first in (port, port - 1):  # that of the coordinator, and of a server
+            output = Run(folder, False, "--port", str(first)).end(BAD_INPUT)
+            assert f"port {port} of 127.0.0.1: Address already in use; choose another --port" in output
+            assert output.count("\n") == 1
+    assert not (folder / "pids").exists()
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    """Another run's server, which does not take this one's key."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_is_ready_if_it_is_this_runs(folder: Path) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        assert not servers.well(f"http://127.0.0.1:{other.server_port}")
+        ended = servers.Server(f"http://127.0.0.1:{other.server_port}", folder / "log", ["false"], {})
+        ended.start()
+        ended.process.wait()
+        other.RequestHandlerClass.do_GET = lambda self: (self.send_response(200), self.end_headers())
+        assert servers.well(ended.url) and not ended.well()
+        ended.kill()
+        other.shutdown()
+
+
+def test_kill_9_between_a_program_and_its_reaper_leaves_nothing(folder: Path) -> None:
+    program = folder / "program"
+    program.write_text(f"#!/bin/sh\ntouch {folder}/ran\nexec sleep 600\n")
+    program.chmod(0o755)
+    text = """
+import os, signal, subprocess, sys
+from jaxrl.sampling.process_group import ProcessGroup
+popen = subprocess.Popen
+def once(*args, **options):
+    subprocess.Popen = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    process = popen(*args, **options)
+    print(process.pid, flush=True)
+    return process
+subprocess.Popen = once
+ProcessGroup([sys.argv[1]], {}).start()
+"""
+    done = subprocess.run([sys.executable, "-c", text, program], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert_gone([int(done.stdout)])
+    assert not (folder / "ran").exists()
 
 
 def stub(folder: Path, **programs: str) -> str:
@@ -270,7 +467,43 @@ def test_kubernetes(folder: Path) -> None:
     assert "JAXRL_COORDINATOR=jaxrl-trainers-0-0.jaxrl:8100 JAXRL_PROCESSES=2 JAXRL_PROCESS=1" in lines[1]
 
 
-def flat(lists: list[list[int]]) -> list[int]:
+def unknown(value: object, schema: dict[str, object], path: str = "") -> list[str]:
+    """What an API server refuses: fields that the schema does not have or wants, other types, other names."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+    if schema.get("x-kubernetes-int-or-string"):
+        return [] if isinstance(value, int | str) else [path]
+    if not isinstance(value, kinds.get(schema["type"], object)) or value not in schema.get("enum", [value]):
+        return [path]
+    if isinstance(value, list):
+        return flat([unknown(item, schema["items"], f"{path}[{i}]") for i, item in enumerate(value)])
+    if not isinstance(value, dict) or not (fields := schema.get("properties", {})):
+        return []
+    found = [
+        f"{path}.{name}"
+        for name in (value.keys() - fields) | (set(schema.get("required", ())) - value.keys())
+    ]
+    return found + flat(
+        [unknown(value[name], fields[name], f"{path}.{name}") for name in value.keys() & fields]
+    )
+
+
+@pytest.mark.skipif(
+    "JOBSET_CRD" not in os.environ, reason="$JOBSET_CRD names no jobset.x-k8s.io_jobsets.yaml"
+)
+def test_kubernetes_takes_the_jobset() -> None:
+    """By the schema of JobSet, which has those of a Job and its pods."""
+    (version,) = yaml.safe_load(Path(os.environ["JOBSET_CRD"]).read_text())["spec"]["versions"]
+    manifest = yaml.safe_load((ROOT / "launch" / "k8s.yaml").read_text())
+    assert manifest["apiVersion"] == f"jobset.x-k8s.io/{version['name']}"
+    schema = version["schema"]["openAPIV3Schema"]
+    assert unknown(manifest, schema) == []
+    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    container |= {"imagee": "jaxrl", "args": "none"}
+    del manifest["spec"]["failurePolicy"]["rules"][0]["action"]
+    assert len(unknown(manifest, schema)) == 2 * 2 + 1  # both jobs have the one template
+
+
+def flat(lists: list[list[T]]) -> list[T]:
     return list(itertools.chain(*lists))
 
 
@@ -380,6 +613,15 @@ def test_a_server_that_ends_is_started_again_unless_it_cannot(folder: Path) -> N
     assert_gone([*flat(trainers), *server, *again])
 
 
+def test_a_host_that_ssh_does_not_reach_is_named(folder: Path) -> None:
+    (folder / "ssh").write_text(
+        '#!/bin/sh\necho "ssh: connect to host $1 port 22: No route to host" >&2\nexit 255\n'
+    )
+    output = Run(folder, True).end(TRY_AGAIN).splitlines()
+    assert "launch: 127.0.0.2: ssh: connect to host 127.0.0.2 port 22: No route to host" in output
+    assert all(line.startswith("launch: 127.0.0.") for line in output)
+
+
 def test_what_cannot_work_is_reported_before_trainers_start(folder: Path) -> None:
     (folder / "broken").touch()
     output = Run(folder, True).end(BAD_INPUT)
@@ -391,3 +633,67 @@ def test_what_cannot_work_is_reported_before_trainers_start(folder: Path) -> Non
     output = Run(folder, True).end(BAD_INPUT)
     assert "127.0.0.3 cannot read weights in /dev/shm/jaxrl of 127.0.0.2; set sampler.folder" in output
     assert not (folder / "trainer0").exists()
+
+
+def keeps_signals(pid: int) -> bool:
+    """Whether a process handles SIGHUP, which entry.py does from its first lines on."""
+    (mask,) = (line.split()[1] for line in status_lines(pid) if line.startswith("SigCgt"))
+    return bool(int(mask, 16) & 1 << signal.SIGHUP - 1)
+
+
+def status_lines(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/status").read_text().splitlines()
+
+
+def with_marker(marker: str) -> list[str]:
+    """The processes that have `marker` in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if marker.encode() in (process / "environ").read_bytes() and alive(int(process.name)):
+                found.append(f"{process.name}: {(process / 'cmdline').read_bytes()!r}")
+    return found
+
+
+TRIES = 40
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments_leave_nothing(folder: Path) -> None:
+    """Also in the first second, while servers get ready, and through ssh; SEED= chooses the moments."""
+    random = Random(int(os.environ.get("SEED", "1")))
+    # stand-ins for trainers only: entry.py runs as it is
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(f"import sys; sys.executable = '{folder}/trainer'\n")
+    again = f"""    os.execv('{sys.executable}', ['{sys.executable}', *sys.argv[1:]])\n"""
+    program = (folder / "python").read_text().replace('"-m":\n', f'"-m":\n{again}')
+    (folder / "trainer").write_text(program)
+    (folder / "trainer").chmod(0o755)
+    one, ssh = (
+        "127.0.0.1",
+        ["--trainer-hosts", "127.0.0.2", "--sampler-hosts", "127.0.0.3", "--ssh", f"{folder}/ssh"],
+    )
+    local = ["--trainer-hosts", one, "--sampler-hosts", one, "--here", one]
+    for i in range(TRIES):
+        number = random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+        hosts, delay, marker = random.choice([local, ssh]), random.uniform(0, 8), f"MARKER={folder}/{i}"
+        environment = {**without_gpus(), "PYTHONPATH": f"{folder}/site:{ROOT}", "JAX_MARKER": marker}
+        command = [sys.executable, "launch/entry.py", *hosts, "--trainer-processes", "2", "--samplers", "2"]
+        command += ["--port", str(free_port()), f"{folder}/recipe.toml"]
+        out = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True
+        )
+        while process.poll() is None and not keeps_signals(process.pid):
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        what = f"try {i}: {number.name} after {delay:.2f} s, {'ssh' if hosts is ssh else 'local'}: {output}"
+        expected = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}.get(number, TRY_AGAIN)
+        assert process.returncode == expected and "Traceback" not in output, what
+        deadline = time.monotonic() + 60
+        while left := with_marker(marker):
+            assert time.monotonic() < deadline, (what, left)
+            time.sleep(0.2)
+        print(what)

@@ -177,8 +177,7 @@ def prepare(
     variables = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {}) | dict(environment or {})
     if settings.beyond:  # vLLM would refuse, though its tables reach as far as the scaling does
         variables["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    name = f"[{host}]" if ":" in host else host
-    return Server(f"http://{name}:{port}", log, command(settings, host, port, on_cpu), variables)
+    return Server(url_of(host, port), log, command(settings, host, port, on_cpu), variables)
 
 
 def begin(server: Server) -> None:
@@ -384,9 +383,12 @@ def _is_listed(name: str, listed: Sequence[str]) -> bool:
 
 
 def well(url: str) -> bool:
-    """Whether any server answers there and can serve; its route /health needs no key. See also `Server.well`."""
+    """Whether a server answers, can serve, and takes this run's key, which its route /health does not ask for.
+
+    See also `Server.well`.
+    """
     try:
-        return _get(f"{url}/health").status_code == 200
+        return all(_get(url + route).status_code == 200 for route in ("/health", "/version"))
     except httpx.HTTPError:
         return False
 
@@ -395,6 +397,11 @@ def _get(url: str) -> httpx.Response:
     # without certificates, which take longer to load than the answer
     headers = {"Authorization": f"Bearer {api_key()}"}
     return httpx.get(url, headers=headers, timeout=5, trust_env=False, verify=False)
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of a host's port; an address of IPv6 is given without brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def free_port(host: str = LOCALHOST) -> int:
