@@ -34,7 +34,7 @@ class ProcessGroup:
 
     def start(self) -> None:
         with contextlib.ExitStack() as stack:
-            out = stack.enter_context(self.log.open("a")) if self.log else None
+            out = stack.enter_context(self.log.open("a", encoding="utf-8")) if self.log else None
             self.process = subprocess.Popen(
                 self.arguments,
                 stdout=out,

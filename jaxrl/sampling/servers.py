@@ -77,7 +77,11 @@ class Server(ProcessGroup):
     def why(self) -> str:
         """The line of its log that best explains why it ended: the last one with an error, or the last one."""
         assert self.log
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         last = lines[-1] if lines else "no output"
         return next((line for line in reversed(lines) if "Error" in line), last)
 
@@ -169,7 +173,9 @@ def gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name not in ("", "-1")]
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, encoding="utf-8"
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [str(i) for i in range(len([line for line in listed.splitlines() if line.startswith("GPU ")]))]
