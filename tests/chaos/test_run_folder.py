@@ -8,12 +8,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tiny_run
 from faults import permissions_bind
 from jaxrl import checkpoint, cli
-from jaxrl.telemetry.trackers import read_metrics
+from jaxrl.errors import InputError
+from jaxrl.lock import alone
+from jaxrl.telemetry.rollouts import write_rollouts
+from jaxrl.telemetry.trackers import open_trackers, read_metrics
+from jaxrl.types import Prompt, Rollout
 
 # Orbax wakes an event loop that it has closed, now and then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -132,3 +137,48 @@ def test_a_damaged_file_costs_no_history_silently(
     assert steps == 5 or f"{5 - steps} of the 4 steps" in output or "metrics.damaged.jsonl" in output, output
     if name.startswith("checkpoints/4") and how != "mode 000" and before.get(name):
         assert after.get(name) == before[name] or status == 0, output
+
+
+WRITTEN = (
+    "lock",
+    "metrics.jsonl",
+    "metrics.damaged.jsonl",
+    "rollouts/step_000003.jsonl",
+    "rollouts/vocabulary.json",
+    "tensorboard/events*",
+)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("file", WRITTEN)
+def test_writers_go_on_from_a_damaged_file_or_name_it(tmp_path: Path, file: str, how: str) -> None:
+    prompt = Prompt("a", np.zeros(1, np.int32), "1")
+    rollout = Rollout(prompt, np.zeros(2, np.int32), np.zeros(2, np.float32), "stop", 0)
+    lines = list[str]()
+
+    def steps(begin: int, end: int) -> None:
+        with (
+            alone(tmp_path, "training", lines.append),
+            open_trackers(tmp_path, begin, say=lines.append) as trackers,
+        ):
+            for step in range(begin, end):
+                for tracker in trackers:
+                    tracker.log(step, {"a": 0.5})
+                write_rollouts(tmp_path, step, [[rollout]], str)
+
+    steps(0, 3)
+    (tmp_path / "rollouts" / "step_000003.jsonl").touch()
+    with (tmp_path / "metrics.jsonl").open("a") as torn:
+        torn.write("[]\n")
+    (tmp_path / "metrics.damaged.jsonl").write_text("{}\n")
+    (damaged, *_) = tmp_path.glob(file)
+    DAMAGES[how](damaged)
+    assert not lines
+    try:
+        with permissions_bind():
+            steps(3, 5)
+    except (InputError, PermissionError, IsADirectoryError) as error:  # the command line makes a line of it
+        assert str(damaged) in str(error)
+    else:
+        kept = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+        assert kept == list(range(5)) or f"{5 - len(kept)} of the 3 steps" in " ".join(lines)
