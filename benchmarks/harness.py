@@ -49,8 +49,9 @@ class Contestant:
             list(map(str, command)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
+            stderr=self.log.open("w", encoding="utf-8"),
             text=True,
+            encoding="utf-8",
             env=os.environ | given | environment,
         )
 
@@ -86,7 +87,7 @@ class Contestant:
         self.process.kill()
 
     def _why(self) -> str:
-        code, log = self.process.wait(), self.log.read_text()
+        code, log = self.process.wait(), self.log.read_text(encoding="utf-8")
         if self.late:
             return "out of time"
         if "RESOURCE_EXHAUSTED" in log or "OutOfMemoryError" in log:
@@ -98,7 +99,7 @@ def write_results(name: str, record: JsonObject) -> Path:
     """Writes results/NAME.json; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 

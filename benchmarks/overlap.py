@@ -51,7 +51,7 @@ def main() -> None:
                 run = folder / f"{staleness}-{i}"
                 with contextlib.redirect_stdout(io.StringIO()):
                     train(make_recipe(options, run, urls, staleness), in_training.load, silent)
-                lines = (run / "metrics.jsonl").read_text().splitlines()
+                lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
                 rows[staleness] += [json.loads(line) for line in lines[WARM_UP:]]
     shutil.rmtree(folder)
     report(options, {f"max_staleness = {k}": measure(v) for k, v in rows.items()})

@@ -42,7 +42,7 @@ def make_run(folder: Path, steps: int = 4000, rollouts: int = 20_000, tokens: in
         metrics[f"time/{phase}"] = seconds * rng.lognormal(0, 0.03, steps)
     folder.mkdir(parents=True)
     rows = ({"step": i} | {name: float(v[i]) for name, v in metrics.items()} for i in range(steps))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     kept, group = 80, 8
     for n, step in enumerate(range(0, steps, steps // kept)):
         groups = []
@@ -103,7 +103,7 @@ def main() -> None:
             "shown_seconds": round(shown, 1) if shown else None,
         }
     print(json.dumps(result, indent=2))
-    (RESULTS / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,10 @@ def main() -> None:
         write_model(folder / "base", shape, dtype)
         recipe = write_recipe(folder, options, dtype)
         subprocess.run([sys.executable, "-m", "jaxrl.cli", "train", recipe], check=True, cwd=HERE.parent)
-        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     found = summarize(rows[1:], options)
     kind = jax.devices()[0].device_kind
     setting = {"device": kind, "jax": jax.__version__, "gpus": servers.gpus(), "rows": rows}
@@ -131,11 +134,11 @@ def write_recipe(folder: Path, options: argparse.Namespace, dtype: str) -> Path:
     rng = np.random.default_rng(0)
     problems = [rng.integers(10, size=rng.integers(50, 150)) for _ in range(4 * options.prompts)]
     rows = [{"problem": "".join(map(str, digits)), "answer": "0"} for digits in problems]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     unit = 512 if options.stream > 4096 else 64
     memory = ["--gpu-memory-utilization", str(options.memory)] if options.memory else []
     path, values = folder / "recipe.toml", vars(options) | {"vllm_options": json.dumps(memory)}
-    path.write_text(RECIPE.format(folder=folder, dtype=dtype, unit=unit, **values))
+    path.write_text(RECIPE.format(folder=folder, dtype=dtype, unit=unit, **values), encoding="utf-8")
     return path
 
 

@@ -122,7 +122,7 @@ def recipe_of(base: Path, seed: int, steps: int, out: Path) -> config.Recipe:
 def run_jaxrl(base: Path, seed: int, steps: int, threads: int) -> JsonObject:
     out = fresh(base / "jaxrl")
     recipe = recipe_of(base, seed, steps, out)
-    (base / "recipe.toml").write_text(config.to_toml(recipe))
+    (base / "recipe.toml").write_text(config.to_toml(recipe), encoding="utf-8")
     command = [sys.executable, "-m", "jaxrl.cli", "train", str(base / "recipe.toml")]
     seconds, rows = watch(command, out, threads, base / "jaxrl.log")
     checkpoints = Checkpoints(out / "checkpoints", read_only=True)
@@ -161,7 +161,7 @@ def trl_command(
     ordered = [p for k in range(steps) for p in batch(recipe, prompts, k)]
     rows = [{"prompt": tokenizer.decode(p.tokens), "answer": p.answer} for p in ordered]
     path = out / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     rollout, optimizer, loss = recipe.rollout, recipe.optimizer, recipe.loss
     settings = {
         "model": recipe.model.path,
@@ -207,20 +207,22 @@ def watch(
     }
     pinned = ["taskset", "-c", f"0-{threads - 1}", *map(str, command)]
     seconds, path, began = list[float](), out / "metrics.jsonl", time.monotonic()
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             pinned, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment
         )
         while True:
             ended = process.poll() is not None
-            rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
             rows = [row for row in rows if row.endswith("\n")]
             seconds += [time.monotonic() - began] * (len(rows) - len(seconds))
             if ended:
                 break
             time.sleep(0.05)
     if process.returncode:
-        raise SystemExit(f"{log}: exit status {process.returncode}: {log.read_text()[-1000:]}")
+        raise SystemExit(
+            f"{log}: exit status {process.returncode}: {log.read_text(encoding='utf-8')[-1000:]}"
+        )
     return seconds, [json.loads(row) for row in rows]
 
 
@@ -335,7 +337,7 @@ def sample(recipe: config.Recipe, b: Base, out: Path) -> list[Groups]:
             "completion_ids": [r.tokens.tolist() for r in flat],
             "logprobs": [r.logprobs.tolist() for r in flat],
         }
-        (out / f"{k}.json").write_text(json.dumps(rows))
+        (out / f"{k}.json").write_text(json.dumps(rows), encoding="utf-8")
         sampled.append(groups)
     return sampled
 

@@ -121,7 +121,7 @@ def load(name: str, benchmark: Benchmark, folder: Path | None = None) -> list[Pr
 def _read(path: Path) -> dict[str, Benchmark]:
     """The benchmarks that a .toml file describes, by name."""
     try:
-        text = json.dumps(tomllib.loads(path.read_text()), default=str)
+        text = json.dumps(tomllib.loads(path.read_text(encoding="utf-8")), default=str)
         found = TypeAdapter(dict[str, Benchmark]).validate_json(text)
     except OSError as error:
         remedy = "give a .toml file of benchmarks"

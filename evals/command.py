@@ -102,7 +102,7 @@ def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
     job = suite.Job(args.model, folder, chosen, recipe, out, args.data, args.samples, args.protocol)
     with alone(out, "evaluation"):
         results = suite.evaluate(job, open_judge, devices)
-    print((out / "results.md").read_text())
+    print((out / "results.md").read_text(encoding="utf-8"))
     print(f"{len(results['benchmarks'])} benchmarks -> {out}")
 
 

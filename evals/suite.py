@@ -155,7 +155,7 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
       InputError: if the folder has responses of other settings, or of some that it does not name.
     """
     path, recipe = job.out / "settings.json", job.recipe
-    before: JsonObject = json.loads(path.read_text()) if path.exists() else {}
+    before: JsonObject = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     options = " ".join(recipe.sampler.vllm_options) if recipe.sampler.servers else ""
     seed = recipe.run.seed
     if job.protocol == "justrl_released":  # JustRL's seeds come from an unseeded generator

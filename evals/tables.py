@@ -40,7 +40,7 @@ class PaperRow(TypedDict):
 
 def paper() -> list[PaperRow]:
     """The rows of the paper's tables."""
-    return tomllib.loads(PAPER.read_text())["row"]
+    return tomllib.loads(PAPER.read_text(encoding="utf-8"))["row"]
 
 
 def markdown(results: BenchmarksResult, titles: Mapping[str, str]) -> str:

@@ -26,8 +26,8 @@ from blake3 import blake3
 from jaxtyping import PyTree
 
 from jaxrl import config
-from jaxrl.errors import InputError, RunError, first_line
-from jaxrl.files import set_aside, write_error, writing
+from jaxrl.errors import InputError, RunError, file_error, first_line
+from jaxrl.files import set_aside
 from jaxrl.fingerprint import fingerprints, path_name
 from jaxrl.grpo.update import TrainState
 from jaxrl.models import decoder
@@ -81,15 +81,17 @@ class Checkpoints:
         self, directory: Path, keep_last: int = 2, keep_every: int = 0, read_only: bool = False
     ) -> None:
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep_last,
-                keep_period=keep_every or None,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            use, path = "read" if read_only else "read and written", error.filename or self.directory
+            raise file_error(path, use, error.errno, error.strerror or str(error)) from None
 
     def steps(self) -> list[int]:
         """The steps that have one, in ascending order."""
@@ -381,7 +383,7 @@ class Checkpoints:
     def _fail(self, number: int | None, why: str, cause: Exception | None = None) -> NoReturn:
         good = self.latest()
         after = "there is no older checkpoint" if good is None else f"the last checkpoint is of step {good}"
-        raise write_error(self.directory, number, f"{why}; {after}") from cause
+        raise file_error(self.directory, "written", number, f"{why}; {after}") from cause
 
 
 def identity(recipe: config.Recipe, content: Mapping[str, str]) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
 import sys
 import threading
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from jaxrl import __version__
-from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError
+from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError, file_error
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _DESCRIPTION = "GRPO for reasoning models in JAX."
 _EPILOG = """Any value of a recipe is an option: jaxrl train recipes/demo.toml --run.steps 10 --rollout.samples 4.
@@ -37,8 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     _quieten_orbax()
     try:
         command, args, overrides = _parse(arguments)
+        if argv is None and args.command == "train":
+            sys.stdout = _unfailing(sys.stdout)
         command.run(args, overrides)
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as raised:
+        error = _of_a_file(raised) if isinstance(raised, OSError) else raised
         print("\n".join(f"jaxrl: {line}" for line in str(error).splitlines()), file=sys.stderr)
         status = BAD_INPUT if isinstance(error, InputError) else TRY_AGAIN
         others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
@@ -50,6 +57,29 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the exit short
         print("jaxrl: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+class _Unfailing(io.FileIO):
+    """A file that loses what cannot be written."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _unfailing(stream: TextIO) -> TextIO:
+    """A standard stream that no full disk, closed pipe or locale without the letters makes fail: a run goes on."""
+    file = io.BufferedWriter(_Unfailing(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)
+
+
+def _of_a_file(error: OSError) -> InputError | RunError:
+    """The error for a file that this user may not use, or a disk that fails. Raises any other one: it is a bug."""
+    if error.filename and error.strerror and not isinstance(error, FileNotFoundError):
+        return file_error(error.filename, "used", error.errno, error.strerror)
+    raise error
 
 
 def _quieten_orbax() -> None:

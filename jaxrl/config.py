@@ -417,7 +417,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
       InputError: if the file is missing, is not TOML, or does not describe a possible run.
     """
     try:
-        values = tomllib.loads(Path(path).read_text())
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path}: cannot read the recipe ({error.strerror}); give the path of a .toml file"

@@ -1,7 +1,18 @@
 """The two errors that people and schedulers act on; anything else that is raised is a bug."""
 
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
 BAD_INPUT = 2  # exit status: the same command fails again
 TRY_AGAIN = 75  # exit status: the same command goes on from the last checkpoint (EX_TEMPFAIL)
+
+# What fails again until somebody does something about it. Anything else may pass.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 class InputError(ValueError):
@@ -10,6 +21,23 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """The world failed (a host, a server, a disk): one line that says what. Exits with TRY_AGAIN."""
+
+
+def file_error(path: Path | str, use: str, number: int | None, why: str) -> InputError | RunError:
+    """The error for a file that cannot be used.
+
+    Args:
+      path: of the file or folder.
+      use: what fails: "read" or "written".
+      number: of the system's error, where it is known.
+      why: its text.
+    """
+    failed = f"{path}: cannot be {use} ({why})"
+    if number in NO_ROOM:
+        return InputError(f"{failed}; make room, also for new files, and give the same command again")
+    if number in NOT_ALLOWED:
+        return InputError(f"{failed}; put that right, and give the same command again")
+    return RunError(f"{failed}; the same command tries again")
 
 
 def first_line(error: BaseException) -> str:

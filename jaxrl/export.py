@@ -17,7 +17,7 @@ def run_of(source: Path) -> tuple[Path, int | None]:
     Raises:
       InputError: if it is neither.
     """
-    if source.parent.name == "checkpoints" and source.name.isdigit() and source.is_dir():
+    if source.parent.name == "checkpoints" and source.name.isdecimal() and source.is_dir():
         return source.parent.parent, int(source.name)
     if (source / "checkpoints").is_dir():
         return source, None

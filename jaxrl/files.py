@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import math
@@ -13,32 +12,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxrl.errors import InputError, RunError
+from jaxrl.errors import file_error
 
 # safetensors' names
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-
-# What a write fails with again until somebody does something about it. Anything else may pass.
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_ALLOWED = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
-}  # fmt: skip
-
-
-def write_error(path: Path, number: int | None, why: str) -> InputError | RunError:
-    """The error for a write that failed.
-
-    Args:
-      path: the file or folder.
-      number: of the system's error, where it is known.
-      why: its text.
-    """
-    failed = f"{path}: cannot be written ({why})"
-    if number in NO_ROOM:
-        return InputError(f"{failed}; make room, also for new files, and give the same command again")
-    if number in NOT_ALLOWED:
-        return InputError(f"{failed}; let this user write there, and give the same command again")
-    return RunError(f"{failed}; the same command tries again")
 
 
 @contextlib.contextmanager
@@ -52,7 +29,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise write_error(path, error.errno, error.strerror or str(error)) from None
+        raise file_error(path, "written", error.errno, error.strerror or str(error)) from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -33,7 +33,9 @@ def main() -> None:
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     for name, part in (("heldout", rows[: args.heldout]), ("train", rows[args.heldout :])):
-        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        (args.out / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in part), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

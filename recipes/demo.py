@@ -67,13 +67,13 @@ def main() -> None:
     jaxrl.save_model(jaxrl.Model(model, params), args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    (args.out / "base" / "generation_config.json").write_text(json.dumps(ids))
+    (args.out / "base" / "generation_config.json").write_text(json.dumps(ids), encoding="utf-8")
     print(f"{args.out / 'base'}: {sum(p.size for p in jax.tree.leaves(params)):,} parameters")
 
 
 def write_problems(path: Path, problems: list[tuple[int, int]]) -> None:
     rows = [{"problem": f"{a}+{b}=?", "answer": str(a + b)} for a, b in problems]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

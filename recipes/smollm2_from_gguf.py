@@ -164,7 +164,7 @@ def convert(source: Path, out: Path) -> int:
         "tokenizer_config.json": tokenizer_config(meta),
     }
     for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     build_tokenizer(meta).save(str(out / "tokenizer.json"))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     return sum(weight.size for weight in weights.values())

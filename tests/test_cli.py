@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tiny_run
+from faults import permissions_bind
 from jaxrl import cli
 from jaxrl.errors import BAD_INPUT
 
@@ -166,3 +167,22 @@ def test_an_option_that_no_command_takes(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_train_without_a_recipe_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give a recipe" in refused(capsys, "train", "--run.steps=3")
+
+
+@pytest.mark.parametrize(("path", "encoding"), [("/dev/full", "utf-8"), ("/dev/null", "latin-1")])
+def test_what_cannot_be_shown_stops_no_run(path: str, encoding: str) -> None:
+    with open(path, "w", encoding=encoding) as stream:  # noqa: PTH123  # as a shell opens it
+        shown = cli._unfailing(stream)
+        print("a stop id: <｜end▁of▁sentence｜>", file=shown, flush=True)
+        shown.close()
+
+
+def test_a_file_that_may_not_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl: cannot be used (Is a directory); put that right" in refused(
+        capsys, "report", tmp_path
+    )
+    (tmp_path / "checkpoints").mkdir(mode=0)
+    with permissions_bind():
+        error = refused(capsys, "check", tmp_path)
+    assert f"{tmp_path}/checkpoints: cannot be read (Permission denied); put that right" in error

@@ -82,3 +82,34 @@ def test_the_readme_counts_the_lines_of_a_step() -> None:
     lines = sum(bool(line.strip()) for file in files for line in file.read_text().splitlines())
     assert len(files) == int(claim[2])
     assert abs(lines - int(claim[1].replace(",", ""))) < 0.03 * lines
+
+
+def names_its_encoding(call: ast.Call) -> bool:
+    """Whether a call opens no text, or says in which encoding."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name in ("open", "fdopen"):
+        library = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) in ("os", "gzip")
+        modes = [*call.args, *given.values()]
+        binary = any(
+            "b" in str(m.value) for m in modes if isinstance(m, ast.Constant) and len(str(m.value)) < 4
+        )
+        text = not binary and not (library and name == "open")
+    else:
+        asked = given.get("text") or given.get("universal_newlines")
+        text = name in ("read_text", "write_text") or (
+            isinstance(asked, ast.Constant) and asked.value is True
+        )
+    return not text or "encoding" in given
+
+
+def test_all_text_is_utf8_whatever_the_locale() -> None:
+    folders = ("jaxrl", "evals", "launch", "benchmarks", "recipes")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and not names_its_encoding(node)
+    ]
+    assert not found, found

@@ -21,7 +21,7 @@ out, updates = Path(s["out"]), s["updates"]  # optimizer steps to a batch of rol
 torch.set_num_threads(s["threads"])
 model = AutoModelForCausalLM.from_pretrained(s["model"], dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(s["model"])
-rows = [json.loads(line) for line in Path(s["data"]).read_text().splitlines()]
+rows = [json.loads(line) for line in Path(s["data"]).read_text(encoding="utf-8").splitlines()]
 if s["whole_groups"]:  # mini-batches of whole prompts in order; TRL would shuffle across prompts
     grpo_trainer.shuffle_sequence_dict = lambda batch: batch
 # every parameter decays, and the first of the `warmup` batches runs at rate 0: Trainer's own optimizer does neither
@@ -49,7 +49,7 @@ class Record(TrainerCallback):
                 np.savez(out / f"order_{step - 1}.npz", **order)
         elif not update:
             row = {"step": step - 1, "reward/accuracy": (np.mean(rewards) + 1) / 2}
-            with (out / "metrics.jsonl").open("a") as file:
+            with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             if step % s["save_every"] == 0:
                 model.save_pretrained(out / f"step_{step}")
@@ -57,7 +57,9 @@ class Record(TrainerCallback):
 
 def given(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[list[float]]]:
     """Reads rollouts from a file in place of sampling them."""
-    batch = json.loads((Path(s["rollouts"]) / f"{trainer.state.global_step // updates}.json").read_text())
+    batch = json.loads(
+        (Path(s["rollouts"]) / f"{trainer.state.global_step // updates}.json").read_text(encoding="utf-8")
+    )
     assert [tokenizer.encode(p, add_special_tokens=False) for p in prompts] == batch["prompt_ids"]
     return batch
 

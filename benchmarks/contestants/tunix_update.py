@@ -18,7 +18,7 @@ from tunix.sft import peft_trainer
 
 PAD, EOS = 0, 1
 folder = Path(sys.argv[1])
-shape = json.loads((folder / "model" / "config.json").read_text())
+shape = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
 batch = np.load(folder / "batch.npz")
 config = qwen2.ModelConfig(
     num_layers=shape["num_hidden_layers"],

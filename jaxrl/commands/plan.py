@@ -40,4 +40,4 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     plan.show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2))
+        args.json.write_text(json.dumps(result, indent=2), encoding="utf-8")

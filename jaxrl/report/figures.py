@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jaxrl.files import write_atomically
+from jaxrl.files import write_atomically, writing
 from jaxrl.report import html
 from jaxrl.report.markdown import table
 from jaxrl.report.panels import COLORS, PANELS, SUMMARY, colors_of
@@ -55,7 +55,8 @@ def report(directories: list[Path], out: Path | None = None, megabytes: int = 10
     """
     runs = [read_run(directory) for directory in directories]
     out = out or directories[0] / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     panels: dict[str, Draw] = {
         name: partial(_curve, runs=runs, key=key, label=label) for name, (key, label) in PANELS.items()
     }
@@ -163,7 +164,8 @@ def _save(path: Path, draws: Sequence[Draw], size: tuple[float, float]) -> Path:
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        figure.savefig(path, dpi=130)
     return path
 
 

@@ -154,11 +154,14 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
         return {"prompts": [], "rows": []}, "no stored rollouts"
     limit = megabytes * 10**6 // runs
     size = sum(file.stat().st_size for file in files)
-    chosen = _evenly(files, max(STEPS, limit * len(files) // size))
+    chosen = _evenly(files, max(STEPS, limit * len(files) // max(1, size)))
     prompts: dict[tuple[str, str, str], int] = {}
-    rows = []
+    rows, damaged = [], 0
     for file in chosen:
         for row in read_rollouts(file, limit // len(chosen)):
+            if row is None:
+                damaged += 1
+                continue
             prompt = prompts.setdefault((row["prompt_id"], row["prompt"], row["answer"]), len(prompts))
             rows.append(_cells(row, prompt, vocabulary))
     note = f"{len(rows):,} rollouts of {len(chosen):,} steps"
@@ -168,6 +171,8 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
             f", of {len(files):,} steps stored: steps evenly spaced, of each the first {taken:.2g} of {stored:.2g} MB; "
             f"--rollouts {-(-size * runs // 10**6)} takes in all"
         )
+    if damaged:
+        note += f"; {damaged:,} damaged lines are left out"
     if not vocabulary:
         note += "; tokens are not shaded, since the run has no rollouts/vocabulary.json"
     return {"prompts": list(prompts), "rows": rows}, note

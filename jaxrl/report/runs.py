@@ -105,8 +105,9 @@ def read_run(directory: Path) -> Run:
         except InputError:
             recipe = None  # of an older version: curves and rollouts are still worth a report
     rows = read_metrics(directory / "metrics.jsonl")
-    evaluations = cast(list[HeldOutResult], _json_files(directory / "eval"))
-    benchmarks = cast(list[TrainingResult], _json_files(directory / "eval" / "benchmarks"))
+    evaluations = cast(list[HeldOutResult], _results(directory / "eval", "name", "step", "accuracy", "ci95"))
+    needed = ("step", "benchmarks", "average")
+    benchmarks = cast(list[TrainingResult], _results(directory / "eval" / "benchmarks", *needed))
     return Run(
         name=directory.resolve().name,
         directory=directory,
@@ -219,14 +220,18 @@ def _points(run: Run) -> float:
     return 100 * (measured[-1] - measured[0]) if measured else 0.0
 
 
-def _json_files(directory: Path) -> list[JsonObject]:
-    objects = []
+def _results(directory: Path, *needed: str) -> list[JsonObject]:
+    """The result files of a folder, each with the keys that are needed."""
+    found = []
     for path in sorted(directory.glob("*.json")):
         try:
-            objects.append(json.loads(path.read_text()))
+            result = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: not valid JSON ({error}); delete it and evaluate again") from None
-    return objects
+        if not isinstance(result, dict) or not result.keys() >= set(needed):
+            raise InputError(f"{path}: not a result with {', '.join(needed)}; delete it and evaluate again")
+        found.append(result)
+    return found
 
 
 def _mean(values: Values) -> float:

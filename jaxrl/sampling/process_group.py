@@ -39,7 +39,7 @@ class ProcessGroup:
     def start(self) -> None:
         gate, start = os.pipe()
         with contextlib.ExitStack() as stack:
-            out = stack.enter_context(self.log.open("a")) if self.log else None
+            out = stack.enter_context(self.log.open("a", encoding="utf-8")) if self.log else None
             for end in (gate, start):
                 stack.callback(os.close, end)
             self.process = subprocess.Popen(

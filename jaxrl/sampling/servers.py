@@ -121,7 +121,11 @@ class Server(ProcessGroup):
     def why(self) -> str:
         """The line of its log that best explains why it ended: the last one with an error, or the last one."""
         assert self.log
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         last = lines[-1] if lines else "no output"
         return next((line for line in reversed(lines) if "Error" in line), last)
 
@@ -221,7 +225,9 @@ def gpus() -> list[str]:
 def list_gpus() -> list[str] | None:
     """Each GPU of this machine, with the UUIDs of it and of its MIG instances; None where that is unknown."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, encoding="utf-8"
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None if Path("/dev/nvidiactl").exists() else []
     return re.findall(r"^GPU .*(?:\n +MIG .*)*", listed, re.MULTILINE)

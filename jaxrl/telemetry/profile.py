@@ -14,7 +14,8 @@ from jaxrl.types import Say
 def resources() -> dict[str, float]:
     """This process's resident memory, open files and, where the backend reports it, its first device's peak memory."""
     held = {
-        "perf/host_bytes": float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
+        "perf/host_bytes": float(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        * resource.getpagesize(),
         "perf/open_files": float(len(list(Path("/proc/self/fd").iterdir()))),
     }
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -62,16 +62,21 @@ def read_vocabulary(directory: Path) -> dict[str, str]:
     path = directory / "rollouts" / "vocabulary.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
+    except (ValueError, IsADirectoryError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def read_rollouts(file: Path, size: int) -> Iterator[RolloutRow]:
-    """Reads the first rollouts of a file: at least one, and no more after `size` bytes."""
+def read_rollouts(file: Path, size: int) -> Iterator[RolloutRow | None]:
+    """Reads the first rollouts of a file: at least one, and no more after `size` bytes; None for a damaged line."""
     with file.open("rb") as lines:
         for line in lines:
-            yield json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            whole = isinstance(row, dict) and row.keys() >= RolloutRow.__required_keys__
+            yield cast(RolloutRow, row) if whole else None
             size -= len(line)
             if size <= 0:
                 return

@@ -46,6 +46,8 @@ class JsonLines:
                 f"{path}: {len(damaged)} lines were damaged and are now in {aside}; the other {len(rows)} are kept"
             )
         kept = [row for row in rows if row["step"] < start]  # type: ignore[operator]
+        if missing := start - len({row["step"] for row in kept}):
+            say(f"{path}: {missing} of the {start} steps before have no row; the report leaves them out")
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = path
         with writing(path):
@@ -151,8 +153,14 @@ def _read(path: Path) -> tuple[list[MetricsRow], list[bytes]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
+        if _is_row(row):
             rows.append(row)
         elif line.strip() and line.endswith(b"\n"):
             damaged.append(line)
     return rows, damaged
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(value is None or isinstance(value, int | float) for value in row.values())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl import config
+from jaxrl.errors import InputError
 from jaxrl.report.figures import report
 from jaxrl.report.runs import CHECKS, Run, budget, number, read_run
 from jaxrl.telemetry.timer import PHASES
@@ -122,3 +123,12 @@ def test_a_run_of_another_version_keeps_its_curves(tmp_path: Path) -> None:
 def test_numbers_are_short() -> None:
     numbers = {1234567.8: "1,234,568", 0.123456: "0.1235", 12.0: "12", float("nan"): "-"}
     assert [number(x) for x in numbers] == list(numbers.values())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "a", "step": 1}'])
+def test_a_damaged_result_is_named(tmp_path: Path, text: str) -> None:
+    run(tmp_path, policy__entropy=[1.0])
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "a.json").write_text(text)
+    with pytest.raises(InputError, match=r"eval/a\.json: not .*; delete it and evaluate again"):
+        read_run(tmp_path)

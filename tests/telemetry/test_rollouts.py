@@ -87,3 +87,14 @@ def test_a_damaged_vocabulary_is_made_again(tmp_path: Path, damage: bytes) -> No
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "vocabulary.json").write_bytes(damage)
     assert read_vocabulary(tmp_path) == {}
+
+
+@pytest.mark.parametrize("damage", [b"\xff\n", b'{"step": \n', b"[]\n", b'{"step": 1}\n'])
+def test_a_damaged_rollout_is_left_out_and_counted(tmp_path: Path, damage: bytes) -> None:
+    prompt = Prompt("a", np.zeros(1, np.int32), "1")
+    rollout = Rollout(prompt, np.zeros(2, np.int32), np.zeros(2, np.float32), "stop", 0)
+    write_rollouts(tmp_path, 0, [[rollout, rollout]], str)
+    (file,) = rollout_files(tmp_path)
+    whole = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(whole[0] + damage + whole[1])
+    assert [row and row["sample"] for row in read_rollouts(file, 10**9)] == [0, None, 1]

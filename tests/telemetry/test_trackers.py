@@ -95,7 +95,8 @@ def test_no_metrics_is_said_with_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [b"\xff\xfe\n", b"{]\n", b"[1]\n", b'{"step": "x"}\n', b"[" * 100_000 + b"\n"]
+    "damage",
+    [b"\xff\xfe\n", b"{]\n", b"[1]\n", b'{"step": "x"}\n', b'{"step": 1, "a": []}\n', b"[" * 100_000 + b"\n"],
 )
 def test_a_damaged_line_costs_no_other_one(tmp_path: Path, damage: bytes) -> None:
     path, lines = tmp_path / "metrics.jsonl", list[str]()
@@ -106,3 +107,12 @@ def test_a_damaged_line_costs_no_other_one(tmp_path: Path, damage: bytes) -> Non
     assert [row["step"] for row in read_metrics(path)] == [0, 1, 2]
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage
     assert len(lines) == 1 and "metrics.damaged.jsonl" in lines[0]
+
+
+def test_rows_that_are_missing_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
+    lines = list[str]()
+    with open_trackers(tmp_path, 4, tensorboard=False, say=lines.append):
+        pass
+    (line,) = lines
+    assert "metrics.jsonl: 2 of the 4 steps before have no row" in line
