@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError, file_error, first_line
-from jaxrl.files import set_aside
+from jaxrl.files import set_aside, writing
 from jaxrl.fingerprint import fingerprints, path_name
 from jaxrl.grpo.update import TrainState
 from jaxrl.models import decoder
