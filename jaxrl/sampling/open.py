@@ -17,6 +17,7 @@ from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import local_mesh
 from jaxrl.sampling import servers
 from jaxrl.sampling.across_processes import Follower, Shared
+from jaxrl.sampling.answers import Needs
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.sampling.sampler import Sampler
 from jaxrl.sampling.transports.base import Transport
@@ -117,6 +118,7 @@ def _open_vllm(
     def restart(url: str, unwell: float) -> bool:
         return url in started and started[url].restart(unwell)
 
-    sampler = VLLMSampler(section.urls or list(started), transport, section, restart, say)
+    needs = Needs(model.vocab_size, recipe.max_tokens, recipe.model.dtype)
+    sampler = VLLMSampler(section.urls or list(started), transport, section, restart, say, needs)
     stack.callback(sampler.close)
     return sampler
