@@ -24,6 +24,7 @@ from jaxrl.models import decoder, hf
 from jaxrl.models.tensors import hash_weights
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import make_mesh
+from jaxrl.parallel.signals import Stop
 from jaxrl.programs import Programs, build_programs
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.sampling.open import open_sampler
@@ -217,7 +218,9 @@ def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
 
 
 @contextmanager
-def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say) -> Iterator[Run]:
+def open_run(
+    setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say, stop: Stop
+) -> Iterator[Run]:
     """Opens sampler, trackers and progress of a run that goes on from `start`; all of it ends with the context.
 
     Args:
@@ -226,6 +229,7 @@ def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Device
       start: steps done.
       devices: where started vLLM servers run.
       say: prints a line.
+      stop: once it is asked for, no server is waited for any more.
     """
     recipe, directory, chief = setup.recipe, setup.directory, processes.chief()
     if chief:
@@ -233,7 +237,9 @@ def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Device
     timer = Timer()
     with (
         closing(checkpoints),
-        open_sampler(recipe, setup.folder, setup.model, setup.mesh, say, devices) as sampler,
+        open_sampler(
+            recipe, setup.folder, setup.model, setup.mesh, say, devices, lambda: stop.asked
+        ) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
         closing(Profile(directory / "profile", start, recipe.run.profile)) as profile,

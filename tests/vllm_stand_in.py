@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, mode: str = "processed_logprobs", positions: int = 64, **model: object) -> None:
         self.completion, self.reason, self.fails = [7, 1], "stop", set[int]()
         self.asked: list[int] = []  # first token of each prompt
+        self.broken = set[str]()  # routes that fail
         self.changed = threading.Condition()
         self.answer: Callable[[JsonObject, JsonObject], Reply] = lambda _, answer: answer
         super().__init__(("127.0.0.1", 0), Handler)
@@ -32,7 +33,11 @@ class Server(ThreadingHTTPServer):
     def start_anew(self, mode: str = "processed_logprobs", positions: int = 64, **model: object) -> None:
         """Becomes what `vllm serve` with other options is."""
         self.weights, self.paused, self.mode = DEFAULT, False, mode
+        self.broken.clear()
         self.model = {"max_model_len": positions, "dtype": "torch.float32", "logprobs_mode": mode} | model
+
+    def handle_error(self, *_: object) -> None:
+        """Says nothing where a client went away."""
 
     @property
     def url(self) -> str:
@@ -62,6 +67,8 @@ class Handler(JsonHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         route, server = self.path.partition("?")[0], self.server
+        if route in server.broken:
+            return self.reply(500, {})
         if route == "/finish_weight_update":
             server.weights = body["weight_version"]
         if route in ("/pause", "/resume"):
@@ -70,6 +77,9 @@ class Handler(JsonHandler):
             return self.reply(200, {})
         first = body["token_ids"][0]
         if "cache_salt" not in body:  # the request of the inspection
+            for stop in body["sampling_params"].get("stop_token_ids", []):
+                if stop >= server.model.get("vocab_size", stop + 1):
+                    return self.reply(400, {"error": f"stop id {stop} is out of the vocabulary"})
             logprob = 0.0 if server.mode == "processed_logprobs" else -0.5
             return self.reply(200, {"choices": [{"logprobs": {"content": [{"logprob": logprob}]}}]})
         with server.changed:

@@ -39,6 +39,11 @@ T = TypeVar("T")
 Restart = Callable[[str, float], bool]
 
 
+def going_on() -> bool:
+    """The `stopping` of what is stopped by exceptions alone."""
+    return False
+
+
 def never(url: str, unwell: float) -> bool:
     """The `Restart` that leaves servers to whoever started them."""
     return False
@@ -62,6 +67,7 @@ class VLLMSampler:
         restart: Restart = never,
         say: Say = print,
         needs: Needs = ANYTHING,
+        stopping: Callable[[], bool] = going_on,
     ) -> None:
         """
         Args:
@@ -72,12 +78,13 @@ class VLLMSampler:
           restart: called with a server that is down; returns whether it restarted it.
           say: prints a line.
           needs: what the servers have to serve.
+          stopping: whether no server is to be waited for any more.
 
         Raises:
           InputError: if a server is not there, or is not one that this can work with.
         """
         self._urls, self._transport, self._restart, self._say = list(urls), transport, restart, say
-        self._settings, self._needs = section or config.Sampler(), needs
+        self._settings, self._needs, self._stopping = section or config.Sampler(), needs, stopping
         self._version: int | None = None  # newest, published or being published
         self._current: dict[str, int | None] = dict.fromkeys(urls)  # what each has, where that is known
         self._named: dict[str, object] = {}  # how each server called its weights when it was last in order
@@ -320,16 +327,17 @@ class VLLMSampler:
 
         Raises:
           InputError: if it came back other than it has to be.
-          RunError: after `patience_seconds`.
+          RunError: after `patience_seconds`, or when the run is to stop.
         """
         clock, patience = self._loop.time, self._settings.patience_seconds
         async with self._reviving[url]:
             unwell = began = clock()
-            if self._current[url] is not None and began < self._back.get(url, -1) + JUST_BACK:
+            just_back = self._current[url] is not None and began < self._back.get(url, -1) + JUST_BACK
+            if just_back and not self._stopping():
                 return
             self._say(f"{url}: {error}; waiting for it")
             reason: Exception = error
-            while clock() < began + patience:
+            while clock() < began + patience and not self._stopping():
                 try:
                     if self._current[url] is None or await self._weights_of(url) != str(self._version):
                         # to its end, even if the batch ends without this server: it must not stay paused
@@ -345,8 +353,9 @@ class VLLMSampler:
                     self._say(f"{url}: started again")
                     unwell = clock()
                 await asyncio.sleep(RETRY)
+        waited = f"{min(clock() - began, patience):.0f} s"
         raise RunError(
-            f"{url}: {reason}; it was not back after {patience:.0f} s. Start it again and repeat the command"
+            f"{url}: {reason}; it was not back after {waited}. Start it again and repeat the command"
         )
 
     async def _inspect_all(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import json
 import math
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
 from jaxrl.sampling.answers import Needs, read_answer
-from jaxrl.sampling.client import BadAnswer
+from jaxrl.sampling.client import BadAnswer, Client, ServerError
 from jaxrl.sampling.vllm import VLLMSampler
 from jaxrl.types import JsonObject, Prompt, SamplingParams, silent
 from json_server import serving
@@ -222,3 +224,26 @@ def test_samples_come_in_the_order_of_their_indices_with_the_oldest_of_their_ver
     assert [(r.version, r.finish_reason) for r in rollouts] == [(7, "length"), (5, "length")]
     with pytest.raises(BadAnswer, match=r"of weights '5', not \['6', '7'\]"):
         read_answer(answer, PROMPTS[0], 2, SAMPLING, VOCABULARY, range(6, 8))
+
+
+def test_an_answer_that_drips_for_ever_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, and all of them never."""
+    monkeypatch.setattr("jaxrl.sampling.client.CONNECT", 0.2)
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    async def ask() -> None:
+        client = Client()
+        async with await asyncio.start_server(drip, "127.0.0.1") as server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(ServerError, match=r"no answer \(TimeoutError\)"):
+                await client.post(f"http://127.0.0.1:{port}", "/inference/v1/generate", {}, 0.3)
+            await client.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
