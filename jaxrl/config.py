@@ -240,6 +240,9 @@ class Sampler(Section):
     """Longest that a server may take to load weights before the run goes on without it (ours)."""
     patience_seconds: Positive = 600
     """How long to wait for a server that is gone before the run ends, to go on later (ours)."""
+    logprob_diff_limit: NonNegative = 0.0
+    """Nats a token by which sampler and trainer may differ on average; a step above ends the run once it is saved. 0
+    only warns, where they differ by far more than before (ours)."""
     max_staleness: Count = 0
     """Batches that are sampled ahead, by weights up to so many steps old, while the trainer updates (JustRL: 0)."""
     on_update: OnUpdate = "keep"

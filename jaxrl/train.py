@@ -72,7 +72,8 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
     with closing(Prefetch(run.sample, run.start, steps, recipe.sampler.max_staleness)) as batches:
         for step in range(run.start, steps):
             state, record = one_step(run, state, step, batches)
-            run.log(step, record)
+            if problem := run.log(step, record):
+                stop.ask(problem)
             stopping = processes.any_of(stop.asked)
             done = step + 1
             if stopping or done == steps or done % recipe.checkpoint.every == 0:
