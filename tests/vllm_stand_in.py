@@ -43,10 +43,10 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def wait_for(self, asked: int) -> None:
+    def wait_for(self, asked: int, limit: float = 10) -> None:
         """Returns once that many prompts were asked for."""
         with self.changed:
-            assert self.changed.wait_for(lambda: len(self.asked) >= asked, 10)
+            assert self.changed.wait_for(lambda: len(self.asked) >= asked, limit)
 
 
 class Handler(JsonHandler):
