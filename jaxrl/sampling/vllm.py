@@ -239,9 +239,9 @@ class VLLMSampler:
             rollouts = read_answer(answer, prompt, different, params, self._needs.vocab_size, versions, url)
         except (Refused, BadAnswer, InputError):
             found = await self._weights_of(url)
-            if found not in {str(version) for version in range(oldest, (self._version or 0) + 1)}:
+            if found not in [str(version) for version in range(oldest, (self._version or 0) + 1)]:
                 self._current[url] = None
-                raise ServerError(f"it was started anew: it has weights {found}") from None
+                raise ServerError(f"it was started anew: it has weights {shown(found)}") from None
             raise
         return rollouts if params.temperature else rollouts * samples
 
@@ -428,7 +428,9 @@ class VLLMSampler:
         if self._needs.vocab_size < LARGEST:
             sampling["stop_token_ids"] = [self._needs.vocab_size - 1]
         body = {"token_ids": [0], "sampling_params": sampling}
-        limit = self._settings.request_seconds
+        limit = (
+            self._settings.publish_seconds
+        )  # a publication waits for it, where the server was started anew
         try:
             answer = await self._client.post(url, "/inference/v1/generate", body, limit)
             logprob = answer["choices"][0]["logprobs"]["content"][0]["logprob"]

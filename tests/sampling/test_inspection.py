@@ -127,7 +127,7 @@ def test_a_server_that_was_started_anew_in_a_batch_is_inspected_too(servers: lis
 
     one.answer = start_anew
     assert sampler.served() <= {one.url, other.url} and not sampler.dropped
-    assert f"{one.url}: it was started anew: it has weights default; waiting for it" in sampler.said
+    assert f"{one.url}: it was started anew: it has weights 'default'; waiting for it" in sampler.said
 
     one.answer = lambda *_: (400, {"error": "longer than the maximum model length of 40"})
     sampler.publish(None, 1)
