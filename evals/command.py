@@ -145,7 +145,9 @@ def _devices(recipe: config.Recipe) -> Devices:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-    return servers.choose_devices(recipe.sampler.servers, trains=False)
+    devices = servers.choose_devices(recipe.sampler.servers, trains=False)
+    servers.require_startable(recipe, devices)
+    return devices
 
 
 def _model_of(model: str, out: str | None) -> tuple[Path, Path]:

@@ -35,7 +35,9 @@ class HeldOut:
     params: SamplingParams  # see `evaluation_params`
     mark: OnRollout
 
-    def measure(self, sampler: Shared, progress: Progress, out: Path, name: str, step: int) -> HeldOutResult:
+    def measure(
+        self, sampler: Shared, progress: Progress, out: Path, name: str, step: int, identity: str = ""
+    ) -> HeldOutResult:
         """Measures the accuracy of what the sampler holds, and writes it as JSON.
 
         Args:
@@ -44,6 +46,7 @@ class HeldOut:
           out: the file to write, by the first process.
           name: of the result.
           step: steps that the model was trained.
+          identity: of the run and its evaluation, kept in the result; empty for none.
 
         Raises:
           InputError: if the sampler refuses a problem.
@@ -58,8 +61,9 @@ class HeldOut:
         own = sampler.generate(self.problems, samples, self.params, seed, on_rollout)
         groups = sampler.gather(own, self.problems, f"evaluation {name} {step}")
         result = summary(groups, self.params, name, step)
+        if identity:
+            result["identity"] = identity
         if processes.chief():
-            out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, json.dumps(result, indent=2))
         return result
 

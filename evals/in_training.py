@@ -12,16 +12,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from blake3 import blake3
+
 from evals import benchmarks, held_out, measures
 from evals.generate import Response
 from evals.held_out import HeldOut
 from evals.task import Task, load_tasks
 from jaxrl import config, data
+from jaxrl.checkpoint import identity
 from jaxrl.errors import InputError
-from jaxrl.files import write_atomically
+from jaxrl.files import set_aside, write_atomically
 from jaxrl.parallel import processes
 from jaxrl.results import Average, TaskResult, TrainingResult
-from jaxrl.run import Run
+from jaxrl.run import Run, Setup
 from jaxrl.types import Detokenize, Prompt, Rollout, SamplingParams, Tokenizer
 
 
@@ -33,16 +36,50 @@ class InTraining:
     tasks: list[Task]  # benchmarks
 
     def __call__(self, run: Run, steps: int) -> None:
-        """Writes eval/step_N.json and eval/benchmarks/step_N.json, unless they exist since before a restart."""
-        setup = run.setup
+        """Writes eval/step_N.json and eval/benchmarks/step_N.json, unless they exist since before a restart.
+
+        Results of another run, or of another [eval], are kept aside.
+        """
+        setup, own = run.setup, self._identity(run.setup)
         params = held_out.evaluation_params(run.recipe, setup.sampling.stop_ids)
-        out = setup.directory / "eval" / f"step_{steps:06d}.json"
-        if self.problems and not out.exists():
-            problems = HeldOut(run.recipe, self.problems, params, setup.mark)
-            problems.measure(run.sampler, run.progress, out, "step", steps)
-        out = setup.directory / "eval" / "benchmarks" / out.name
-        if self.tasks and not out.exists():
-            run_benchmarks(run, self.tasks, params, out, steps)
+        for out in self._missing(setup, steps):
+            if processes.chief() and out.exists():
+                aside = set_aside(out, out.parent / "other")
+                run.say(f"{out} is of another run or other settings, and now {aside}")
+            if out.parent.name == "benchmarks":
+                run_benchmarks(run, self.tasks, params, out, steps, own)
+            else:
+                problems = HeldOut(run.recipe, self.problems, params, setup.mark)
+                problems.measure(run.sampler, run.progress, out, "step", steps, own)
+
+    def missing(self, setup: Setup, steps: int) -> bool:
+        """Whether a result of this run after so many steps is missing."""
+        return bool(self._missing(setup, steps))
+
+    def _missing(self, setup: Setup, steps: int) -> list[Path]:
+        folder, name = setup.directory / "eval", f"step_{steps:06d}.json"
+        wanted = [folder / name] * bool(self.problems) + [folder / "benchmarks" / name] * bool(self.tasks)
+        return [out for out in wanted if not _is_of(out, self._identity(setup))]
+
+    def _identity(self, setup: Setup) -> str:
+        """A digest of the run and of how it is evaluated, on what."""
+        section = dataclasses.asdict(setup.recipe.eval)
+        how = {
+            key: section[key]
+            for key in ("samples", "benchmark_samples", "max_tokens", "temperature", "top_p")
+        }
+        prompts = [*self.problems, *(prompt for task in self.tasks for prompt in task.prompts)]
+        asked = [(prompt.tokens.tolist(), prompt.answer) for prompt in prompts]
+        return blake3(json.dumps([identity(setup.recipe, setup.content), how, asked]).encode()).hexdigest()
+
+
+def _is_of(out: Path, identity: str) -> bool:
+    """Whether a file has a result of this identity; those of older versions have none."""
+    try:
+        found = json.loads(out.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("identity", identity) == identity
 
 
 def load(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.Vocabulary) -> InTraining:
@@ -77,7 +114,9 @@ def load_benchmarks(
     return tasks
 
 
-def run_benchmarks(run: Run, tasks: Sequence[Task], params: SamplingParams, out: Path, steps: int) -> None:
+def run_benchmarks(
+    run: Run, tasks: Sequence[Task], params: SamplingParams, out: Path, steps: int, identity: str
+) -> None:
     """Evaluates what the sampler holds on benchmarks, by rule, and writes the result to `out` as JSON."""
     progress, sampler = run.progress, run.sampler
 
@@ -109,8 +148,8 @@ def run_benchmarks(run: Run, tasks: Sequence[Task], params: SamplingParams, out:
         "top_p": params.top_p,
         "max_tokens": params.max_tokens,
         "seconds": time.monotonic() - began,
+        "identity": identity,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(result, indent=2))
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from jaxtyping import PyTree
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError, first_line
+from jaxrl.files import set_aside, write_error, writing
 from jaxrl.fingerprint import fingerprints, path_name
 from jaxrl.grpo.update import TrainState
 from jaxrl.models import decoder
@@ -113,13 +115,16 @@ class Checkpoints:
           content: digests of what the recipe's paths hold, by key; such a path may move later, its content not change.
 
         Raises:
-          RunError: if there is no room for it, or this or the write before it failed; with the step that a restart
-            goes on from.
+          InputError, RunError: if there is no room for it, or this or the write before it failed; see
+            `jaxrl.files.writing`.
         """
         need = sum(x.nbytes for x in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.directory).free
+        with writing(self.directory):
+            free = shutil.disk_usage(self.directory).free
         if free < need:  # Orbax would fail too, after many lines of its own
-            self._fail(f"it takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+            self._fail(
+                errno.ENOSPC, f"a checkpoint takes {need / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+            )
         values, items = config.to_dict(recipe), _items(state)
         arrays = _described(items)
         manifest: Manifest = {"arrays": arrays, "recipe": _digest(values), "content": dict(content)}
@@ -208,13 +213,10 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         """Renames a checkpoint to where none is looked for."""
-        folder = self.directory.with_name(f"{self.directory.name}-damaged")
-        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
-        aside = next(folder / name for name in names if not (folder / name).exists())
+        aside = folder = self.directory.with_name(f"{self.directory.name}-damaged")
         processes.barrier(f"checkpoint {step} is about to be kept aside", BARRIER)
         if processes.chief():
-            folder.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside)
+            aside = set_aside(self.directory / str(step), folder)
         processes.barrier(f"checkpoint {step} is kept aside", BARRIER)
         self._manager.reload()
         return aside
@@ -362,24 +364,31 @@ class Checkpoints:
         """Waits for the write under way.
 
         Raises:
-          RunError: if it failed.
+          InputError, RunError: if it failed.
         """
         self._guarded(self._manager.wait_until_finished)
         self._manager.close()
 
     def _guarded(self, write: Callable[[], object]) -> None:
+        under_way = sys.exception()
         try:
             write()
         except Exception as error:  # Orbax wraps errors of the file system in types of its own
-            self._fail(_root(error), error)
+            chain = list(itertools.takewhile(lambda each: each is not under_way, _chain(error)))
+            number = next((n for each in reversed(chain) for n in _system_errors(each)), None)
+            self._fail(number, os.strerror(number) if number else first_line(chain[-1])[:SHOWN], error)
 
-    def _fail(self, why: str, cause: Exception | None = None) -> NoReturn:
+    def _fail(self, number: int | None, why: str, cause: Exception | None = None) -> NoReturn:
         good = self.latest()
-        after = "there is no older one" if good is None else f"the last good one is of step {good}"
-        raise RunError(
-            f"{self.directory}: writing a checkpoint failed ({why}); {after}. "
-            "Free space or fix the folder and run the same command again"
-        ) from cause
+        after = "there is no older checkpoint" if good is None else f"the last checkpoint is of step {good}"
+        raise write_error(self.directory, number, f"{why}; {after}") from cause
+
+
+def identity(recipe: config.Recipe, content: Mapping[str, str]) -> str:
+    """A digest of what a run computes: the recipe's values that may not change, and `content` (see `save`)."""
+    values = {f"{name}.{key}": v for name, part in config.to_dict(recipe).items() for key, v in part.items()}
+    fixed = {k: v for k, v in values.items() if k.startswith(FIXED) or not k.startswith((*FREE, *content))}
+    return _digest({**fixed, **content})
 
 
 def _root(error: BaseException) -> str:
@@ -428,13 +437,17 @@ def _verdict(folder: Path, error: Exception) -> tuple[str, str]:
             f"{failed.filename or folder}: cannot be read ({failed.strerror}); the same command tries again",
         )
     chain = list(_chain(error))
-    system = [re.search(r"OS error (\d+)", str(each)) for each in chain]
-    numbers = {int(found[1]) for found in system if found}
-    numbers |= {each.errno or 0 for each in chain if isinstance(each, OSError)}
+    numbers = {number for each in chain for number in _system_errors(each)}
     no_memory = any(isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED" in str(each) for each in chain)
     if no_memory or numbers - {errno.ENOENT}:
         return "run", f"{folder}: cannot be read ({_root(error)[:SHOWN]}); the same command tries again"
     return "damaged", _root(error)[:SHOWN]
+
+
+def _system_errors(error: BaseException) -> list[int]:
+    """The numbers of the system's errors that an error names."""
+    own = [error.errno] if isinstance(error, OSError) and error.errno else []
+    return own + [int(number) for number in re.findall(r"(?:OS error |os_error_code=')(\d+)", str(error))]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -34,7 +34,7 @@ class Command(Protocol):
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; exits with 2 on bad input, 75 on what may pass, and 130 when interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's; what matters in it is raised as well
+    _quieten_orbax()
     try:
         command, args, overrides = _parse(arguments)
         command.run(args, overrides)
@@ -50,6 +50,21 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the exit short
         print("jaxrl: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _quieten_orbax() -> None:
+    """Leaves out what Orbax prints of a failed write: all that matters is raised as well."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    show = sys.unraisablehook
+
+    def show_others(error: sys.UnraisableHookArgs) -> None:
+        if (
+            str(error.exc_value) != "Event loop is closed"
+        ):  # its threads end after the loop that waited for them
+            show(error)
+
+    sys.unraisablehook = show_others
 
 
 def commands() -> dict[str, Command]:

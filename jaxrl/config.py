@@ -43,6 +43,7 @@ from jaxrl.types import (
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,9 +59,18 @@ def _one_group(pattern: str) -> str:
     return pattern
 
 
-# A path, or what may stand in its place; ~ is the home folder, and stays where there is none
-Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Pattern = Annotated[str, AfterValidator(_one_group)]
+
+
+def _at_home(text: str) -> str:
+    path = os.path.expanduser(text)  # noqa: PTH111
+    if path.startswith("~"):  # a container's user may have no home
+        raise ValueError("this user has no home directory; give the folder without ~, or set HOME")
+    return path
+
+
+# A path, or what may stand in its place; ~ is the home folder
+Location = Annotated[str, AfterValidator(_at_home)]
 
 
 def _iso_date(text: str) -> str:
@@ -109,7 +119,7 @@ class Run(Section):
     """Run folder: recipe.toml, metrics.jsonl, rollouts/, checkpoints/, hf/, report/ (ours)."""
     steps: Count = 4380
     """Rollout batches to train on (JustRL-DeepSeek: 4,380 when the paper's numbers were taken)."""
-    seed: Count = 1
+    seed: Seed = 1
     """Seed of prompt order and sampling noise (verl data.seed; the engine's own seed is not published)."""
     tensorboard: bool = True
     """Also write TensorBoard event files into the run folder (ours)."""
@@ -230,8 +240,9 @@ class Sampler(Section):
     """More options for it, such as "--gpu-memory-utilization", "0.5" (ours)."""
     transport: TransportName = "files"
     """How weights get to the servers: by a file in sampler.folder, or broadcast from GPU to GPU (ours)."""
-    folder: Location = "/dev/shm/jaxrl"
-    """Where published weights lie; every server reads them: memory of this host, or a shared file system (ours)."""
+    folder: Location = "/dev/shm"
+    """Where published weights lie, in a folder that only this user can read; every server reads them: memory of this
+    host, or a shared file system (ours)."""
     concurrency: Positive = 64
     """Prompts under way at one server (ours)."""
     request_seconds: Positive = 3600
@@ -341,7 +352,7 @@ class Mesh(Section):
 @dataclass(frozen=True)
 class Checkpoint(Section):
     every: Positive = 50
-    """Steps between checkpoints; the last step always has one (verl save_freq)."""
+    """Steps between checkpoints; before an evaluation and after the last step there is always one (verl save_freq)."""
     keep_last: Positive = 2
     """Newest checkpoints to keep (ours; JustRL kept all)."""
     keep_every: Count = 500

@@ -1,24 +1,85 @@
-"""Files that are there completely or not at all, and the safetensors header."""
+"""Files that are there completely or not at all, what a failed write amounts to, and the safetensors header."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from jaxrl.errors import InputError, RunError
+
 # safetensors' names
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
+# What a write fails with again until somebody does something about it. Anything else may pass.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def write_error(path: Path, number: int | None, why: str) -> InputError | RunError:
+    """The error for a write that failed.
+
+    Args:
+      path: the file or folder.
+      number: of the system's error, where it is known.
+      why: its text.
+    """
+    failed = f"{path}: cannot be written ({why})"
+    if number in NO_ROOM:
+        return InputError(f"{failed}; make room, also for new files, and give the same command again")
+    if number in NOT_ALLOWED:
+        return InputError(f"{failed}; let this user write there, and give the same command again")
+    return RunError(f"{failed}; the same command tries again")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file in what a failed write in the context raises.
+
+    Raises:
+      InputError: if there is no room for the file, or it may not be written.
+      RunError: if the disk fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error.errno, error.strerror or str(error)) from None
+
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes all of the text or none of it, whenever the process dies."""
+    """Writes all of the text or none of it, whenever the process dies. Makes the folder if it is missing.
+
+    Raises:
+      InputError, RunError: see `writing`.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def set_aside(path: Path, folder: Path) -> Path:
+    """Moves a file or folder into `folder`, made if missing, under its name or a numbered one; returns where.
+
+    Raises:
+      InputError, RunError: see `writing`.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    names = itertools.chain([path.name], (f"{path.stem}-{n}{path.suffix}" for n in itertools.count(2)))
+    aside = next(folder / name for name in names if not (folder / name).exists())
+    with writing(aside):
+        return path.rename(aside)
 
 
 def safetensors_header(

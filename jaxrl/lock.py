@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxrl.errors import InputError
+from jaxrl.files import writing
 from jaxrl.types import Say
 
 BEAT = 10.0  # seconds between two beats of an owner
@@ -32,11 +33,14 @@ def alone(folder: Path, what: str, say: Say = print) -> Iterator[None]:
       say: prints a line.
 
     Raises:
-      InputError: naming process and host, if another one is at work.
+      InputError: naming process and host, if another one is at work; or if the folder is none that can be written to.
+      RunError: if the disk fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path, host = folder / "lock", socket.gethostname()
-    with path.open("a+b") as lock:
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+b")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

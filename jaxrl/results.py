@@ -23,6 +23,7 @@ class HeldOutResult(TypedDict):
     length_mean: float  # tokens
     truncated_fraction: float
     undecided: int  # responses that count as wrong because comparing the answer is too much work
+    identity: NotRequired[str]  # digest of the run and its evaluation, where it was made during training
 
 
 class ResponseStats(TypedDict):
@@ -65,6 +66,7 @@ class TrainingResult(TypedDict):
     top_p: float
     max_tokens: int
     seconds: float  # duration of the evaluation
+    identity: NotRequired[str]  # as in HeldOutResult
 
 
 class Settings(TypedDict):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -16,8 +18,8 @@ from jax.sharding import Mesh
 
 from jaxrl import config, data
 from jaxrl.checkpoint import Checkpoints
-from jaxrl.errors import InputError
-from jaxrl.files import write_atomically
+from jaxrl.errors import InputError, RunError
+from jaxrl.files import write_atomically, writing
 from jaxrl.grpo.update import TrainState
 from jaxrl.marking import make_marker
 from jaxrl.metrics import Record, step_metrics
@@ -38,10 +40,19 @@ from jaxrl.telemetry.timer import Phase, Timer, watchdog
 from jaxrl.telemetry.trackers import Tracker, finite, open_trackers, read_rows
 from jaxrl.types import Detokenize, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
 
-# Evaluates the parameters that the run's sampler holds, after so many steps.
-Evaluate = Callable[["Run", int], None]
+
+class Evaluation(Protocol):
+    """Evaluates a run while it trains."""
+
+    def __call__(self, run: Run, steps: int) -> None:
+        """Makes the results that are missing, of the parameters that the run's sampler holds after so many steps."""
+
+    def missing(self, setup: Setup, steps: int) -> bool:
+        """Whether a result of this run after so many steps is missing."""
+
+
 # Reads an evaluation's problems; a bad file is then named before a sampler or a server is started.
-LoadEvaluation = Callable[[config.Recipe, Tokenizer, data.Vocabulary], Evaluate]
+LoadEvaluation = Callable[[config.Recipe, Tokenizer, data.Vocabulary], Evaluation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Setup:
     mixture: Sequence[data.Part]  # of [[data.sources]]; empty for one
     sampling: SamplingParams
     digest: str  # of the prompts
-    evaluate: Evaluate | None
+    evaluation: Evaluation | None
     compilations: Compilations
     began: float  # time.monotonic()
 
@@ -71,6 +82,15 @@ class Setup:
         model = blake3(hash_weights(self.folder).encode() + (self.folder / "config.json").read_bytes())
         keys = ("path", "config", "split", "files", "sources")
         return {"model.path": model.hexdigest()} | dict.fromkeys((f"data.{key}" for key in keys), self.digest)
+
+    def evaluates(self, steps: int) -> bool:
+        """Whether the recipe wants an evaluation after so many steps: before the first, every so often, at the end."""
+        every = self.recipe.eval.every
+        return self.evaluation is not None and (steps % every == 0 or steps == self.recipe.run.steps)
+
+    def owes(self, steps: int) -> bool:
+        """Whether an evaluation after so many steps is wanted and missing: a stop may have come before its end."""
+        return self.evaluates(steps) and self.evaluation is not None and self.evaluation.missing(self, steps)
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of a step, [P]: a function of the seed and the step alone."""
@@ -116,15 +136,16 @@ class Run:
 
     def log(self, step: int, record: Record) -> InputError | None:
         """Reports a step: trackers, rollout files, progress. Returns why the run has to end after it, if it has to."""
-        run, metrics = self.recipe.run, step_metrics(self.recipe, self.setup.model, step, record)
-        metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
-        if step == self.start:
-            metrics["time/first_step"] = time.monotonic() - self.setup.began
-        for tracker in self.trackers:
-            tracker.log(step, finite(metrics))
-        if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
-            decode = self.setup.tokenizer.decode
-            write_rollouts(self.setup.directory, step, record.groups, decode, run.rollouts_keep)
+        with self.phase("report"):
+            run, metrics = self.recipe.run, step_metrics(self.recipe, self.setup.model, step, record)
+            metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
+            if step == self.start:
+                metrics["time/first_step"] = time.monotonic() - self.setup.began
+            for tracker in self.trackers:
+                tracker.log(step, finite(metrics))
+            if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
+                decode = self.setup.tokenizer.decode
+                write_rollouts(self.setup.directory, step, record.groups, decode, run.rollouts_keep)
         self.progress.step_done(step, metrics)
         return self._disagreement(step, metrics[agreement.METRIC])
 
@@ -144,9 +165,10 @@ class Run:
         )
 
     def evaluate(self, steps: int) -> None:
-        """Evaluates what the sampler holds after so many steps, where the recipe wants that during training."""
-        if self.setup.evaluate:
-            self.setup.evaluate(self, steps)
+        """Evaluates what the sampler holds after so many steps, where the recipe wants that."""
+        if self.setup.evaluates(steps) and self.setup.evaluation:
+            with self.timer("evaluation"):
+                self.setup.evaluation(self, steps)
 
 
 def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say) -> Setup:
@@ -161,9 +183,13 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
       InputError: for whatever cannot be used.
     """
     began = time.monotonic()
-    if recipe.run.compilation_cache:
-        cache = Path(recipe.run.compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    cache = os.path.expanduser(recipe.run.compilation_cache)  # noqa: PTH111
+    if cache.startswith("~"):  # as Path.expanduser raises
+        say(
+            "this user has no home directory, so programs are compiled anew; set run.compilation_cache to keep them"
+        )
+    elif cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
     compilations = Compilations()
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     folder = hf.resolve(recipe.model.path)
@@ -175,14 +201,14 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
     prompts = data.load_prompts(recipe.data, tokenizer, verifier=verifier, vocabulary=vocabulary)
     say(prompts.summary())
     say(vocabulary.summary)
-    evaluate = None
+    evaluation = None
     if recipe.eval.every:
         if not load_evaluation:
             raise InputError(
                 f"eval.every = {recipe.eval.every}, and nothing evaluates; set it to 0, or give train an evaluation, "
                 "such as evals.in_training.load"
             )
-        evaluate = load_evaluation(recipe, tokenizer, vocabulary)
+        evaluation = load_evaluation(recipe, tokenizer, vocabulary)
     r = recipe.rollout
     return Setup(
         recipe=recipe,
@@ -198,7 +224,7 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         mixture=prompts.mixture,
         sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, vocabulary.stop_ids),
         digest=prompts.digest(),
-        evaluate=evaluate,
+        evaluation=evaluation,
         compilations=compilations,
         began=began,
     )
@@ -231,7 +257,8 @@ def resume(
 def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
     """The checkpoints of the recipe's run folder, which is made if missing."""
     directory = Path(recipe.run.directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     section = recipe.checkpoint
     return Checkpoints(directory / "checkpoints", section.keep_last, section.keep_every)
 
@@ -256,13 +283,27 @@ def open_run(
     before = agreement.history(read_rows(directory / "metrics.jsonl")[0], start)
     timer = Timer()
     with (
-        closing(checkpoints),
+        watchdog(timer, print),
+        _finishing(checkpoints, timer),
         open_sampler(
             recipe, setup.folder, setup.model, setup.mesh, say, devices, lambda: stop.asked
         ) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
-        closing(Profile(directory / "profile", start, recipe.run.profile)) as profile,
-        watchdog(timer, print),
+        closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
         yield Run(setup, start, sampler, checkpoints, trackers, progress, timer, profile, say, before)
+
+
+@contextmanager
+def _finishing(checkpoints: Checkpoints, timer: Timer) -> Iterator[None]:
+    """Finishes the write under way. An error of the run is the one to name: it came first."""
+    swallowed: tuple[type[Exception], ...] = ()
+    try:
+        yield
+    except (InputError, RunError):
+        swallowed = (InputError, RunError)
+        raise
+    finally:
+        with timer("checkpoint"), suppress(*swallowed):
+            checkpoints.close()

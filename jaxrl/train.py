@@ -18,7 +18,7 @@ from jaxrl.parallel import processes
 from jaxrl.parallel.signals import Stop, graceful_stop
 from jaxrl.run import LoadEvaluation, Run, load, open_checkpoints, open_run, resume
 from jaxrl.sampling.prefetch import Prefetch
-from jaxrl.sampling.servers import choose_devices
+from jaxrl.sampling.servers import choose_devices, require_startable
 from jaxrl.types import Rollout, Say, silent
 
 BARRIER = 300.0  # seconds; every process does the same work before this barrier, so none should be late
@@ -43,11 +43,13 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
     processes.start(say)  # JAX takes SIGTERM for itself, so this comes before graceful_stop
     with graceful_stop(say) as stop, processes.lookout(say):
         say = say if processes.chief() else silent
+        if processes.chief():
+            require_startable(recipe, devices)
         setup = load(recipe, evaluation, say)
         with alone(setup.directory, "training", say) if processes.chief() else nullcontext():
             checkpoints = open_checkpoints(recipe)
             start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
-            if start and start >= recipe.run.steps:  # a new run of no steps is still evaluated
+            if start and start >= recipe.run.steps and not setup.owes(start):
                 say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
                 return
             with open_run(setup, checkpoints, start, devices, say, stop) as run:
@@ -66,7 +68,8 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
 def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
     """Trains from `run.start` to `run.steps`, or until asked to stop; returns the steps done. `state` is donated."""
     recipe, steps = run.recipe, run.recipe.run.steps
-    run.sampler.publish(state.params, run.start)
+    with run.phase("publish"):
+        run.sampler.publish(state.params, run.start)
     run.evaluate(run.start)
     stop.arm()
     with closing(Prefetch(run.sample, run.start, steps, recipe.sampler.max_staleness)) as batches:
@@ -76,12 +79,15 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
                 stop.ask(problem)
             stopping = processes.any_of(stop.asked)
             done = step + 1
-            if stopping or done == steps or done % recipe.checkpoint.every == 0:
-                run.checkpoints.save(done, state, recipe, run.setup.content)
-            if done == steps or (recipe.eval.every and done % recipe.eval.every == 0):
-                run.evaluate(done)
-            if stopping:
+            evaluates = run.setup.evaluates(done)  # what it may be stopped in, so it is saved before
+            if stopping or evaluates or done == steps or done % recipe.checkpoint.every == 0:
+                with run.phase("checkpoint"):
+                    run.checkpoints.save(done, state, recipe, run.setup.content)
+            if stopping:  # the evaluation is made on the restart
                 return done
+            if evaluates:
+                with stop.at_once():
+                    run.evaluate(done)
     return steps
 
 

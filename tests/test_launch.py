@@ -39,6 +39,7 @@ assert len(os.environ["VLLM_API_KEY"]) > 30 and "PYTHONPATH" not in os.environ
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
+        self.wfile.write(os.environ["JAXRL_SERVER"].encode())
     def log_message(self, *args): pass
 if os.path.exists("{folder}/broken"): raise SystemExit("ValueError: it is broken")
 server = http.server.HTTPServer((host, int(port)), Handler)

@@ -79,3 +79,12 @@ def test_a_second_training_of_a_run_folder_is_refused(base: Path, tmp_path: Path
         output, _ = process.communicate(timeout=300)
     assert process.returncode == BAD_INPUT and "is at work there" in output, output
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match=r"file/run/lock: cannot write it .Not a directory"),
+        lock.alone(tmp_path / "file" / "run", "training"),
+    ):
+        pass

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 import tiny_run
+from evals import in_training
 from jaxrl import config
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.errors import TRY_AGAIN, InputError
 from jaxrl.parallel.signals import graceful_stop
+from jaxrl.run import LoadEvaluation, Run, Setup
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.train import train
 
@@ -94,11 +96,68 @@ def test_training_longer_learns_to_copy_and_benchmarks_show_it(base: Path, tmp_p
     assert last.exists() and len(list(folder.iterdir())) == 4
 
 
-def test_a_run_of_no_steps_is_evaluated_and_ends(base: Path, tmp_path: Path) -> None:
+def with_held_out(folder: Path, base: Path, **overrides: object) -> Path:
+    """A recipe that evaluates every 2 steps on three problems."""
     rows = [{"problem": d, "answer": d} for d in "012"]
-    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation = {"eval.path": str(tmp_path / "held_out.jsonl"), "eval.every": 1, "eval.samples": 4}
-    tiny_run.finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 0} | evaluation))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"eval.path": str(folder / "held_out.jsonl"), "eval.every": 2, "eval.samples": 4}
+    return tiny_run.write_recipe(folder, base, **own | overrides)
+
+
+def train_here(recipe: Path, load: LoadEvaluation = in_training.load, **overrides: int) -> list[str]:
+    """Trains in this process; returns what was said."""
+    lines = list[str]()
+    options = [
+        text for key, value in overrides.items() for text in (f"--{key.replace('_', '.')}", str(value))
+    ]
+    train(config.load(recipe, options), load, lines.append)
+    return lines
+
+
+def test_an_owed_evaluation_is_made_on_the_restart(base: Path, tmp_path: Path) -> None:
+    recipe, results = with_held_out(tmp_path, base, **{"run.steps": 2}), tmp_path / "run" / "eval"
+    train_here(recipe)
+    last, names = results / "step_000002.json", ["step_000000.json", "step_000002.json"]
+    assert [path.name for path in sorted(results.iterdir())] == names
+    before = last.read_bytes()
+    last.unlink()  # as if a kill had come before it
+    assert "raise run.steps" not in train_here(recipe)[-1]
+    assert last.read_bytes() == before
+    assert "raise run.steps" in train_here(recipe)[-1]
+    # of other settings: neither believed nor lost
+    train_here(recipe, eval_samples=3)
+    assert json.loads(last.read_bytes())["samples"] == 3
+    assert (results / "other" / last.name).read_bytes() == before
+
+
+def test_an_evaluation_of_another_run_is_not_this_ones(base: Path, tmp_path: Path) -> None:
+    recipe, results = with_held_out(tmp_path, base, **{"run.steps": 0}), tmp_path / "run" / "eval"
+    train_here(recipe)
+    before = (results / "step_000000.json").read_bytes()
+    assert "is of another run or other settings" in train_here(recipe, run_seed=1 << 63)[-1]
+    assert (results / "other" / "step_000000.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_an_evaluation_ends_there(base: Path, tmp_path: Path, number: int) -> None:
+    class Endless:
+        def __call__(self, run: Run, steps: int) -> None:
+            if steps == 2:
+                os.kill(os.getpid(), number)
+                time.sleep(300)
+
+        def missing(self, setup: Setup, steps: int) -> bool:
+            return True
+
+    recipe, run = with_held_out(tmp_path, base, **{"checkpoint.every": 100}), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        train_here(recipe, lambda *_: Endless())
+    assert [row["step"] for row in tiny_run.metrics(run)] == [0, 1]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_run_of_no_steps_is_evaluated_and_ends(base: Path, tmp_path: Path) -> None:
+    train_here(with_held_out(tmp_path, base, **{"run.steps": 0}))
     result = json.loads((tmp_path / "run" / "eval" / "step_000000.json").read_text())
     assert (result["problems"], result["samples"]) == (3, 4)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""

@@ -62,7 +62,8 @@ class Handler(JsonHandler):
             "/weight_info": {"weight_version": server.weights},
             "/is_paused": {"is_paused": server.paused},
         }
-        self.reply(200, known[self.path.partition("?")[0]])
+        route = self.path.partition("?")[0]
+        self.reply(200 if route in known else 404, known.get(route, {}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")

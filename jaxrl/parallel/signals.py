@@ -33,6 +33,16 @@ class Stop:
         self.armed = True
         self.raise_if_asked()
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Signals stop at once what is done here, because it is made again on the restart."""
+        self.armed = False
+        try:
+            self.raise_if_asked()
+            yield
+        finally:
+            self.armed = True
+
     def raise_if_asked(self) -> None:
         """Raises `reason` if a signal has come: a library may have taken what it raised for a failure of its own."""
         if self.asked:

@@ -33,7 +33,7 @@ def read_answer(
     samples: int,
     params: SamplingParams,
     vocab_size: int,
-    versions: range,
+    versions: Mapping[str, int],
     server: str = "",
 ) -> list[Rollout]:
     """Reads the completions of a prompt.
@@ -44,7 +44,7 @@ def read_answer(
       samples: completions that were asked for.
       params: as they were asked for.
       vocab_size: token ids are below it.
-      versions: of the model weights that may have sampled.
+      versions: of the model weights that may have sampled, by name.
       server: its URL.
 
     Returns:
@@ -105,17 +105,17 @@ def _logprobs(choice: object, ids: list[int]) -> list[float]:
     return values
 
 
-def _oldest_version(choice: object, tokens: int, versions: range) -> int:
+def _oldest_version(choice: object, tokens: int, versions: Mapping[str, int]) -> int:
     """The oldest version that sampled one of the tokens; spans of versions follow each other."""
-    known, found, end = {str(version): version for version in versions}, [], 0
+    found, end = [], 0
     for span in _field(choice, "weight_versions", list):
         name = _field(span, "version", str)
         start, stop = span.get("start", end), span.get("end", tokens)
-        if name not in known or type(stop) is not int or start != end or not start < stop:
+        if name not in versions or type(stop) is not int or start != end or not start < stop:
             raise BadAnswer(
-                f"tokens {shown(start)} to {shown(stop)} are of weights {shown(name)}, not {[*known]}"
+                f"tokens {shown(start)} to {shown(stop)} are of weights {shown(name)}, not {[*versions]}"
             )
-        found.append(known[name])
+        found.append(versions[name])
         end = stop
     if end != tokens:
         raise BadAnswer(f"{end} of {tokens} tokens have a version of their weights")

@@ -6,13 +6,16 @@ import asyncio
 import functools
 import os
 import secrets
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 import httpx
 
 from jaxrl.errors import InputError
+from jaxrl.sampling.vllm_plugin import OWNER, RUN
 from jaxrl.types import JsonObject
 
+SUPPORTED = "0.32"  # the minor version of vLLM whose routes these are
 CONNECT = 10.0  # seconds
 REFUSALS = (400, 413)  # HTTP statuses that are about the request
 PASSING = (408, 425, 429)  # those after which the same request may succeed
@@ -28,6 +31,19 @@ def api_key() -> str:
     It is kept in environments alone, because every user can read command lines.
     """
     return os.environ.get(KEY) or secrets.token_urlsafe(32)
+
+
+@functools.cache
+def this_run() -> str:
+    """The name by which servers tell the runs apart that use them: a random token, and this process in words."""
+    return f"{secrets.token_hex(4)} process {os.getpid()} on {socket.gethostname()}"
+
+
+def taken(url: str, owner: str) -> InputError:
+    """The error for a server that another run has."""
+    return InputError(
+        f"{url}: {owner.partition(' ')[2] or 'another run'} samples there; wait for it, or name other servers"
+    )
 
 
 class ServerError(Exception):
@@ -66,11 +82,24 @@ class Client:
 
     def __init__(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        headers = {"Authorization": f"Bearer {api_key()}"}
+        headers = {"Authorization": f"Bearer {api_key()}", RUN: this_run()}
         self._http = httpx.AsyncClient(limits=limits, trust_env=False, headers=headers)
 
     async def close(self) -> None:
         await self._http.aclose()
+
+    async def owner(self, url: str, method: str = "GET", limit: float = CONNECT) -> JsonObject:
+        """Takes a server that no other run has, and returns its `owner`, and the seconds for which that was `silent`.
+
+        With the method "DELETE", gives it back.
+
+        Raises:
+          ServerError: also if the server has no Guard, which keeps runs apart.
+        """
+        answer = await self._request(method, url + OWNER, None, limit)
+        if answer.status_code != 200:
+            raise ServerError(f"{OWNER} answered {answer.status_code}")
+        return _json(OWNER, answer)
 
     async def get(self, url: str, route: str, limit: float = CONNECT) -> JsonObject:
         """Raises: ServerError."""
@@ -117,6 +146,8 @@ class Client:
             raise ServerError(f"no answer ({type(error).__name__})") from None
         if answer.status_code == 401:
             raise ServerError(WRONG_KEY)
+        if answer.status_code == 423:
+            raise taken(url.removesuffix(httpx.URL(url).raw_path.decode()), answer.text)
         return answer
 
 

@@ -126,7 +126,8 @@ class LocalSampler:
         waiting = deque((p, g) for p in range(len(prompts)) for g in range(samples))
         if not waiting:
             return [[] for _ in prompts]
-        noise = functools.reduce(jax.random.fold_in, seed, jax.random.key(0))
+        words = (word for part in seed for word in _words(part))
+        noise = functools.reduce(jax.random.fold_in, words, jax.random.key(0))
         admit, decode = _sampling_programs(self._config, self._dtype, self._mesh, params)
         table = self._table(len(waiting), max(len(p.tokens) for p in prompts), params.max_tokens)
         newest, ready = -1, None  # the last prompt that was prefilled
@@ -234,6 +235,11 @@ class _Table:
         while SQUEEZE * (~free).sum(axis=1).max() <= size:
             size //= SQUEEZE
         return np.argsort(free, axis=1, kind="stable")[:, :size].astype(np.int32)
+
+
+def _words(number: int) -> tuple[int, ...]:
+    """A number below 2^64 in 32-bit words, which is what JAX folds in; those of a smaller one are the number."""
+    return (number,) if number < 1 << 32 else (number & 0xFFFFFFFF, number >> 32)
 
 
 def bucket(length: int, least: int = 16) -> int:

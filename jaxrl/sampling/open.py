@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from jaxrl.sampling.answers import Needs
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.sampling.sampler import Sampler
 from jaxrl.sampling.transports.base import Transport
-from jaxrl.sampling.transports.files import Files
+from jaxrl.sampling.transports.files import Files, own_folder
 from jaxrl.sampling.transports.nccl import NCCL
 from jaxrl.sampling.vllm import VLLMSampler, going_on
 from jaxrl.types import Say
@@ -74,21 +74,23 @@ def open_own_sampler(
         yield LocalSampler(model, dtype=recipe.model.dtype, slots=recipe.rollout.slots, mesh=here)
         return
     with ExitStack() as stack:
-        transport = _open_transport(recipe, model, stack)
+        transport = _open_transport(recipe, model, say, stack)
         if processes.chief():
             yield _open_vllm(recipe, folder, model, transport, say, devices, stopping, stack)
         else:
             yield Follower(transport)
 
 
-def _open_transport(recipe: config.Recipe, model: decoder.Config, stack: ExitStack) -> Transport:
+def _open_transport(recipe: config.Recipe, model: decoder.Config, say: Say, stack: ExitStack) -> Transport:
     section, dtype = recipe.sampler, recipe.model.dtype
     if section.transport == "nccl":
         return NCCL(model, dtype, section.publish_seconds)
-    # runs may share sampler.folder: the hash keeps those of the same name apart
+    # users and runs may share sampler.folder: the hash keeps runs of the same name apart
     run = Path(recipe.run.directory).absolute()
-    published = Path(section.folder) / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
-    stack.callback(shutil.rmtree, published, ignore_errors=True)
+    digest = hashlib.sha256(str(run).encode()).hexdigest()[:8]
+    published = Path(section.folder) / f"jaxrl-{os.geteuid()}-{run.name}-{digest}"
+    if processes.chief():
+        stack.enter_context(own_folder(published, say))
     return Files(model, published, dtype, section.publish_seconds)
 
 

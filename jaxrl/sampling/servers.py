@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import hmac
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 
+from jaxrl import config
 from jaxrl.errors import InputError, RunError
-from jaxrl.sampling.client import api_key
+from jaxrl.sampling.client import SUPPORTED, api_key
 from jaxrl.sampling.process_group import ProcessGroup, kill
+from jaxrl.sampling.vllm_plugin import IDENTITY, OWNER
 from jaxrl.types import Say
 
 LOCALHOST = "127.0.0.1"
@@ -40,6 +47,10 @@ CPU_OPTIONS = [
 FULL_MEMORY = 0.9  # share of a GPU that serves alone
 TRAINERS_MEMORY, SERVERS_MEMORY = 0.62, 0.3  # of one that trains too
 UNWELL = 300.0  # seconds without an answer after which a server is restarted
+LET_GO = 3.0  # seconds that a program which was ended may take to let go of its port
+LAST_PORT = 65535
+# prints the versions that a vLLM's environment has, in a tenth of the time that `vllm --version` takes
+VERSIONS = "import importlib.metadata as m; m.version('jaxrl'); print(m.version('vllm'))"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +82,37 @@ class Server(ProcessGroup):
         self.start()
         return True
 
+    def start(self) -> None:
+        """Starts it.
+
+        Raises:
+          InputError: if another program has its port.
+        """
+        require_free(self.url)
+        super().start()
+
     def well(self) -> bool:
-        return well(self.url)
+        """Whether this very server, here or on the host of its URL, answers and can serve.
+
+        Raises:
+          InputError: if another server answers in its place.
+        """
+        if hasattr(self, "process") and self.process.poll() is not None:
+            return False
+        try:
+            if self.identity not in _get(self.url + OWNER).text:
+                raise InputError(f"{self.url}: {listener(self.url)} answers in place of a server of this run")
+            return _get(self.url + "/health").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    @property
+    def identity(self) -> str:
+        """What it answers to be recognized; all hosts of a run compute the same."""
+        assert self.log
+        return hmac.new(
+            api_key().encode(), f"{self.url} {self.log.absolute()}".encode(), "sha256"
+        ).hexdigest()
 
     def why(self) -> str:
         """The line of its log that best explains why it ended: the last one with an error, or the last one."""
@@ -82,7 +122,7 @@ class Server(ProcessGroup):
         return next((line for line in reversed(lines) if "Error" in line), last)
 
     def _all_environment(self) -> dict[str, str]:
-        environment = super()._all_environment() | {"VLLM_API_KEY": api_key()}
+        environment = super()._all_environment() | {"VLLM_API_KEY": api_key(), IDENTITY: self.identity}
         environment.pop("PYTHONPATH", None)  # the trainer's; vLLM has an environment of its own
         return environment
 
@@ -123,24 +163,28 @@ def prepare(
       host: the address at which it listens.
       port: 0 takes a free one.
       environment: variables for it alone.
+
+    Raises:
+      InputError: for a port that cannot be.
     """
+    if port > LAST_PORT:
+        raise InputError(f"port {port} of {host}: the last one is {LAST_PORT}; begin with a lower one")
     port = port or free_port(host)
     variables = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {}) | dict(environment or {})
     if settings.beyond:  # vLLM would refuse, though its tables reach as far as the scaling does
         variables["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    return Server(f"http://{host}:{port}", log, command(settings, host, port, on_cpu), variables)
+    name = f"[{host}]" if ":" in host else host
+    return Server(f"http://{name}:{port}", log, command(settings, host, port, on_cpu), variables)
 
 
 def begin(server: Server) -> None:
     """Starts a prepared server with an empty log; it is ready only after `wait`.
 
     Raises:
-      InputError: if there is no such program.
+      InputError: if there is no such program, or another one has the port.
     """
     assert server.log
-    program = server.arguments[0]
-    if not shutil.which(program):
-        raise InputError(f"{program}: no such program; run make vllm, or set sampler.vllm to where vllm is")
+    require_program(server.arguments[0])
     server.log.parent.mkdir(parents=True, exist_ok=True)
     server.log.unlink(missing_ok=True)
     server.start()
@@ -150,7 +194,7 @@ def wait(server: Server, limit: float) -> None:
     """Returns when the server answers.
 
     Raises:
-      InputError: if it ends, which it does on options or a model that it cannot use.
+      InputError: if it ends, which it does on options or a model that it cannot use; or if another one has its port.
       RunError: if it is not ready within `limit` seconds.
     """
     deadline = time.monotonic() + limit
@@ -168,11 +212,16 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name not in ("", "-1")]
+    return [str(i) for i in range(len(list_gpus() or ()))]
+
+
+def list_gpus() -> list[str] | None:
+    """Each GPU of this machine, with the UUIDs of it and of its MIG instances; None where that is unknown."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [str(i) for i in range(len([line for line in listed.splitlines() if line.startswith("GPU ")]))]
+        return None if Path("/dev/nvidiactl").exists() else []
+    return re.findall(r"^GPU .*(?:\n +MIG .*)*", listed, re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,15 +297,148 @@ def running(
         kill(started)
 
 
+def require_startable(recipe: config.Recipe, devices: Devices) -> None:
+    """Rejects what would fail only once data and model are loaded: servers of this recipe that cannot start here.
+
+    Raises:
+      InputError: for a program that is no vLLM that works with jaxrl, or GPUs that are not there.
+    """
+    section = recipe.sampler
+    if recipe.rollout.engine == "local" or not section.servers:
+        return
+    version = vllm_version(section.vllm)
+    if not version.startswith(f"{SUPPORTED}."):
+        raise InputError(
+            f"{section.vllm} is vLLM {version}; jaxrl works with {SUPPORTED}.*: make vllm installs it"
+        )
+    on_cpu, listed = version.endswith("+cpu"), list_gpus()
+    if on_cpu and devices.gpus:
+        raise InputError(
+            f"{section.vllm} is vLLM {version}, for CPUs, and this machine has GPUs; run make vllm VLLM_FOR=cuda, or "
+            'set CUDA_VISIBLE_DEVICES="" to sample on its CPU'
+        )
+    if not on_cpu and not devices.gpus:
+        raise InputError(
+            f"{section.vllm} is vLLM {version}, and no GPU is visible; run make vllm VLLM_FOR=cpu"
+        )
+    missing = [name for name in devices.gpus if listed is not None and not _is_listed(name, listed)]
+    if missing:
+        raise InputError(
+            f"CUDA_VISIBLE_DEVICES names GPU {missing[0]}, and this machine has {len(listed or ())}"
+        )
+    options = " ".join(section.vllm_options)
+    parallel = re.search(
+        r"(?:--tensor-parallel-size|--pipeline-parallel-size|-tp|-pp)[ =]([2-9]|\d{2,})", options
+    )
+    if devices.gpus and parallel:
+        raise InputError(
+            f"sampler.vllm_options has {parallel[0]}, and a server of sampler.servers gets one GPU; use launch/ with "
+            "--tensor-parallel, or start the servers yourself and name them in sampler.urls"
+        )
+
+
+def require_program(program: str) -> str:
+    """The path of a program.
+
+    Raises:
+      InputError: if there is none, or it may not be run.
+    """
+    path = shutil.which(program)
+    if not path:
+        kind = "may not be run" if Path(program).is_file() else "no such program"
+        raise InputError(f"{program}: {kind}; run make vllm, or set sampler.vllm to where vllm is")
+    return path
+
+
+def vllm_version(program: str) -> str:
+    """The version of vLLM that a `vllm` program is.
+
+    Raises:
+      InputError: if it is none, or jaxrl is not installed with it.
+    """
+    path = require_program(program)
+    with Path(path).open("rb") as file:
+        first = file.readline(1024).decode(errors="replace")
+    is_script = first.startswith("#!") and "python" in first
+    command = [*shlex.split(first[2:]), "-c", VERSIONS] if is_script else [path, "--version"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"{program} cannot be run ({error}); run make vllm") from None
+    said = (ran.stdout.strip() or ran.stderr.strip() or "it prints nothing").splitlines()[-1]
+    if ran.returncode or not re.fullmatch(r"\d+\.\d+\S*", said):
+        raise InputError(
+            f"{program} is no vLLM with jaxrl beside it ({said}); run make vllm, or set sampler.vllm to one"
+        )
+    return said
+
+
+def _is_listed(name: str, listed: Sequence[str]) -> bool:
+    """Whether the driver lists a GPU that CUDA_VISIBLE_DEVICES names."""
+    return int(name) < len(listed) if name.isdecimal() else any(name in line for line in listed)
+
+
 def well(url: str) -> bool:
-    """Whether a server answers and can serve; its route /health needs no key."""
-    try:  # without certificates, which take longer to load than the answer
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=False).status_code == 200
+    """Whether any server answers there and can serve; its route /health needs no key. See also `Server.well`."""
+    try:
+        return _get(f"{url}/health").status_code == 200
     except httpx.HTTPError:
         return False
 
 
+def _get(url: str) -> httpx.Response:
+    # without certificates, which take longer to load than the answer
+    headers = {"Authorization": f"Bearer {api_key()}"}
+    return httpx.get(url, headers=headers, timeout=5, trust_env=False, verify=False)
+
+
 def free_port(host: str = LOCALHOST) -> int:
-    with socket.socket() as s:
-        s.bind((host, 0))
+    with _listening(host, 0) as s:
         return int(s.getsockname()[1])
+
+
+def require_free(url: str) -> None:
+    """Raises: InputError: if a server cannot listen at this address of this machine, as when another one does."""
+    parts, deadline = urlsplit(url), time.monotonic() + LET_GO
+    while True:
+        try:
+            return _listening(parts.hostname or "", parts.port or 0).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                who = f", {listener(url)} has it" if error.errno == errno.EADDRINUSE else ""
+                raise InputError(
+                    f"{url}: no server can listen there ({error.strerror}{who}); end that, or take another port"
+                ) from None
+        time.sleep(0.1)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    s = socket.socket(family, kind, protocol)
+    try:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of connections that have ended
+        s.bind(address)
+        s.listen()
+    except OSError:
+        s.close()
+        raise
+    return s
+
+
+def listener(url: str) -> str:
+    """The process of this machine that listens at the port of a URL, in words, as far as it can be seen."""
+    port = urlsplit(url).port
+    sockets = set[str]()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            rows = map(str.split, Path(f"/proc/net/{table}").read_text().splitlines()[1:])
+            sockets |= {
+                f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1][-4:], 16) == port
+            }
+    for pid in filter(str.isdecimal, os.listdir("/proc") if sockets else ()):  # noqa: PTH208
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if any(str(file.readlink()) in sockets for file in Path(f"/proc/{pid}/fd").iterdir()):
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                return f"process {pid} ({line.strip()[:60]})"
+    return "another program"

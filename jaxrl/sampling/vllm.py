@@ -8,6 +8,7 @@ its prompt is prefilled once. Requests go to the server with the fewest under wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import queue
@@ -21,18 +22,29 @@ from jaxrl.errors import InputError, RunError
 from jaxrl.json_fields import LARGEST, shown
 from jaxrl.models.decoder import Params
 from jaxrl.sampling.answers import Needs, read_answer
-from jaxrl.sampling.client import BadAnswer, Client, Failures, Refused, ServerError, ask_all
+from jaxrl.sampling.client import (
+    SUPPORTED,
+    BadAnswer,
+    Client,
+    Failures,
+    Refused,
+    ServerError,
+    ask_all,
+    taken,
+    this_run,
+)
 from jaxrl.sampling.lanes import RETRY, share_out
 from jaxrl.sampling.sampler import unchanged
 from jaxrl.sampling.transports.base import Transport
+from jaxrl.sampling.vllm_plugin import SILENCE
 from jaxrl.types import JsonObject, OnRollout, OnUpdate, Prompt, Rollout, SamplingParams, Say
 
-SUPPORTED = "0.32"  # the minor version whose routes these are
 PAUSE: dict[OnUpdate, str] = {"keep": "keep", "drain": "wait"}  # vLLM's names for them
 PROCESSED = "processed_logprobs"
 RAW = f"gives log-probs from before sampling; start it with --logprobs-mode {PROCESSED}"
 ANYTHING = Needs()
 JUST_BACK = 5.0  # seconds for which a server that was found well is not asked again
+BEAT = 10.0  # seconds from one sign of life at the servers to the next
 
 T = TypeVar("T")
 # (server, seconds that it has been unwell) to whether it was restarted
@@ -87,10 +99,11 @@ class VLLMSampler:
         self._settings, self._needs, self._stopping = section or config.Sampler(), needs, stopping
         self._version: int | None = None  # newest, published or being published
         self._current: dict[str, int | None] = dict.fromkeys(urls)  # what each has, where that is known
-        self._named: dict[str, object] = {}  # how each server called its weights when it was last in order
+        self._named: dict[str, str] = {}  # how each server called its weights when it was last in order
         self._instances: dict[str, object] = {}  # of each server: a number that each start of vLLM draws
         self._wrong: dict[str, InputError] = {}  # servers that came back other than they have to be
         self._back: dict[str, float] = {}  # when each server was last found to be well
+        self._claimed: list[str] = []  # the servers that keep other runs away
         self.dropped: dict[str, str] = {}
         # one thread does everything with servers, so that nothing here needs a lock between threads
         self._loop = asyncio.new_event_loop()
@@ -100,6 +113,7 @@ class VLLMSampler:
         self._client = Client()
         self._closed = False
         try:
+            self._run(self._claim_all())
             self._run(self._inspect_all())
         except BaseException:  # Ctrl-C too: nothing may go on in the thread
             self.close()
@@ -116,6 +130,8 @@ class VLLMSampler:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            give_back = [self._client.owner(url, "DELETE", limit=2) for url in self._claimed]
+            await asyncio.gather(*give_back, return_exceptions=True)
             await self._client.close()
 
         self._run(end())
@@ -235,19 +251,25 @@ class VLLMSampler:
         limit = self._settings.request_seconds
         try:
             answer = await self._client.post(url, "/inference/v1/generate", body, limit)
-            versions = range(oldest, (self._version or 0) + 1)
-            rollouts = read_answer(answer, prompt, different, params, self._needs.vocab_size, versions, url)
+            known = self._names_since(oldest)
+            rollouts = read_answer(answer, prompt, different, params, self._needs.vocab_size, known, url)
         except (Refused, BadAnswer, InputError):
             found = await self._weights_of(url)
-            if found not in [str(version) for version in range(oldest, (self._version or 0) + 1)]:
+            if is_foreign(found):
+                raise taken(url, "") from None
+            if found not in self._names_since(oldest):
                 self._current[url] = None
                 raise ServerError(f"it was started anew: it has weights {shown(found)}") from None
             raise
         return rollouts if params.temperature else rollouts * samples
 
-    async def _weights_of(self, url: str) -> object:
+    def _names_since(self, oldest: int) -> dict[str, int]:
+        """The versions that a server may have, by name."""
+        return {version_name(version): version for version in range(oldest, (self._version or 0) + 1)}
+
+    async def _weights_of(self, url: str) -> str:
         """What a server calls its weights: the version that it was given, or else vLLM's "default"."""
-        return (await self._client.get(url, "/weight_info")).get("weight_version")
+        return str((await self._client.get(url, "/weight_info")).get("weight_version"))
 
     def _left(self, url: str, error: Exception) -> None:
         if self._wrong.get(url) is not error:  # said when it was found
@@ -291,9 +313,9 @@ class VLLMSampler:
                 await order(url, "/start_weight_update", None)
 
         async def resume(url: str) -> None:
-            await order(url, "/finish_weight_update", {"weight_version": str(version)})
+            await order(url, "/finish_weight_update", {"weight_version": version_name(version)})
             await order(url, "/resume", None)
-            self._current[url], self._named[url] = version, str(version)
+            self._current[url], self._named[url] = version, version_name(version)
 
         async with self._loading:
             version = self._version
@@ -311,9 +333,12 @@ class VLLMSampler:
         Raises:
           InputError, ServerError: see `_inspect`.
         """
-        if url not in self._wrong and await self._weights_of(url) == self._named[url]:
+        found = await self._weights_of(url)
+        if url not in self._wrong and found == self._named[url]:
             return
         try:
+            if self._current[url] is not None and is_foreign(found):
+                raise taken(url, "")
             await self._inspect(url)
         except InputError as error:
             if len(self._urls) > 1 and str(error) != str(self._wrong.get(url)):
@@ -339,7 +364,9 @@ class VLLMSampler:
             reason: Exception = error
             while clock() < began + patience and not self._stopping():
                 try:
-                    if self._current[url] is None or await self._weights_of(url) != str(self._version):
+                    if self._current[url] is None or await self._weights_of(url) != version_name(
+                        self._version
+                    ):
                         # to its end, even if the batch ends without this server: it must not stay paused
                         failed = await asyncio.shield(self._load([url]))
                         if failed:
@@ -357,6 +384,42 @@ class VLLMSampler:
         raise RunError(
             f"{url}: {reason}; it was not back after {waited}. Start it again and repeat the command"
         )
+
+    async def _claim_all(self) -> None:
+        for url in self._urls:
+            with contextlib.suppress(
+                ServerError
+            ):  # of no Guard; what else may be wrong is found by the inspection
+                await self._claim(url)
+                self._claimed.append(url)
+        self._beating = asyncio.create_task(self._beat())
+
+    async def _claim(self, url: str) -> None:
+        """Takes a server for this run, at once or when an owner that has crashed has been silent for long enough.
+
+        Raises:
+          InputError: if another run is at work there.
+          ServerError: if it does not keep runs apart.
+        """
+        before, silent = "", -1.0
+        while (answer := await self._client.owner(url))["owner"] != this_run():
+            owner, silence = str(answer["owner"]), float(answer["silent"])
+            if owner == before and silence < silent:
+                raise taken(url, owner)
+            if owner != before:
+                self._say(
+                    f"{url}: {owner.partition(' ')[2]} has not given it back; watching for {SILENCE:.0f} s whether "
+                    "it lives"
+                )
+            before, silent = owner, silence
+            await asyncio.sleep(RETRY)
+
+    async def _beat(self) -> None:
+        """Shows, also during a long update, that this run lives."""
+        while True:
+            await asyncio.sleep(BEAT)
+            signs = [self._client.owner(url) for url in self._claimed]
+            await asyncio.gather(*signs, return_exceptions=True)
 
     async def _inspect_all(self) -> None:
         for url in self._urls:
@@ -451,6 +514,16 @@ def _part(value: JsonObject, name: str) -> JsonObject:
     """An object in a JSON object; empty where there is none."""
     found = value.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def version_name(version: int | None) -> str:
+    """What servers call a version of this run's weights; no other run's has the same name."""
+    return f"{this_run().partition(' ')[0]}:{version}"
+
+
+def is_foreign(name: str) -> bool:
+    """Whether another run has published this version; a server that was started again has one without a run."""
+    return name.rpartition(":")[0] not in ("", version_name(0).rpartition(":")[0])
 
 
 def request_seed(seed: tuple[int, ...]) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
+import json
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
@@ -20,6 +22,11 @@ from jaxrl.types import JsonObject
 
 if TYPE_CHECKING:
     import torch
+
+OWNER = "/jaxrl/owner"  # route of Guard
+RUN = "jaxrl-run"  # header with the run's token, and who that is in words
+IDENTITY = "JAXRL_SERVER"  # variable of a server, by which whoever started it recognizes it
+SILENCE = 35.0  # seconds without a request after which an owner counts as dead
 
 
 def register() -> None:
@@ -130,6 +137,7 @@ class Scope(TypedDict):
     """What is used of an ASGI connection's scope."""
 
     type: str
+    method: str  # of HTTP
     path: str
     headers: Iterable[tuple[bytes, bytes]]
 
@@ -143,21 +151,51 @@ class Guard:
     """Requires VLLM_API_KEY on every route but /health; vLLM's own middleware guards only those that generate.
 
     ASGI, by `--middleware jaxrl.sampling.vllm_plugin.Guard`. Without a key in the environment it rejects everything.
+
+    It also keeps runs apart, which would overwrite each other's weights: the first whose requests have the header RUN
+    owns the server, until it gives it back or has sent none for SILENCE seconds. Requests of other runs are rejected
+    (HTTP 423). OWNER answers who owns it; DELETE gives it back.
     """
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._clock = app, clock
         self._key = os.environ.get("VLLM_API_KEY", "").encode()
+        self._owner, self._seen = "", clock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] == "/health" or self._has_key(scope["headers"]):
+        answer = None if scope["type"] == "lifespan" or scope["path"] == "/health" else self._answer(scope)
+        if not answer:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 401, "headers": []})
-            await send({"type": "http.response.body", "body": b"this server wants its run's API key"})
+            await send({"type": "http.response.start", "status": answer[0], "headers": []})
+            await send({"type": "http.response.body", "body": answer[1].encode()})
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _has_key(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        given = dict(headers).get(b"authorization", b"")
+    def _answer(self, scope: Scope) -> tuple[int, str] | None:
+        """Status and body of what is answered here; None passes the request on."""
+        headers = dict(scope["headers"])
+        run = headers.get(RUN.encode(), b"").decode("latin-1")
+        if not self._has_key(headers):
+            return 401, "this server wants its run's API key"
+        owned = self._claim(run)
+        if scope["path"] == OWNER:
+            return 200, self._show(run, scope.get("method", ""))
+        return None if owned else (423, self._owner)
+
+    def _has_key(self, headers: Mapping[bytes, bytes]) -> bool:
+        given = headers.get(b"authorization", b"")
         return bool(self._key) and hmac.compare_digest(given, b"Bearer " + self._key)
+
+    def _claim(self, run: str) -> bool:
+        """Whether this run may go on; requests without the header may, such as those for metrics."""
+        now = self._clock()
+        if run and (self._owner in ("", run) or now > self._seen + SILENCE):
+            self._owner, self._seen = run, now
+        return run in ("", self._owner)
+
+    def _show(self, run: str, method: str) -> str:
+        if method == "DELETE" and run == self._owner:
+            self._owner = ""
+        silent = self._clock() - self._seen
+        return json.dumps({"server": os.environ.get(IDENTITY, ""), "owner": self._owner, "silent": silent})

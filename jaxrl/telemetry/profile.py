@@ -7,6 +7,9 @@ from pathlib import Path
 
 import jax
 
+from jaxrl.telemetry.expendable import Expendable
+from jaxrl.types import Say
+
 
 def resources() -> dict[str, float]:
     """This process's resident memory, open files and, where the backend reports it, its first device's peak memory."""
@@ -37,18 +40,18 @@ class Compilations:
 class Profile:
     """Traces `steps` steps, from the second on: the first one compiles. Read it with XProf or TensorBoard."""
 
-    def __init__(self, folder: Path, first: int, steps: int) -> None:
+    def __init__(self, folder: Path, first: int, steps: int, say: Say = print) -> None:
         self._folder, self._first, self._last = folder, first + 1, first + steps
-        self._running = False
+        self._running, self._attempt = False, Expendable(folder, say)
 
     def begin(self, step: int) -> None:
         if self._running and step > self._last:
             self.close()
         elif step == self._first <= self._last:
-            jax.profiler.start_trace(str(self._folder))
             self._running = True
+            self._attempt(lambda: jax.profiler.start_trace(str(self._folder)))
 
     def close(self) -> None:
         if self._running:
-            jax.profiler.stop_trace()
             self._running = False
+            self._attempt(jax.profiler.stop_trace)

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from jaxrl.files import write_atomically
+from jaxrl.files import write_atomically, writing
 from jaxrl.types import Detokenize, FinishReason, Groups
 
 DIGITS = 4  # of a log-probability
@@ -40,13 +40,13 @@ def write_rollouts(directory: Path, step: int, groups: Groups, detokenize: Detok
     rollouts/vocabulary.json has the text of every token id that the files hold, so that no reader needs the tokenizer.
     """
     folder = directory / "rollouts"
-    folder.mkdir(exist_ok=True)
     _add_to_vocabulary(folder / "vocabulary.json", groups, detokenize)
     rows = _rows_of(step, groups, detokenize)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / f"step_{step:06d}.jsonl", text)
     for old in rollout_files(directory)[:-keep] if keep else []:
-        old.unlink()
+        with writing(old):
+            old.unlink(missing_ok=True)
 
 
 def rollout_files(directory: Path) -> list[Path]:

@@ -16,8 +16,10 @@ import jax
 from jaxrl.types import Say
 
 # In the order of a step. "score" turns the verifier's marks into rewards and advantages.
-Phase = Literal["sample", "exchange", "score", "old_logprobs", "update", "publish"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
+StepPhase = Literal["sample", "exchange", "score", "old_logprobs", "update", "publish"]
+PHASES: tuple[StepPhase, ...] = get_args(StepPhase)
+# Between steps: watched too, and no part of a step's time.
+Phase = StepPhase | Literal["report", "checkpoint", "evaluation"]
 HISTORY = 20  # times of a phase that say how long it usually takes
 UNUSUAL = 5  # times its median makes a phase worth a line
 
@@ -72,12 +74,14 @@ def watchdog(timer: Timer, say: Say, least: float = 120.0) -> Iterator[None]:
             if not (now := timer.now):
                 continue
             (phase, began), took = now, time.monotonic() - now[1]
-            usual = statistics.median(timer.last[phase] or [0.0])
+            before = timer.last[phase]
+            usual = statistics.median(before) if before else 0.0
             if took > max(least, UNUSUAL * usual, 2 * reported.get(f"{phase} {began}", 0.0)):
                 reported.clear()
                 reported[f"{phase} {began}"] = took
                 host = socket.gethostname()
-                say(f"{phase} has taken {took:.0f} s on {host}; usually it takes {usual:.0f} s")
+                known = f"usually it takes {usual:.0f} s" if before else "it is the first"
+                say(f"{phase} has taken {took:.0f} s on {host}; {known}")
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import socket
+import struct
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from jaxrl.errors import InputError
-from jaxrl.files import write_atomically
+from jaxrl.files import write_atomically, writing
+from jaxrl.telemetry.expendable import Expendable
 from jaxrl.types import Say
 
 # A row of metrics.jsonl: the step, 0 for the first, and its metrics by name; None where a value is not finite.
@@ -36,38 +40,74 @@ class JsonLines:
         rows, damaged = read_rows(path)
         if damaged:
             aside = path.with_name("metrics.damaged.jsonl")
-            with aside.open("ab") as file:
+            with writing(aside), aside.open("ab") as file:
                 file.write(b"".join(line.rstrip(b"\n") + b"\n" for line in damaged))
             say(
                 f"{path}: {len(damaged)} lines were damaged and are now in {aside}; the other {len(rows)} are kept"
             )
         kept = [row for row in rows if row["step"] < start]  # type: ignore[operator]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # `log` has flushed, or raised
+            self._file.close()
 
 
 class TensorBoard:
-    """Event files of TensorBoard; events from `start` on are purged."""
+    """Event files of TensorBoard; events from `start` on are purged. After a failed write there are no more.
 
-    def __init__(self, folder: Path, start: int) -> None:
-        from tensorboardX import SummaryWriter
+    tensorboardX's SummaryWriter is left out: its thread ends on a full disk and when the clock is set back, and then
+    whoever logs waits for ever.
+    """
 
-        self._board = SummaryWriter(str(folder), purge_step=start)
+    def __init__(self, folder: Path, start: int, say: Say) -> None:
+        self._attempt = Expendable(folder, say)
+        self._file: BinaryIO | None = None
+
+        def begin() -> None:
+            from tensorboardX.proto.event_pb2 import SessionLog
+
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}").open("ab")
+            self._write(file_version="brain.Event:2")
+            self._write(step=start, session_log=SessionLog(status=SessionLog.START))
+
+        self._attempt(begin)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        for name, value in metrics.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        def write() -> None:
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            shown = {name: value for name, value in metrics.items() if value is not None}
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
+            self._write(step=step, summary=Summary(value=values))
+
+        self._attempt(write)
+
+    def _write(self, **fields: object) -> None:
+        """Appends an event as TensorFlow's record: length, data, and a checksum of each."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
+
+        assert self._file
+        data = Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        for part in (length, data):
+            self._file.write(part + struct.pack("<I", masked_crc32c(part)))
+        self._file.flush()
 
     def close(self) -> None:
-        self._board.close()
+        if self._file:
+            with suppress(OSError):  # `log` has flushed, or failed
+                self._file.close()
 
 
 @contextmanager
@@ -81,7 +121,7 @@ def open_trackers(
             trackers.append(JsonLines(directory / "metrics.jsonl", start, say))
             stack.callback(trackers[-1].close)
         if enabled and tensorboard:
-            trackers.append(TensorBoard(directory / "tensorboard", start))
+            trackers.append(TensorBoard(directory / "tensorboard", start, say))
             stack.callback(trackers[-1].close)
         yield trackers
 

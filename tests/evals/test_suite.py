@@ -160,10 +160,13 @@ def test_options_of_servers_are_settings_but_for_their_memory(
     base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("eval", base, "--benchmarks", mine, "--out", tmp_path, *OPTIONS, "--servers", 1)
-    command += ("--sampler.vllm", "no-such-vllm")
+    program = tmp_path / "vllm"
+    program.write_text('#!/bin/sh\ntest "$1" = --version && echo 0.32.0+cpu\n')
+    program.chmod(0o755)
+    command += ("--sampler.vllm", program)
     for options, said in (
-        ("--gpu-memory-utilization=0.9", "no such program"),
-        ("--gpu-memory-utilization 0.5 --max-num-seqs 8", "no such program"),
+        ("--gpu-memory-utilization=0.9", "the vLLM server stopped"),
+        ("--gpu-memory-utilization 0.5 --max-num-seqs 8", "the vLLM server stopped"),
         ("--kv-cache-dtype fp8 --max-num-seqs 8", "of vllm_options = none, not --kv-cache-dtype fp8;"),
     ):
         assert said in refused(capsys, *command, f"--sampler.vllm-options={options}")

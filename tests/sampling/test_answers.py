@@ -65,7 +65,14 @@ def logprob(value: object) -> Callable[[JsonObject], JsonObject]:
 
 
 def become(ids: list[int], reason: str) -> Callable[[JsonObject], JsonObject]:
-    return lambda _: {"choices": [choice | {"finish_reason": reason} for choice in answer_of(ids)["choices"]]}
+    def change(answer: JsonObject) -> JsonObject:
+        version = answer["choices"][0]["weight_versions"][0]["version"]
+        choices = answer_of(ids)["choices"]
+        for choice in choices:
+            choice["weight_versions"][0]["version"] = version
+        return {"choices": [choice | {"finish_reason": reason} for choice in choices]}
+
+    return change
 
 
 HOSTILE: dict[str, tuple[Callable[[JsonObject], Any], str]] = {
@@ -194,7 +201,7 @@ def test_an_answer_that_was_changed_anywhere_is_refused_or_is_a_completion(
     else:
         at.insert(path[-1], at[path[-1]])
     try:
-        rollouts = read_answer(answer, PROMPTS[0], 2, SAMPLING, VOCABULARY, range(1))
+        rollouts = read_answer(answer, PROMPTS[0], 2, SAMPLING, VOCABULARY, {"0": 0})
     except BadAnswer as error:
         assert "\n" not in str(error)
         return
@@ -220,10 +227,10 @@ def test_samples_come_in_the_order_of_their_indices_with_the_oldest_of_their_ver
         {"version": "5", "start": 3, "end": 4},
     ]
     answer["choices"][1]["weight_versions"][0]["version"] = "7"
-    rollouts = read_answer(answer, PROMPTS[0], 2, SAMPLING, VOCABULARY, range(5, 8))
+    rollouts = read_answer(answer, PROMPTS[0], 2, SAMPLING, VOCABULARY, {"5": 5, "6": 6, "7": 7})
     assert [(r.version, r.finish_reason) for r in rollouts] == [(7, "length"), (5, "length")]
     with pytest.raises(BadAnswer, match=r"of weights '5', not \['6', '7'\]"):
-        read_answer(answer, PROMPTS[0], 2, SAMPLING, VOCABULARY, range(6, 8))
+        read_answer(answer, PROMPTS[0], 2, SAMPLING, VOCABULARY, {"6": 6, "7": 7})
 
 
 def test_an_answer_that_drips_for_ever_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

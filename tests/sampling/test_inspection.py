@@ -11,7 +11,7 @@ import pytest
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
 from jaxrl.sampling.answers import Needs
-from jaxrl.sampling.vllm import VLLMSampler, never
+from jaxrl.sampling.vllm import VLLMSampler, never, version_name
 from jaxrl.types import JsonObject, Prompt, SamplingParams
 from json_server import serving
 from vllm_stand_in import DEFAULT, Nothing, Server
@@ -110,7 +110,7 @@ def test_a_server_that_was_started_anew_unseen_is_inspected_before_it_gets_weigh
     assert line.startswith(f"{one.url} gives log-probs from before sampling") and one.weights == DEFAULT
     one.start_anew()
     sampler.publish(None, 3)
-    assert sampler.served() == {one.url, other.url} and one.weights == "3"
+    assert sampler.served() == {one.url, other.url} and one.weights == version_name(3)
     sampler.close()
 
 

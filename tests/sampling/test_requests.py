@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -87,12 +86,6 @@ def test_a_server_that_cuts_completions_is_an_error_of_the_input(
     server: Server, sampler: VLLMSampler
 ) -> None:
     server.completion, server.reason = [7, 7], "length"
-
-    def cut_no_more() -> None:  # so that asking again would end
-        server.wait_for(2)
-        server.reason = "stop"
-
-    threading.Thread(target=cut_no_more, daemon=True).start()
     with pytest.raises(
         InputError, match=r"cut a completion at 1 \+ 2 tokens; start it with --max-model-len 5"
     ):
@@ -114,3 +107,16 @@ def test_an_interruption_loses_no_answer(server: Server, sampler: VLLMSampler) -
     with pytest.raises(KeyboardInterrupt):
         sampler.generate(PROMPTS, 1, SAMPLING, (1,), keep)
     assert sorted(called) == [prompt.id for prompt in PROMPTS]
+
+
+def test_a_server_to_which_another_run_has_published_ends_the_run(
+    server: Server, sampler: VLLMSampler
+) -> None:
+    """Whatever number its version has: what it completes is not this run's, and publishing again would spoil its."""
+    server.weights = "0123abcd:0"
+    taken = rf"{server.url}: another run samples there; wait for it, or name other"
+    with pytest.raises(InputError, match=taken):
+        sampler.generate(PROMPTS, 1, SAMPLING, (1,))
+    with pytest.raises(InputError, match=taken):
+        sampler.publish(None, 1)
+    assert server.weights == "0123abcd:0"

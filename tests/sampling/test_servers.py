@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+import tiny_run
+from jaxrl import cli, config
 from jaxrl.errors import InputError, RunError
 from jaxrl.sampling import servers
+from jaxrl.sampling.vllm_plugin import IDENTITY, OWNER
 from jaxrl.types import silent
+from json_server import JsonHandler, serving
 
 PROGRAM = """#!/bin/sh
 sleep 600 &
@@ -28,6 +36,19 @@ program, folder = sys.argv[1:]
 settings = servers.Settings(program, folder + "/server", "float32", max_tokens=8)
 servers.begin(servers.prepare(settings, Path(folder) / "log", on_cpu=True))
 time.sleep(600)
+"""
+
+
+# answers as vLLM with Guard does
+SERVES = f"""#!{sys.executable}
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from http.server import ThreadingHTTPServer
+from json_server import JsonHandler
+class Handler(JsonHandler):
+    def do_GET(self):
+        self.reply(200, {{"server": os.environ["{IDENTITY}"]}} if self.path == "{OWNER}" else {{}})
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
 
 
@@ -157,3 +178,142 @@ def test_a_server_that_does_not_get_ready_may_the_next_time(tmp_path: Path) -> N
     ):
         raise AssertionError
     assert_gone(pids_in(pids))
+
+
+class Foreign(JsonHandler):
+    """A server of another run, whose key may be the same."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        self.reply(200 if self.path == "/health" else self.status, {"server": "another", "owner": ""})
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "LET_GO", 0.2)
+
+
+@pytest.fixture
+def foreign() -> Iterator[ThreadingHTTPServer]:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Foreign)) as server:
+        yield server
+
+
+def serve(folder: Path, port: int = 0, text: str = SERVES) -> servers.Server:
+    program = folder / "vllm"
+    program.write_text(text)
+    program.chmod(0o755)
+    settings = servers.Settings(str(program), "model", "float32", max_tokens=8)
+    return servers.prepare(settings, folder / "servers" / "vllm_0.log", on_cpu=True, port=port)
+
+
+def test_a_port_that_another_program_has_is_named_with_it(
+    tmp_path: Path, foreign: ThreadingHTTPServer
+) -> None:
+    server = serve(tmp_path, foreign.server_port)
+    named = (
+        rf"http://127.0.0.1:{foreign.server_port}: no server can .*in use, process {os.getpid()} \(.*has it"
+    )
+    with pytest.raises(InputError, match=named):
+        servers.begin(server)
+    with pytest.raises(InputError, match=r"port 65536 of 127\.0\.0\.1: the last one is 65535"):
+        serve(tmp_path, 65536)
+
+
+def test_a_server_is_ready_when_it_answers_itself(tmp_path: Path) -> None:
+    server = serve(tmp_path)
+    assert not server.well()
+    servers.begin(server)
+    servers.wait(server, 60)
+    assert server.restart(unwell=301)  # at the same port
+    servers.wait(server, 60)
+    same = serve(tmp_path, urlsplit(server.url).port or 0)  # as another host of the run has it
+    assert same.well()
+    server.kill()
+    assert not server.well() and not same.well()
+
+
+@pytest.mark.parametrize("status", [200, 401, 404])
+def test_a_server_of_another_run_is_not_taken_for_the_own(
+    status: int, tmp_path: Path, foreign: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Foreign, "status", status)
+    server = serve(tmp_path, foreign.server_port)
+    assert servers.well(server.url)
+    message = rf"127.0.0.1:{foreign.server_port}: process {os.getpid()} \(.*\) answers in place of a server of this run"
+    with pytest.raises(InputError, match=message):
+        server.well()
+
+
+def test_a_port_that_is_lost_while_a_server_restarts_is_named(tmp_path: Path) -> None:
+    server = serve(tmp_path, text=PROGRAM)  # it does not listen
+    servers.begin(server)
+    with (
+        serving(ThreadingHTTPServer(("127.0.0.1", urlsplit(server.url).port or 0), Foreign)),
+        pytest.raises(InputError, match=f"process {os.getpid()} .* has it"),
+    ):
+        server.restart(unwell=301)
+    server.kill()
+
+
+def check_startable(folder: Path, text: str, gpus: tuple[str, ...] = (), **section: object) -> None:
+    program = folder / "vllm"
+    if text:
+        program.write_text(text)
+        program.chmod(0o755)
+    values = {"rollout": {"engine": "vllm"}, "sampler": {"servers": 1, "vllm": str(program)} | section}
+    servers.require_startable(config.from_dict(values), servers.Devices(gpus))
+
+
+CPU_BUILD, CUDA_BUILD = "#!/bin/sh\necho WARNING >&2; echo 0.32.0+cpu\n", "#!/bin/sh\necho 0.32.1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "message"),
+    [
+        ("", (), "vllm: no such program; run make vllm"),
+        ("#!/bin/sh\n", (), r"is no vLLM .*\(it prints nothing\)"),
+        ("#!/bin/sh\necho ls 9.1\n", (), r"is no vLLM .*\(ls 9.1\)"),
+        ("#!/no/such/python\n", (), "cannot be run .*No such file or directory: '/no/such/python'"),
+        (f"#!{sys.executable}\n", (), r"is no vLLM .*No package metadata was found for vllm"),
+        ("#!/bin/sh\necho 0.31.0+cpu\n", (), r"is vLLM 0.31.0\+cpu; jaxrl works with 0.32"),
+        (CUDA_BUILD, (), "is vLLM 0.32.1, and no GPU is visible; run make vllm VLLM_FOR=cpu"),
+        (CPU_BUILD, ("0",), "for CPUs, and this machine has GPUs; run make vllm VLLM_FOR=cuda"),
+        (CUDA_BUILD, ("0", "2"), "CUDA_VISIBLE_DEVICES names GPU 2, and this machine has 2"),
+        (CUDA_BUILD, ("GPU-3",), "CUDA_VISIBLE_DEVICES names GPU GPU-3, and this machine has 2"),
+    ],
+)
+def test_servers_that_cannot_start_are_refused_at_once(
+    text: str, gpus: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "list_gpus", lambda: ["GPU 0: (UUID: GPU-1)", "GPU 1: (UUID: GPU-2)"])
+    with pytest.raises(InputError, match=message):
+        check_startable(tmp_path, text, gpus)
+
+
+def test_servers_that_can_start_are_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "list_gpus", lambda: ["GPU 0: (UUID: GPU-1)", "GPU 1: (UUID: GPU-2)"])
+    check_startable(tmp_path, CPU_BUILD)
+    check_startable(tmp_path, CUDA_BUILD, ("0", "1", "GPU-2"))
+    with pytest.raises(
+        InputError, match=r"has --tensor-parallel-size 2, and a server of sampler\.servers gets one"
+    ):
+        check_startable(tmp_path, CUDA_BUILD, ("0",), vllm_options=["--tensor-parallel-size", "2"])
+    (tmp_path / "vllm").chmod(0o644)
+    monkeypatch.setattr(shutil, "which", lambda _: None)  # root may run everything
+    with pytest.raises(InputError, match="vllm: may not be run; run make vllm"):
+        check_startable(tmp_path, "")
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_vllm_that_is_missing_is_said_before_anything_is_loaded(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is neither a model nor data."""
+    recipe = tiny_run.write_recipe(tmp_path, tmp_path / "no" / "base")
+    arguments = [str(recipe)] if command == "train" else [str(tmp_path / "no"), "--recipe", str(recipe)]
+    sampler = ["--rollout.engine", "vllm", "--sampler.servers", "1", "--sampler.vllm", "no-such-vllm"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *arguments, *sampler])
+    assert ended.value.code == 2 and "no-such-vllm: no such program" in capsys.readouterr().err

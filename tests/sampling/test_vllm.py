@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import jax
@@ -62,6 +64,21 @@ def running(
 ) -> Iterator[list[servers.Server]]:
     with servers.running(2, settings(model[0]), tmp_path_factory.mktemp("servers")) as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Closes all samplers of a test, whose servers may then be another process's."""
+    opened, init = list[VLLMSampler](), VLLMSampler.__init__
+
+    def remembered(self: VLLMSampler, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        opened.append(self)
+
+    monkeypatch.setattr(VLLMSampler, "__init__", remembered)
+    yield
+    for sampler in opened:
+        sampler.close()
 
 
 def make_sampler(
@@ -532,3 +549,37 @@ def test_a_server_listens_where_it_was_told_to(model: tuple[Path, Model], tmp_pa
         sampler.publish(model[1].params, 0)
         assert_from(model[1], model[1].params, sampler.generate(make_prompts(2), 2, SAMPLING, (1,)))
         assert not servers.well(started[0].url.replace("127.0.0.2", "127.0.0.1"))
+
+
+def test_a_server_has_one_run_at_a_time(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    """A second run is refused and changes nothing; another gets the servers once the first has ended, or was killed."""
+    urls = [server.url for server in running]
+    sampler = make_sampler(urls, model[1], tmp_path / "weights")
+    sampler.publish(model[1].params, 3)
+    second = start_training(tmp_path / "second", model[0], urls, steps=1)
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode == 2 and f"{urls[0]}: process {os.getpid()} on " in output, output
+    groups = sampler.generate(make_prompts(8), 2, SAMPLING, (1,))
+    assert_from(model[1], model[1].params, groups)
+    assert {rollout.version for group in groups for rollout in group} == {3}
+    sampler.close()
+
+    killed = start_training(tmp_path / "killed", model[0], urls, steps=1000)
+    while not (tmp_path / "killed" / "run" / "metrics.jsonl").exists():
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.1)
+    killed.kill()
+    killed.wait()
+    last = start_training(tmp_path / "last", model[0], urls, steps=1)
+    output, _ = last.communicate(timeout=300)
+    assert last.returncode == 0 and f"process {killed.pid} on " in output, output
+    assert "has not given it back; watching for 35 s" in output
+
+
+def start_training(folder: Path, base: Path, urls: list[str], steps: int) -> subprocess.Popen[str]:
+    folder.mkdir()
+    values = {"rollout.max_tokens": 16, "packing.bucket_tokens": 16, "sampler.folder": str(folder / "shm")}
+    recipe = tiny_run.write_recipe(folder, base, **values, **{"run.steps": steps})
+    return tiny_run.jaxrl("train", recipe, "--samplers", ",".join(urls), JAXRL_API_KEY=api_key())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from faults import largest_file
 from jaxrl.errors import InputError
-from jaxrl.telemetry.trackers import finite, open_trackers, read_metrics
+from jaxrl.telemetry.trackers import TensorBoard, finite, open_trackers, read_metrics
 
 
 def test_metrics_survive_a_restart_without_the_steps_to_be_repeated(tmp_path: Path) -> None:
@@ -37,6 +39,49 @@ def test_tensorboard_has_the_tags(tmp_path: Path) -> None:
             tracker.log(0, {"policy/entropy": 0.5, "update/grad_norm": None})
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"policy/entropy" in events.read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["full", "full at the start", "no folder", "clock"])
+def test_tensorboard_that_fails_is_dropped_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    lines, metrics = list[str](), finite({f"a/{i}": 0.5 for i in range(60)})
+    if fault == "no folder":
+        (tmp_path / "tensorboard").touch()
+    with largest_file({"full": 5_000, "full at the start": 10}.get(fault, 10**9)):
+        tracker = TensorBoard(tmp_path / "tensorboard", 0, lines.append)
+        for step in range(30):  # SummaryWriter's queue had room for ten events
+            if fault == "clock" and step == 3:
+                monkeypatch.setattr(time, "time", lambda: 1e9)
+            tracker.log(step, metrics)
+        tracker.close()
+    assert len(lines) == (fault != "clock")
+    assert all("tensorboard: cannot be written" in line and "goes on without it" in line for line in lines)
+
+
+def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    tracker = TensorBoard(tmp_path, 7, print)
+    tracker.log(7, {"policy/entropy": 0.5, "update/grad_norm": None})
+    tracker.close()
+    (path,) = tmp_path.iterdir()
+    data, events = path.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    assert [event.step for event in events] == [0, 7, 7]
+    assert [(v.tag, v.simple_value) for v in events[2].summary.value] == [("policy/entropy", 0.5)]
+
+
+def test_a_full_disk_under_the_metrics_ends_the_run(tmp_path: Path) -> None:
+    full = pytest.raises(InputError, match=r"metrics\.jsonl: cannot be written \(File")
+    with open_trackers(tmp_path, 0, tensorboard=False) as (tracker,), largest_file(100), full:
+        for step in range(30):
+            tracker.log(step, {})
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(len(steps))) and steps
 
 
 def test_other_processes_have_no_trackers(tmp_path: Path) -> None:

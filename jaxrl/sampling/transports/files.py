@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import stat
 from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -11,14 +13,15 @@ from typing import IO, NamedTuple
 import numpy as np
 from blake3 import blake3
 
-from jaxrl.errors import InputError, RunError
-from jaxrl.files import safetensors_header
+from jaxrl.errors import InputError
+from jaxrl.files import safetensors_header, writing
+from jaxrl.lock import alone
 from jaxrl.models import hf
 from jaxrl.models.config_json import describe
 from jaxrl.models.decoder import Config, Params
 from jaxrl.sampling.client import Client, Failures, ask_all
 from jaxrl.sampling.transports.base import cast, require_shapes
-from jaxrl.types import JsonObject
+from jaxrl.types import JsonObject, Say
 
 
 class Published(NamedTuple):
@@ -38,15 +41,17 @@ class Files:
         """
         Args:
           config: the model's.
-          folder: where the files go; every server must be able to read it (/dev/shm, a shared file system).
+          folder: where the files go, see `own_folder`; every server must be able to read it.
           dtype: of the served weights.
           limit: seconds for a server to load a file.
         """
         self._config, self._folder, self._dtype, self._limit = config, folder, dtype, limit
-        self._published: Published | None = None
+        self._kept: list[Published] = []  # the newest, and the one before it
 
     def prepare(self, params: Params, version: int) -> None:
-        self._published = write(params, self._config, self._folder, version, self._dtype)
+        spare = self._kept.pop(0).path if len(self._kept) > 1 else None
+        written = write(params, self._config, self._folder, version, self._dtype, spare)
+        self._kept = [*(kept for kept in self._kept if kept.path != written.path), written]
 
     def follow(self, params: Params) -> None:
         for _ in cast(params, self._config, self._dtype, split=True):
@@ -65,8 +70,8 @@ class Files:
         await ask_all(urls, functools.partial(self.greet, client), failed)  # it may have been restarted
 
     async def deliver(self, client: Client, urls: Sequence[str], failed: Failures) -> None:
-        assert self._published
-        info = {"path": str(self._published.path.absolute()), "blake3": self._published.blake3}
+        newest = self._kept[-1]
+        info = {"path": str(newest.path.absolute()), "blake3": newest.blake3}
 
         def update(url: str) -> Awaitable[JsonObject]:
             return client.order(url, "/update_weights", {"update_info": info}, self._limit)
@@ -77,46 +82,92 @@ class Files:
         pass
 
 
-def write(params: Params, config: Config, folder: Path, version: int, dtype: str = "bfloat16") -> Published:
-    """Writes FOLDER/weights_VERSION.safetensors; it and its predecessor are kept.
+@contextlib.contextmanager
+def own_folder(folder: Path, say: Say = print) -> Iterator[None]:
+    """Makes a folder for weights that one user alone can read and one run at a time owns; it ends without weights.
+
+    What a killed owner has left is deleted first, so nothing in it can be taken for newer than it is.
+
+    Raises:
+      InputError: if it is a link or another user's, or another run is at work there.
+      RunError: if the disk fails.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise InputError(f"{folder}: is no folder of this user; delete it, or set another sampler.folder")
+        folder.chmod(0o700)
+    with alone(folder, "publishing", say):
+        _clear(folder)
+        try:
+            yield
+        finally:
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.glob("weights_*"):
+        with contextlib.suppress(OSError):  # what cannot be deleted is named when it is in the way
+            path.unlink()
+
+
+def write(
+    params: Params,
+    config: Config,
+    folder: Path,
+    version: int,
+    dtype: str = "bfloat16",
+    spare: Path | None = None,
+) -> Published:
+    """Writes FOLDER/weights_VERSION.safetensors, which no other user can read.
 
     Each part is gathered and cast while the one before it is being written. The file appears under its name once it is
     complete.
 
+    Args:
+      params: the trainer's.
+      config: the model's.
+      folder: made if missing.
+      version: of the weights.
+      dtype: of the file.
+      spare: a file of `write` that nothing needs any more. It is overwritten and renamed: pages that tmpfs has already
+        allocated are written four times faster than new ones.
+
     Raises:
-      InputError: see `require_shapes` and `cast`; or if the folder is none that can be written to.
-      RunError: if the disk is full or fails.
+      InputError: see `require_shapes` and `cast`; or if the folder has no room or may not be written to.
+      RunError: if the disk fails.
     """
     require_shapes(params, config)
     path, hasher = folder / f"weights_{version:08d}.safetensors", blake3(max_threads=blake3.AUTO)
-    try:
-        with _recycled(folder, path) as file:
-            header = safetensors_header(hf.manifest(config), dtype)
-            hasher.update(header)
-            file.write(header)
-            for array in cast(params, config, dtype, split=True):
-                part = np.asarray(array).reshape(-1).view(np.uint8).data
-                hasher.update(part)
-                file.write(part)
-    except OSError as error:
-        no_folder = PermissionError, NotADirectoryError, FileExistsError
-        kind = InputError if isinstance(error, no_folder) else RunError
-        raise kind(f"{path}: cannot write the weights ({error.strerror}); choose another folder") from None
+    with writing(path), _becoming(path, spare) as file:
+        header = safetensors_header(hf.manifest(config), dtype)
+        hasher.update(header)
+        file.write(header)
+        for array in cast(params, config, dtype, split=True):
+            part = np.asarray(array).reshape(-1).view(np.uint8).data
+            hasher.update(part)
+            file.write(part)
     return Published(path, hasher.hexdigest(), version)
 
 
 @contextlib.contextmanager
-def _recycled(folder: Path, path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that becomes `path` when that is done: an older one than the newest, where there is one.
-
-    Overwriting pages that tmpfs has already allocated is four times faster than allocating new ones.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def _becoming(path: Path, spare: Path | None) -> Iterator[IO[bytes]]:
+    """A file to write, in the memory of `spare`, that becomes `path` when that is done. It follows no link."""
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    for spare in [*sorted(folder.glob("weights_*.safetensors"))[:-1], *folder.glob("*.partial")]:
+    if spare:
         spare.replace(partial)
-    partial.touch()
-    with partial.open("r+b") as file:
-        yield file
-        file.truncate()
-    partial.replace(path)
+    else:
+        partial.unlink(missing_ok=True)
+    new = 0 if spare else os.O_CREAT | os.O_EXCL
+    try:
+        with open(os.open(partial, os.O_RDWR | os.O_NOFOLLOW | new, 0o600), "r+b") as file:  # noqa: PTH123
+            yield file
+            file.truncate()
+        partial.replace(path)
+    except BaseException:  # Ctrl-C too
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,35 @@
+"""Files that are there completely or not at all, and what a failed write amounts to."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from faults import largest_file
+from jaxrl.errors import InputError, RunError
+from jaxrl.files import write_atomically, writing
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
+def test_a_write_that_fails_again_is_bad_input(number: int) -> None:
+    refused = pytest.raises(InputError, match=rf"^here: cannot be written \({os.strerror(number)}\); ")
+    with refused, writing(Path("here")):
+        raise OSError(number, os.strerror(number), "elsewhere.tmp")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT])
+def test_a_write_that_may_pass_is_tried_again(number: int) -> None:
+    passes = pytest.raises(RunError, match=r"^here: cannot be written .*; the same command tries again$")
+    with passes, writing(Path("here")):
+        raise OSError(number, os.strerror(number))
+
+
+def test_without_room_the_old_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    write_atomically(path, "old")
+    with largest_file(10), pytest.raises(InputError, match=r"new/file: cannot be written \(File too large"):
+        write_atomically(path, "x" * 100)
+    assert path.read_text() == "old"
