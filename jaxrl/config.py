@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import ipaddress
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import tomli_w
 import tyro
@@ -77,6 +79,24 @@ def _iso_date(text: str) -> str:
     return text
 
 
+def _server(text: str) -> str:
+    """The one spelling of a server's URL: scheme, host and port in lower case, without a slash at the end."""
+    text = text.strip()
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        host, port = parts.hostname or "", parts.port
+        if ":" in host and "%" not in host:
+            host = f"[{ipaddress.IPv6Address(host).compressed}]"
+        elif not re.fullmatch(r"[\w.-]+", host):
+            raise ValueError("no host")
+    except ValueError as error:
+        raise ValueError(f"not the URL of a server ({error}); IPv6 is http://[fd00::1]:8000") from None
+    more = parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None
+    if parts.scheme not in ("http", "https") or port == 0 or more:
+        raise ValueError("a server is http or https, a host and a port; its key is in JAXRL_API_KEY")
+    return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
+
+
 def _scalar(value: object) -> object:
     if not isinstance(value, bool | int | float | str) or value != value:
         raise ValueError("a template argument is text, a number or a boolean")
@@ -84,6 +104,7 @@ def _scalar(value: object) -> object:
 
 
 Date = Annotated[str, AfterValidator(_iso_date)]
+ServerURL = Annotated[str, AfterValidator(_server)]
 Argument = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 
@@ -209,7 +230,7 @@ class Rollout(Section):
 
 @dataclass(frozen=True)
 class Sampler(Section):
-    urls: tuple[str, ...] = ()
+    urls: tuple[ServerURL, ...] = ()
     """vLLM servers that are running, such as http://10.0.0.2:8000 (ours)."""
     servers: Count = 0
     """vLLM servers to start on this machine instead, and to stop with the run (ours)."""
@@ -230,6 +251,9 @@ class Sampler(Section):
     """Longest that a server may take to load weights before the run goes on without it (ours)."""
     patience_seconds: Positive = 600
     """How long to wait for a server that is gone before the run ends, to go on later (ours)."""
+    logprob_diff_limit: NonNegative = 0.0
+    """Nats a token by which sampler and trainer may differ on average; a step above ends the run once it is saved. 0
+    only warns, where they differ by far more than before (ours)."""
     max_staleness: Count = 0
     """Batches that are sampled ahead, by weights up to so many steps old, while the trainer updates (JustRL: 0)."""
     on_update: OnUpdate = "keep"
@@ -548,6 +572,10 @@ def _sampling_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         r.rollout.engine == "local" or bool(r.sampler.urls) != bool(r.sampler.servers),
         'rollout.engine = "vllm" needs either sampler.urls, of servers that run, or sampler.servers, to start so many',
+    )
+    yield (
+        len({*r.sampler.urls}) == len(r.sampler.urls),
+        f"sampler.urls = {', '.join(r.sampler.urls)}: a server is named twice; name each once",
     )
     yield (
         r.sampler.max_staleness == 0 or r.rollout.engine == "vllm",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import numpy as np
 from blake3 import blake3
 from jax.sharding import Mesh
 
@@ -26,15 +27,17 @@ from jaxrl.models import decoder, hf
 from jaxrl.models.tensors import hash_weights
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import make_mesh
+from jaxrl.parallel.signals import Stop
 from jaxrl.programs import Programs, build_programs
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.sampling.open import open_sampler
 from jaxrl.sampling.servers import Devices
+from jaxrl.telemetry import agreement
 from jaxrl.telemetry.profile import Compilations, Profile, resources
 from jaxrl.telemetry.progress import Progress
 from jaxrl.telemetry.rollouts import write_rollouts
 from jaxrl.telemetry.timer import Phase, Timer, watchdog
-from jaxrl.telemetry.trackers import Tracker, finite, open_trackers
+from jaxrl.telemetry.trackers import Tracker, finite, open_trackers, read_rows
 from jaxrl.types import Detokenize, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
 
 
@@ -108,6 +111,7 @@ class Run:
     timer: Timer
     profile: Profile
     say: Say
+    differences: list[float]  # `agreement.METRIC` of the steps so far, where it is known
 
     @property
     def recipe(self) -> config.Recipe:
@@ -130,8 +134,8 @@ class Run:
             self.progress.phase(name.replace("_", " "))
             yield
 
-    def log(self, step: int, record: Record) -> None:
-        """Reports a step: trackers, rollout files, progress."""
+    def log(self, step: int, record: Record) -> InputError | None:
+        """Reports a step: trackers, rollout files, progress. Returns why the run has to end after it, if it has to."""
         with self.phase("report"):
             run, metrics = self.recipe.run, step_metrics(self.recipe, self.setup.model, step, record)
             metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
@@ -143,6 +147,22 @@ class Run:
                 decode = self.setup.tokenizer.decode
                 write_rollouts(self.setup.directory, step, record.groups, decode, run.rollouts_keep)
         self.progress.step_done(step, metrics)
+        return self._disagreement(step, metrics[agreement.METRIC])
+
+    def _disagreement(self, step: int, value: float) -> InputError | None:
+        """Says where sampler and trainer agree less than before; the reason to end the run where the recipe has one."""
+        line = agreement.disagreement(self.differences, value)
+        if line:
+            self.say(f"step {step + 1}: {line}")
+        if np.isfinite(value):
+            self.differences.append(value)
+        limit = self.recipe.sampler.logprob_diff_limit
+        if not limit or not value > limit:
+            return None
+        return InputError(
+            f"step {step + 1}: {agreement.METRIC} = {value:.2g} is above sampler.logprob_diff_limit = {limit}; look at "
+            f"the servers' options and logs, and delete checkpoints/{step + 1} if the step is to be taken again"
+        )
 
     def evaluate(self, steps: int) -> None:
         """Evaluates what the sampler holds after so many steps, where the recipe wants that."""
@@ -244,7 +264,9 @@ def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
 
 
 @contextmanager
-def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say) -> Iterator[Run]:
+def open_run(
+    setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say, stop: Stop
+) -> Iterator[Run]:
     """Opens sampler, trackers and progress of a run that goes on from `start`; all of it ends with the context.
 
     Args:
@@ -253,20 +275,24 @@ def open_run(setup: Setup, checkpoints: Checkpoints, start: int, devices: Device
       start: steps done.
       devices: where started vLLM servers run.
       say: prints a line.
+      stop: once it is asked for, no server is waited for any more.
     """
     recipe, directory, chief = setup.recipe, setup.directory, processes.chief()
     if chief:
         write_atomically(directory / "recipe.toml", config.to_toml(recipe))
+    before = agreement.history(read_rows(directory / "metrics.jsonl")[0], start)
     timer = Timer()
     with (
         watchdog(timer, print),
         _finishing(checkpoints, timer),
-        open_sampler(recipe, setup.folder, setup.model, setup.mesh, say, devices) as sampler,
+        open_sampler(
+            recipe, setup.folder, setup.model, setup.mesh, say, devices, lambda: stop.asked
+        ) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
         closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
-        yield Run(setup, start, sampler, checkpoints, trackers, progress, timer, profile, say)
+        yield Run(setup, start, sampler, checkpoints, trackers, progress, timer, profile, say, before)
 
 
 @contextmanager

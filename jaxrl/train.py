@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxrl import config, prepare
+from jaxrl.errors import RunError
 from jaxrl.grpo import group_advantages
 from jaxrl.grpo.update import TrainState
 from jaxrl.lock import alone
@@ -51,8 +52,14 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
             if start and start >= recipe.run.steps and not setup.owes(start):
                 say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
                 return
-            with open_run(setup, checkpoints, start, devices, say) as run:
-                done = run_steps(run, state, stop)
+            with open_run(setup, checkpoints, start, devices, say, stop) as run:
+                try:
+                    done = run_steps(run, state, stop)
+                except RunError as error:
+                    if stop.asked:
+                        say(f"the step was not finished: {error}")
+                    stop.raise_if_asked()
+                    raise
         if done < recipe.run.steps:
             say(f"stopped after step {done}; the same command goes on from there")
             raise stop.reason
@@ -68,7 +75,8 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
     with closing(Prefetch(run.sample, run.start, steps, recipe.sampler.max_staleness)) as batches:
         for step in range(run.start, steps):
             state, record = one_step(run, state, step, batches)
-            run.log(step, record)
+            if problem := run.log(step, record):
+                stop.ask(problem)
             stopping = processes.any_of(stop.asked)
             done = step + 1
             evaluates = run.setup.evaluates(done)  # what it may be stopped in, so it is saved before

@@ -17,8 +17,10 @@ Server = TypeVar("Server", bound=ThreadingHTTPServer)
 class JsonHandler(BaseHTTPRequestHandler):
     """Answers in JSON, and logs nothing."""
 
-    def reply(self, status: int, body: JsonObject) -> None:
-        text = json.dumps(body).encode()
+    disable_nagle_algorithm = True  # headers and body are sent one after the other
+
+    def reply(self, status: int, body: JsonObject | bytes) -> None:
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()

@@ -261,6 +261,11 @@ IMPOSSIBLE = {
         ("rollout.engine", "sampler.urls", "sampler.servers", "either"),
         {"sampler": {"servers": 2}},
     ),
+    "a_server_twice": (
+        {"sampler": {"urls": ["http://a:80", "A:80/"]}},
+        ("sampler.urls", "http://a:80, http://a:80", "name each once"),
+        {"sampler": {"urls": ["http://a:80", "http://a:81"]}},
+    ),
     "ahead_on_the_same_devices": (
         {"sampler": {"max_staleness": 1}},
         ("sampler.max_staleness", "rollout.engine"),
@@ -390,3 +395,32 @@ def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.M
     recipe = config.load(path, ["--model.path", "~/base"])
     paths = (recipe.run.directory, recipe.data.path, recipe.model.path)
     assert paths == ("/home/me/runs/x", "/home/me/rows.jsonl", "/home/me/base")
+
+
+@pytest.mark.parametrize(
+    ("spelled", "url"),
+    {
+        "http://10.0.0.2:8000/": "http://10.0.0.2:8000",
+        " 10.0.0.2:8000 ": "http://10.0.0.2:8000",
+        "HTTP://Node-1.Example:8000//": "http://node-1.example:8000",
+        "https://node_1": "https://node_1",
+        "[FD00:0:0::1]:8000": "http://[fd00::1]:8000",
+    }.items(),
+)
+def test_a_servers_url_has_one_spelling(spelled: str, url: str) -> None:
+    recipe = config.from_dict({"rollout": {"engine": "vllm"}, "sampler": {"urls": [spelled]}})
+    assert recipe.sampler.urls == (url,)
+    assert config.from_dict(config.to_dict(recipe)) == recipe
+
+
+NO_SERVERS = [
+    *["", "http://", "http:///v1", "fd00::1:8000", "http://[fd00::1", "http://[zz]:1", "http://[fe80::1%eth0]:80"],
+    *["http://a:65536", "http://a:0", "http://a:b", "http://a b:80", "ftp://a:80", "http:/a:80", "http://a,b"],
+    *["http://user@a:80", "http://:key@a:80", "http://a:80/v1", "http://a:80?key=1", "http://a:80#x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelled", NO_SERVERS)
+def test_what_is_no_url_of_a_server_is_named(spelled: str) -> None:
+    with pytest.raises(InputError, match=r"sampler\.urls\.0 = .*a server|sampler\.urls\.0 = .*of a server"):
+        config.from_dict({"rollout": {"engine": "vllm"}, "sampler": {"urls": [spelled]}})

@@ -24,6 +24,10 @@ class Stop:
     armed = asked = False
     reason: BaseException = SystemExit(TRY_AGAIN)
 
+    def ask(self, reason: BaseException) -> None:
+        """Ends the run after this step."""
+        self.asked, self.reason = True, reason
+
     def arm(self) -> None:
         """Signals now wait for the end of a step. Raises `reason` if one came before and a library swallowed it."""
         self.armed = True

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from jaxrl import config
 from jaxrl.errors import InputError
 from jaxrl.results import HeldOutResult, TrainingResult
+from jaxrl.telemetry import agreement
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import MetricsRow, read_metrics
 from jaxrl.types import JsonObject
@@ -73,9 +74,10 @@ CHECKS = (
     ),
     Check(
         "sampler mismatch",
-        "sampler and trainer give a token log-probs that differ by over 0.02 nats on average in the last tenth",
-        ("sampler/logprob_diff_mean",),
-        lambda first, last: last > 0.02,
+        f"sampler and trainer give a token log-probs that differ by over {agreement.USUAL} nats on average in the last "
+        "tenth",
+        (agreement.METRIC,),
+        lambda first, last: last > agreement.USUAL,
     ),
     Check(
         "dead groups",

@@ -17,6 +17,8 @@ from jaxrl.types import JsonObject
 
 SUPPORTED = "0.32"  # the minor version of vLLM whose routes these are
 CONNECT = 10.0  # seconds
+REFUSALS = (400, 413)  # HTTP statuses that are about the request
+PASSING = (408, 425, 429)  # those after which the same request may succeed
 EXCERPT = 300  # characters that are shown of a server's error
 KEY = "JAXRL_API_KEY"
 WRONG_KEY = f"it wants another API key; {KEY} here has to be what VLLM_API_KEY is there"
@@ -45,20 +47,34 @@ def taken(url: str, owner: str) -> InputError:
 
 
 class ServerError(Exception):
-    """A server did not answer, or not as asked."""
+    """A server did not answer, or not as asked; it may the next time."""
+
+
+class BadAnswer(ServerError):
+    """A server answered with what it must not, and asked again would do the same."""
+
+
+class Refused(ServerError):
+    """A server is well, and refused this one request."""
+
+
+def _excerpt(answer: httpx.Response) -> str:
+    """The beginning of an answer in one line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in answer.text[:EXCERPT]).split())
 
 
 def _json(route: str, answer: httpx.Response) -> JsonObject:
-    """Raises: ServerError."""
+    """Raises: BadAnswer."""
     try:
-        return answer.json() if answer.content else {}
+        value = answer.json() if answer.content else {}
     except (ValueError, RecursionError):
-        raise ServerError(
-            f"{route} answered with something else than JSON: {answer.text[:EXCERPT]}"
-        ) from None
+        value = None
+    if not isinstance(value, dict):
+        raise BadAnswer(f"{route} answered with something else than a JSON object: {_excerpt(answer)}")
+    return value
 
 
-Failures = dict[str, ServerError]  # the reason for each server that failed, by URL
+Failures = dict[str, ServerError | InputError]  # the reason for each server that failed, by URL
 
 
 class Client:
@@ -80,29 +96,33 @@ class Client:
         Raises:
           ServerError: also if the server has no Guard, which keeps runs apart.
         """
-        answer = await self._request(method, url + OWNER, None, httpx.Timeout(limit))
+        answer = await self._request(method, url + OWNER, None, limit)
         if answer.status_code != 200:
             raise ServerError(f"{OWNER} answered {answer.status_code}")
         return _json(OWNER, answer)
 
     async def get(self, url: str, route: str, limit: float = CONNECT) -> JsonObject:
         """Raises: ServerError."""
-        answer = await self._request("GET", url + route, None, httpx.Timeout(limit))
+        answer = await self._request("GET", url + route, None, limit)
         if answer.status_code != 200:
             raise ServerError(f"{route} answered {answer.status_code}")
         return _json(route, answer)
 
-    async def post(self, url: str, route: str, body: JsonObject | None, limit: float) -> JsonObject | str:
-        """The answer, or the reason why the request itself was refused (HTTP 4xx).
-
-        Raises:
-          ServerError: for everything else, such as no answer within `limit` seconds.
+    async def post(self, url: str, route: str, body: JsonObject | None, limit: float) -> JsonObject:
         """
-        answer = await self._request("POST", url + route, body, httpx.Timeout(limit, connect=CONNECT))
-        if 400 <= answer.status_code < 500:
-            return f"HTTP {answer.status_code}: {answer.text[:EXCERPT]}"
-        if answer.status_code != 200:
-            raise ServerError(f"{route} answered {answer.status_code}: {answer.text[:EXCERPT]}")
+        Raises:
+          Refused: if the request itself is at fault (HTTP 400, 413).
+          BadAnswer: for other refusals, such as of a route that is not there, and answers that are no JSON object.
+          ServerError: for everything else, such as no answer within `limit` seconds, or too many requests (429).
+        """
+        answer = await self._request("POST", url + route, body, limit)
+        status, reason = answer.status_code, f"answered {answer.status_code}: {_excerpt(answer)}"
+        if status in REFUSALS:
+            raise Refused(f"HTTP {status}: {_excerpt(answer)}")
+        if 400 <= status < 500 and status not in PASSING:
+            raise BadAnswer(f"{route} {reason}")
+        if status != 200:
+            raise ServerError(f"{route} {reason}")
         return _json(route, answer)
 
     async def order(self, url: str, route: str, body: JsonObject | None, limit: float) -> JsonObject:
@@ -111,17 +131,18 @@ class Client:
         Raises:
           ServerError: if it does not.
         """
-        answer = await self.post(url, route, body, limit)
-        if isinstance(answer, str):
-            raise ServerError(f"{route}: {answer}")
-        return answer
-
-    async def _request(
-        self, method: str, url: str, body: JsonObject | None, timeout: httpx.Timeout
-    ) -> httpx.Response:
         try:
-            answer = await self._http.request(method, url, json=body, timeout=timeout)
-        except httpx.HTTPError as error:
+            return await self.post(url, route, body, limit)
+        except Refused as error:
+            raise ServerError(f"{route}: {error}") from None
+
+    async def _request(self, method: str, url: str, body: JsonObject | None, limit: float) -> httpx.Response:
+        try:
+            # httpx has limits for each part that arrives, and none for the whole
+            async with asyncio.timeout(limit + CONNECT):
+                timeout = httpx.Timeout(limit, connect=CONNECT)
+                answer = await self._http.request(method, url, json=body, timeout=timeout)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise ServerError(f"no answer ({type(error).__name__})") from None
         if answer.status_code == 401:
             raise ServerError(WRONG_KEY)
@@ -134,7 +155,7 @@ async def ask_all(urls: Sequence[str], ask: Callable[[str], Awaitable[object]], 
     """Asks all servers that have not failed yet, at once; adds those that fail now to `failed`."""
     left = [url for url in urls if url not in failed]
     for url, result in zip(left, await asyncio.gather(*map(ask, left), return_exceptions=True), strict=True):
-        if isinstance(result, ServerError):
+        if isinstance(result, ServerError | InputError):
             failed[url] = result
         elif isinstance(result, BaseException):
             raise result

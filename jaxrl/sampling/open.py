@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import local_mesh
 from jaxrl.sampling import servers
 from jaxrl.sampling.across_processes import Follower, Shared
+from jaxrl.sampling.answers import Needs
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.sampling.sampler import Sampler
 from jaxrl.sampling.transports.base import Transport
 from jaxrl.sampling.transports.files import Files, own_folder
 from jaxrl.sampling.transports.nccl import NCCL
-from jaxrl.sampling.vllm import VLLMSampler
+from jaxrl.sampling.vllm import VLLMSampler, going_on
 from jaxrl.types import Say
 
 
@@ -34,6 +35,7 @@ def open_sampler(
     mesh: Mesh,
     say: Say,
     devices: servers.Devices = servers.CPU,
+    stopping: Callable[[], bool] = going_on,
 ) -> Iterator[Shared]:
     """Opens the recipe's sampler; vLLM servers that are started for it end with the context.
 
@@ -46,12 +48,13 @@ def open_sampler(
       mesh: the trainer's, over which the in-process sampler decodes.
       say: prints a line.
       devices: where started servers run.
+      stopping: whether no server is to be waited for any more.
 
     Raises:
       InputError: if a server cannot be used, or one that is started ends at once.
       RunError: if a started server does not get ready in time.
     """
-    with open_own_sampler(recipe, folder, model, mesh, say, devices) as own:
+    with open_own_sampler(recipe, folder, model, mesh, say, devices, stopping) as own:
         yield Shared(own, jax.process_count() if recipe.rollout.engine == "local" else 1)
 
 
@@ -63,6 +66,7 @@ def open_own_sampler(
     mesh: Mesh,
     say: Say,
     devices: servers.Devices = servers.CPU,
+    stopping: Callable[[], bool] = going_on,
 ) -> Iterator[Sampler]:
     """Opens this process's part of `open_sampler`."""
     if recipe.rollout.engine == "local":
@@ -72,7 +76,7 @@ def open_own_sampler(
     with ExitStack() as stack:
         transport = _open_transport(recipe, model, say, stack)
         if processes.chief():
-            yield _open_vllm(recipe, folder, model, transport, say, devices, stack)
+            yield _open_vllm(recipe, folder, model, transport, say, devices, stopping, stack)
         else:
             yield Follower(transport)
 
@@ -97,6 +101,7 @@ def _open_vllm(
     transport: Transport,
     say: Say,
     devices: servers.Devices,
+    stopping: Callable[[], bool],
     stack: ExitStack,
 ) -> VLLMSampler:
     """Starts the servers that the recipe asks for, and opens a sampler in front of all there are."""
@@ -119,6 +124,8 @@ def _open_vllm(
     def restart(url: str, unwell: float) -> bool:
         return url in started and started[url].restart(unwell)
 
-    sampler = VLLMSampler(section.urls or list(started), transport, section, restart, say)
+    needs = Needs(model.vocab_size, recipe.max_tokens, recipe.model.dtype)
+    urls = section.urls or list(started)
+    sampler = VLLMSampler(urls, transport, section, restart, say, needs, stopping)
     stack.callback(sampler.close)
     return sampler

@@ -13,31 +13,47 @@ import functools
 import hashlib
 import queue
 import threading
-from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
-
-import numpy as np
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
+from jaxrl.json_fields import LARGEST, shown
 from jaxrl.models.decoder import Params
-from jaxrl.sampling.client import SUPPORTED, Client, Failures, ServerError, ask_all, taken, this_run
+from jaxrl.sampling.answers import Needs, read_answer
+from jaxrl.sampling.client import (
+    SUPPORTED,
+    BadAnswer,
+    Client,
+    Failures,
+    Refused,
+    ServerError,
+    ask_all,
+    taken,
+    this_run,
+)
+from jaxrl.sampling.lanes import RETRY, share_out
 from jaxrl.sampling.sampler import unchanged
 from jaxrl.sampling.transports.base import Transport
 from jaxrl.sampling.vllm_plugin import SILENCE
 from jaxrl.types import JsonObject, OnRollout, OnUpdate, Prompt, Rollout, SamplingParams, Say
 
 PAUSE: dict[OnUpdate, str] = {"keep": "keep", "drain": "wait"}  # vLLM's names for them
-LOOK = 0.2  # seconds between looks whether a batch is complete while a server is down
-RETRY = 1.0  # seconds between requests to a server that is down
+PROCESSED = "processed_logprobs"
+RAW = f"gives log-probs from before sampling; start it with --logprobs-mode {PROCESSED}"
+ANYTHING = Needs()
 JUST_BACK = 5.0  # seconds for which a server that was found well is not asked again
 BEAT = 10.0  # seconds from one sign of life at the servers to the next
 
 T = TypeVar("T")
-Ask = Callable[[str, int], Awaitable[None]]  # has a server answer the prompt of an index
 # (server, seconds that it has been unwell) to whether it was restarted
 Restart = Callable[[str, float], bool]
+
+
+def going_on() -> bool:
+    """The `stopping` of what is stopped by exceptions alone."""
+    return False
 
 
 def never(url: str, unwell: float) -> bool:
@@ -62,6 +78,8 @@ class VLLMSampler:
         section: config.Sampler | None = None,
         restart: Restart = never,
         say: Say = print,
+        needs: Needs = ANYTHING,
+        stopping: Callable[[], bool] = going_on,
     ) -> None:
         """
         Args:
@@ -71,14 +89,19 @@ class VLLMSampler:
             which `generate` and `publish` give up; a recipe's defaults where None.
           restart: called with a server that is down; returns whether it restarted it.
           say: prints a line.
+          needs: what the servers have to serve.
+          stopping: whether no server is to be waited for any more.
 
         Raises:
           InputError: if a server is not there, or is not one that this can work with.
         """
         self._urls, self._transport, self._restart, self._say = list(urls), transport, restart, say
-        self._settings = section or config.Sampler()
+        self._settings, self._needs, self._stopping = section or config.Sampler(), needs, stopping
         self._version: int | None = None  # newest, published or being published
         self._current: dict[str, int | None] = dict.fromkeys(urls)  # what each has, where that is known
+        self._named: dict[str, str] = {}  # how each server called its weights when it was last in order
+        self._instances: dict[str, object] = {}  # of each server: a number that each start of vLLM draws
+        self._wrong: dict[str, InputError] = {}  # servers that came back other than they have to be
         self._back: dict[str, float] = {}  # when each server was last found to be well
         self._claimed: list[str] = []  # the servers that keep other runs away
         self.dropped: dict[str, str] = {}
@@ -142,8 +165,9 @@ class VLLMSampler:
         on.
 
         Raises:
-          InputError: before `publish`, if no server takes any of the prompts, or if one cuts completions short.
-          RunError: if no server has answered within the patience.
+          InputError: before `publish`, if no server takes any of the prompts, or if all that are left came back other
+            than they have to be.
+          RunError: if no server is left: each is gone for longer than the patience, or answered with what it must not.
         """
         if self._version is None:
             raise InputError("the vLLM servers have no weights; publish some before generating")
@@ -153,7 +177,17 @@ class VLLMSampler:
         async def ask(url: str, p: int) -> None:
             arrived.put((p, await self._ask(url, prompts[p], samples, params, (*seed, first + p))))
 
-        work = asyncio.run_coroutine_threadsafe(self._generate(len(prompts), ask), self._loop)
+        async def ask_for_all() -> None:
+            lanes = max(1, min(self._settings.concurrency, -(-len(prompts) // len(self._urls))))
+            patience = self._settings.patience_seconds
+            refused = await share_out(
+                len(prompts), self._urls, lanes, ask, self._revive, patience, self._left
+            )
+            for p, error in refused.items():
+                self.dropped[prompts[p].id] = str(error)
+                self._say(f"prompt {prompts[p].id} was refused and is left out: {error}")
+
+        work = asyncio.run_coroutine_threadsafe(ask_for_all(), self._loop)
         work.add_done_callback(lambda _: arrived.put(None))
         try:
             while answer := arrived.get():
@@ -180,65 +214,25 @@ class VLLMSampler:
             future.cancel()
             raise
 
-    async def _generate(self, count: int, ask: Ask) -> None:
-        """Shares `count` prompts out among lanes of all servers, each with one request under way."""
-        waiting, open_, failures = deque(range(count)), set(range(count)), Counter[int]()
-        changed = asyncio.Condition()
-
-        async def serve(url: str) -> None:
-            """One lane of one server: takes prompts as long as there are any."""
-            while True:
-                async with changed:
-                    await changed.wait_for(lambda: waiting or not open_)
-                    if not open_:
-                        return
-                    p = waiting.popleft()
-                try:
-                    await ask(url, p)
-                except ServerError as error:
-                    async with changed:  # another lane may take it
-                        waiting.appendleft(p)
-                        changed.notify_all()
-                    await self._revive(url, error)
-                    failures[p] += 1
-                    if failures[p] * RETRY > self._settings.patience_seconds:
-                        raise RunError(
-                            f"{url}: {error}, at attempt {failures[p]}; see the server's log"
-                        ) from None
-                    await asyncio.sleep(RETRY)  # it may be well, and fail at this prompt again
-                    continue
-                async with changed:
-                    open_.remove(p)
-                    changed.notify_all()
-
-        lanes = max(1, min(self._settings.concurrency, -(-count // len(self._urls))))
-        tasks = {asyncio.create_task(serve(url)) for _ in range(lanes) for url in self._urls}
-        pending = tasks
-        try:
-            while open_:  # a server that is down does not hold up what others can finish
-                done, pending = await asyncio.wait(pending, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
-                errors = [error for task in done if (error := task.exception())]
-                if errors and (not pending or not isinstance(errors[0], RunError)):
-                    raise errors[0]
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
     async def _ask(
         self, url: str, prompt: Prompt, samples: int, params: SamplingParams, seed: tuple[int, ...]
     ) -> list[Rollout]:
         """All samples of one prompt.
 
         Raises:
-          InputError: if the server cuts completions short.
-          ServerError: if the server does not answer, or with other model weights than it should have.
+          InputError: if the server is not what it has to be.
+          BadAnswer: if it answers with something else than completions of the prompt.
+          Refused: if it does not take the prompt.
+          ServerError: if it does not answer, or has been started anew.
         """
+        if url in self._wrong:
+            raise self._wrong[url]
         oldest = self._current[url]
         if oldest is None:
             raise ServerError("it does not have the current weights")
+        different = samples if params.temperature else 1
         sampling = {
-            "n": samples if params.temperature else 1,
+            "n": different,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,
@@ -255,45 +249,48 @@ class VLLMSampler:
             "sampling_params": sampling,
         }
         limit = self._settings.request_seconds
-        answer = await self._client.post(url, "/inference/v1/generate", body, limit)
-        if isinstance(answer, str):  # refused: it would be refused everywhere
-            self.dropped[prompt.id] = answer
-            self._say(f"prompt {prompt.id} was refused and is left out: {answer}")
-            return []
         try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            rollouts = [self._rollout(url, prompt, params, choice, oldest) for choice in choices]
-        except InputError:  # is a ValueError
+            answer = await self._client.post(url, "/inference/v1/generate", body, limit)
+            known = self._names_since(oldest)
+            rollouts = read_answer(answer, prompt, different, params, self._needs.vocab_size, known, url)
+        except (Refused, BadAnswer, InputError):
+            found = await self._weights_of(url)
+            if is_foreign(found):
+                raise taken(url, "") from None
+            if found not in self._names_since(oldest):
+                self._current[url] = None
+                raise ServerError(f"it was started anew: it has weights {shown(found)}") from None
             raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise ServerError(f"it answered with something else than completions ({error!r})") from None
         return rollouts if params.temperature else rollouts * samples
 
-    def _rollout(
-        self, url: str, prompt: Prompt, params: SamplingParams, choice: JsonObject, oldest: int
-    ) -> Rollout:
-        tokens = np.array(choice["token_ids"], np.int32)
-        logprobs = np.array([entry["logprob"] for entry in choice["logprobs"]["content"]], np.float32)
-        versions, reason = {span["version"] for span in choice["weight_versions"]}, choice["finish_reason"]
-        known = {version_name(version) for version in range(oldest, (self._version or 0) + 1)}
-        if any(map(is_foreign, versions)):
-            raise taken(url, "")
-        if not versions <= known or len(tokens) != len(logprobs) or reason not in ("stop", "length"):
-            raise ServerError(f"a completion of weights {versions}, not {known}, ended by {reason}")
-        if reason == "length" and len(tokens) < params.max_tokens:
-            raise InputError(
-                f"{url} cut a completion at {len(prompt.tokens)} + {len(tokens)} tokens; start it with "
-                f"--max-model-len {len(prompt.tokens) + params.max_tokens} or more"
-            )
-        return Rollout(prompt, tokens, logprobs, reason, min(map(version_number, versions)), server=url)
+    def _names_since(self, oldest: int) -> dict[str, int]:
+        """The versions that a server may have, by name."""
+        return {version_name(version): version for version in range(oldest, (self._version or 0) + 1)}
+
+    async def _weights_of(self, url: str) -> str:
+        """What a server calls its weights: the version that it was given, or else vLLM's "default"."""
+        return str((await self._client.get(url, "/weight_info")).get("weight_version"))
+
+    def _left(self, url: str, error: Exception) -> None:
+        if self._wrong.get(url) is not error:  # said when it was found
+            self._say(f"{error}; it is not asked again for this batch")
 
     async def _load_everywhere(self, version: int) -> None:
         self._version = version
         failed = await self._load(self._urls)
         for url, error in failed.items():
-            self._say(f"{url} did not take weights {version}: {error}")
-        if len(failed) == len(self._urls):
-            await self._revive(*next(iter(failed.items())))
+            if url not in self._wrong:
+                self._say(f"{url} did not take weights {version}: {error}")
+
+        async def ask(url: str, _: int) -> None:
+            if url in self._wrong:
+                raise self._wrong[url]
+            if self._current[url] is None:
+                raise failed[url]
+
+        if len(failed) == len(self._urls):  # until one has them
+            patience = self._settings.patience_seconds
+            await share_out(1, self._urls, 1, ask, self._revive, patience, self._left)
 
     async def _load(self, urls: Sequence[str]) -> Failures:
         """Follows vLLM's update protocol: pausing frees the cache; only a server that took everything resumes.
@@ -309,15 +306,20 @@ class VLLMSampler:
             mode = PAUSE[self._settings.on_update]
             limit = self._settings.request_seconds if mode == "wait" else publish_limit
             await self._client.order(url, f"/pause?mode={mode}", None, limit)
-            await order(url, "/start_weight_update", None)
+            try:
+                await order(url, "/start_weight_update", None)
+            except ServerError:  # a run that was killed on the way may have left one open
+                await order(url, "/finish_weight_update", None)
+                await order(url, "/start_weight_update", None)
 
         async def resume(url: str) -> None:
             await order(url, "/finish_weight_update", {"weight_version": version_name(version)})
             await order(url, "/resume", None)
-            self._current[url] = version
+            self._current[url], self._named[url] = version, version_name(version)
 
         async with self._loading:
             version = self._version
+            await ask_all(urls, self._recognize, failed)
             await self._transport.connect(self._client, urls, failed)
             await ask_all(urls, pause, failed)
             await self._transport.deliver(self._client, urls, failed)
@@ -325,25 +327,46 @@ class VLLMSampler:
         self._current |= dict.fromkeys(failed)
         return failed
 
+    async def _recognize(self, url: str) -> None:
+        """Inspects a server unless it is as it was left: it may have been started anew, with other options.
+
+        Raises:
+          InputError, ServerError: see `_inspect`.
+        """
+        found = await self._weights_of(url)
+        if url not in self._wrong and found == self._named[url]:
+            return
+        try:
+            if self._current[url] is not None and is_foreign(found):
+                raise taken(url, "")
+            await self._inspect(url)
+        except InputError as error:
+            if len(self._urls) > 1 and str(error) != str(self._wrong.get(url)):
+                self._say(f"{error}; it is left out until it is right")
+            self._wrong[url] = error
+            raise
+        self._wrong.pop(url, None)
+
     async def _revive(self, url: str, error: ServerError) -> None:
         """Waits until a server is back, and gives it the current model weights before anything else.
 
         Raises:
-          RunError: after `patience_seconds`.
+          InputError: if it came back other than it has to be.
+          RunError: after `patience_seconds`, or when the run is to stop.
         """
         clock, patience = self._loop.time, self._settings.patience_seconds
-        async with self._reviving[url]:  # one lane asks for all of its server's
+        async with self._reviving[url]:
             unwell = began = clock()
-            if began < self._back.get(url, -1) + JUST_BACK:
+            just_back = self._current[url] is not None and began < self._back.get(url, -1) + JUST_BACK
+            if just_back and not self._stopping():
                 return
             self._say(f"{url}: {error}; waiting for it")
-            while clock() < began + patience:
+            reason: Exception = error
+            while clock() < began + patience and not self._stopping():
                 try:
-                    info = await self._client.get(url, "/weight_info")
-                    found = str(info.get("weight_version"))
-                    if self._current[url] is not None and is_foreign(found):
-                        raise taken(url, "")
-                    if self._current[url] is None or found != version_name(self._version):
+                    if self._current[url] is None or await self._weights_of(url) != version_name(
+                        self._version
+                    ):
                         # to its end, even if the batch ends without this server: it must not stay paused
                         failed = await asyncio.shield(self._load([url]))
                         if failed:
@@ -352,13 +375,14 @@ class VLLMSampler:
                     self._say(f"{url} is back, with weights {self._version}")
                     return
                 except ServerError as again:
-                    error = again
+                    reason = again
                 if await asyncio.to_thread(self._restart, url, clock() - unwell):
                     self._say(f"{url}: started again")
                     unwell = clock()
                 await asyncio.sleep(RETRY)
+        waited = f"{min(clock() - began, patience):.0f} s"
         raise RunError(
-            f"{url}: {error}; it was not back after {patience:.0f} s. Start it again and repeat the command"
+            f"{url}: {reason}; it was not back after {waited}. Start it again and repeat the command"
         )
 
     async def _claim_all(self) -> None:
@@ -405,7 +429,7 @@ class VLLMSampler:
                 raise InputError(f"{url}: {error}; is a vLLM server of this run there?") from None
 
     async def _inspect(self, url: str) -> None:
-        """Rejects a server whose settings would silently change the log-probabilities.
+        """Rejects a server that cannot serve the run, or whose settings would silently change log-probabilities.
 
         Raises:
           InputError: with the option that it has to be started with.
@@ -416,34 +440,85 @@ class VLLMSampler:
             raise InputError(f"{url} runs vLLM {version}; jaxrl works with {SUPPORTED}.*")
         limit = self._settings.publish_seconds
         info = await self._client.get(url, "/server_info?config_format=json", limit)
-        found = (info["vllm_config"]["weight_transfer_config"] or {}).get("backend")
-        backend = self._transport.backend
+        self._require_settings(url, _part(info, "vllm_config"))
+        await self._transport.greet(self._client, url)
+        if not await self._paused(url):
+            await self._require_processed(url)
+        self._named[url] = await self._weights_of(url)
+
+    def _require_settings(self, url: str, served: JsonObject) -> None:
+        """Rejects a server by the settings that it reports. Raises: InputError."""
+        found, backend = _part(served, "weight_transfer_config").get("backend"), self._transport.backend
         if found != backend:
             raise InputError(
                 f"{url} takes weights by {found}; start it with --weight-transfer-config "
                 f'\'{{"backend": "{backend}"}}\', or choose another sampler.transport'
             )
-        await self._transport.greet(self._client, url)
-        sampling = {"top_k": 1, "max_tokens": 1, "logprobs": 0, "detokenize": False}
-        body = {"token_ids": [0], "sampling_params": sampling}
-        limit = self._settings.request_seconds
-        answer = await self._client.post(url, "/inference/v1/generate", body, limit)
-        if isinstance(answer, str):
-            raise InputError(f"{url} takes no token ids ({answer}); start it with --enable-scale-out")
-        # with one candidate token the log-probability is 0, unless it is that of the logits before sampling
-        if answer["choices"][0]["logprobs"]["content"][0]["logprob"] != 0.0:
+        model, needs = _part(served, "model_config"), self._needs
+        positions, dtype = model.get("max_model_len"), str(model.get("dtype", needs.dtype))
+        if isinstance(positions, int) and positions < needs.max_tokens:
             raise InputError(
-                f"{url} gives log-probs from before sampling; start it with --logprobs-mode processed_logprobs"
+                f"{url} takes {positions} tokens of a prompt and its completion, and the recipe needs "
+                f"{needs.max_tokens}; start it with --max-model-len {needs.max_tokens} or more"
             )
+        if needs.dtype and dtype.removeprefix("torch.") != needs.dtype:
+            raise InputError(
+                f"{url} computes in {dtype.removeprefix('torch.')}, and the trainer in {needs.dtype}; start it with "
+                f"--dtype {needs.dtype}, or set model.dtype"
+            )
+        if model.get("logprobs_mode", PROCESSED) != PROCESSED:
+            raise InputError(f"{url} {RAW}")
+        self._instances[url] = instance = served.get("instance_id")
+        for other in self._urls:
+            if other != url and instance and self._instances.get(other) == instance:
+                raise InputError(f"{url} and {other} are the same server; name it once in sampler.urls")
+
+    async def _paused(self, url: str) -> bool:
+        """Whether a run was killed while the server waited for its weights: a request would wait too."""
+        try:
+            return (await self._client.get(url, "/is_paused")).get("is_paused") is True
+        except ServerError:  # whatever is wrong with it, the next request meets too
+            return False
+
+    async def _require_processed(self, url: str) -> None:
+        """Has one token sampled.
+
+        Raises:
+          InputError: if the server takes no token ids, has fewer than the model, or gives other log-probabilities.
+          ServerError: if it does not answer.
+        """
+        sampling: JsonObject = {"top_k": 1, "max_tokens": 1, "logprobs": 0, "detokenize": False}
+        if self._needs.vocab_size < LARGEST:
+            sampling["stop_token_ids"] = [self._needs.vocab_size - 1]
+        body = {"token_ids": [0], "sampling_params": sampling}
+        limit = (
+            self._settings.publish_seconds
+        )  # a publication waits for it, where the server was started anew
+        try:
+            answer = await self._client.post(url, "/inference/v1/generate", body, limit)
+            logprob = answer["choices"][0]["logprobs"]["content"][0]["logprob"]
+        except Refused as error:
+            raise InputError(f"{url} does not serve the recipe's model ({error})") from None
+        except BadAnswer as error:
+            raise InputError(
+                f"{url} takes no token ids ({error}); start it with --enable-scale-out"
+            ) from None
+        except (IndexError, KeyError, TypeError):
+            raise BadAnswer(f"no completion came, but {shown(answer)}") from None
+        # with one candidate token the log-probability is 0, unless it is that of the logits before sampling
+        if logprob != 0.0:
+            raise InputError(f"{url} {RAW}")
+
+
+def _part(value: JsonObject, name: str) -> JsonObject:
+    """An object in a JSON object; empty where there is none."""
+    found = value.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def version_name(version: int | None) -> str:
     """What servers call a version of this run's weights; no other run's has the same name."""
     return f"{this_run().partition(' ')[0]}:{version}"
-
-
-def version_number(name: str) -> int:
-    return int(name.rpartition(":")[2])
 
 
 def is_foreign(name: str) -> bool:

@@ -37,7 +37,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, start: int, say: Say) -> None:
-        rows, damaged = _read(path)
+        rows, damaged = read_rows(path)
         if damaged:
             aside = path.with_name("metrics.damaged.jsonl")
             with writing(aside), aside.open("ab") as file:
@@ -139,13 +139,13 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     Raises:
       InputError: if there are none.
     """
-    rows, _ = _read(path)
+    rows, _ = read_rows(path)
     if not rows:
         raise InputError(f"{path}: no metrics; give a run folder that has trained for a step")
     return rows
 
 
-def _read(path: Path) -> tuple[list[MetricsRow], list[bytes]]:
+def read_rows(path: Path) -> tuple[list[MetricsRow], list[bytes]]:
     """The rows of a file, and the lines that are none; a last one without an end is neither, but a killed process's."""
     rows, damaged = list[MetricsRow](), list[bytes]()
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxrl import config
-from jaxrl.errors import RunError
+from jaxrl.errors import InputError, RunError
 from jaxrl.models import Config
-from jaxrl.sampling.client import ServerError
+from jaxrl.sampling.client import BadAnswer, Refused, ServerError
+from jaxrl.sampling.lanes import Ask, share_out
 from jaxrl.sampling.transports.files import Files
 from jaxrl.sampling.vllm import VLLMSampler
 from jaxrl.types import Prompt, Rollout, SamplingParams, silent
@@ -63,3 +64,64 @@ def test_no_server_left_ends_the_run_which_may_go_on(tmp_path: Path, monkeypatch
     with pytest.raises(RunError, match=r"gone: no answer; it was not back after 0 s"):
         sampler.generate(PROMPTS, 2, SamplingParams(), (0,))
     sampler.close()
+
+
+def share(urls: list[str], ask: Ask, revived: list[str] | None = None) -> dict[int, Refused]:
+    """Shares prompts out among servers that do not come back; adds those that were waited for to `revived`."""
+
+    async def revive(url: str, error: ServerError) -> None:
+        if revived is not None:
+            revived.append(url)
+        await asyncio.sleep(0)
+        raise RunError(f"{url}: {error}; it was not back")
+
+    work = share_out(9, urls, 8, ask, revive, 0, lambda url, error: None)
+    return asyncio.run(asyncio.wait_for(work, 20))
+
+
+def test_the_lanes_of_a_server_wait_for_it_together() -> None:
+    """One after the other, they would wait as many times as long."""
+    revived = []
+
+    async def ask(url: str, p: int) -> None:
+        raise ServerError("no answer")
+
+    with pytest.raises(RunError, match="it was not back"):
+        share(["a", "b"], ask, revived)
+    assert sorted(revived) == ["a", "b"]
+
+
+@pytest.mark.parametrize("how", [BadAnswer, InputError, ServerError])
+def test_a_prompt_waits_for_no_server_that_has_left(how: type[Exception]) -> None:
+    """One server refuses it, and the other leaves by something else."""
+
+    async def ask(url: str, p: int) -> None:
+        await asyncio.sleep(0.01 * p)
+        if url == "leaves" and p > 2:
+            raise how("wrong")
+        if url == "stays" and p == 2:
+            raise Refused("too long")
+        if url == "leaves":
+            await asyncio.sleep(0.2)
+            raise how("wrong")
+
+    dropped = share(["leaves", "stays"], ask)
+    assert {p: str(error) for p, error in dropped.items()} == {2: "too long"}
+
+
+def test_an_error_of_the_input_is_what_ends_a_batch_that_no_server_can_finish() -> None:
+    async def ask(url: str, p: int) -> None:
+        raise {"wrong": InputError, "bad": BadAnswer, "gone": ServerError}[url](url)
+
+    with pytest.raises(InputError, match="wrong"):
+        share(["gone", "wrong", "bad"], ask)
+    with pytest.raises(RunError, match=r"bad: bad|gone: gone; it was not back"):
+        share(["gone", "bad"], ask)
+
+
+def test_what_is_no_error_of_a_server_ends_the_batch() -> None:
+    async def ask(url: str, p: int) -> None:
+        raise KeyError(p)
+
+    with pytest.raises(KeyError):
+        share(["a", "b"], ask)

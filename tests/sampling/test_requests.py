@@ -4,100 +4,21 @@ from __future__ import annotations
 
 import _thread
 import dataclasses
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from http.server import ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
-from jaxrl.sampling.client import Client, Failures
 from jaxrl.sampling.vllm import VLLMSampler
-from jaxrl.types import JsonObject, Prompt, Rollout, SamplingParams, silent
-from json_server import JsonHandler, serving
+from jaxrl.types import Prompt, Rollout, SamplingParams, silent
+from json_server import serving
+from vllm_stand_in import Nothing, Server
 
 SAMPLING = SamplingParams(max_tokens=4, stop_ids=(1,))
 PROMPTS = [Prompt(str(p), np.array([p], np.int32), "") for p in range(4)]
-
-
-class Server(ThreadingHTTPServer):
-    """Completes every prompt with `completion`, and fails at those whose first token `fails` names."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.completion, self.reason, self.fails = [7, 1], "stop", set[int]()
-        self.version = "default"  # of its weights
-        self.asked: list[int] = []  # first token of each prompt
-        self.changed = threading.Condition()
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def wait_for(self, asked: int) -> None:
-        """Returns once that many prompts were asked for."""
-        with self.changed:
-            assert self.changed.wait_for(lambda: len(self.asked) >= asked, 10)
-
-
-class Handler(JsonHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        weights = {"weight_transfer_config": {"backend": Nothing.backend}}
-        known: dict[str, JsonObject] = {
-            "/version": {"version": "0.32.0"},
-            "/server_info": {"vllm_config": weights},
-            "/weight_info": {"weight_version": self.server.version},
-        }
-        route = self.path.partition("?")[0]
-        self.reply(200 if route in known else 404, known.get(route, {}))
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
-        if "sampling_params" not in body:
-            self.server.version = body.get("weight_version", self.server.version)
-            return self.reply(200, {})
-        first, server = body["token_ids"][0], self.server
-        if "cache_salt" in body:  # not the request of the inspection
-            with server.changed:
-                server.asked.append(first)
-                server.changed.notify_all()
-            if first in server.fails:
-                return self.reply(503, {})
-        choice = {
-            "index": 0,
-            "token_ids": server.completion,
-            "logprobs": {"content": [{"logprob": 0.0} for _ in server.completion]},
-            "weight_versions": [{"version": server.version}],
-            "finish_reason": server.reason,
-        }
-        return self.reply(200, {"choices": [choice]})
-
-
-class Nothing:
-    """A transport that carries no weights."""
-
-    backend = "nothing"
-
-    def prepare(self, params: object, version: int) -> None: ...
-
-    def follow(self, params: object) -> None: ...
-
-    async def greet(self, client: Client, url: str) -> None: ...
-
-    async def connect(self, client: Client, urls: Sequence[str], failed: Failures) -> None: ...
-
-    async def deliver(self, client: Client, urls: Sequence[str], failed: Failures) -> None: ...
-
-    def done(self) -> None: ...
 
 
 @pytest.fixture
@@ -165,12 +86,6 @@ def test_a_server_that_cuts_completions_is_an_error_of_the_input(
     server: Server, sampler: VLLMSampler
 ) -> None:
     server.completion, server.reason = [7, 7], "length"
-
-    def cut_no_more() -> None:  # so that asking again would end
-        server.wait_for(2)
-        server.reason = "stop"
-
-    threading.Thread(target=cut_no_more, daemon=True).start()
     with pytest.raises(
         InputError, match=r"cut a completion at 1 \+ 2 tokens; start it with --max-model-len 5"
     ):
@@ -198,9 +113,10 @@ def test_a_server_to_which_another_run_has_published_ends_the_run(
     server: Server, sampler: VLLMSampler
 ) -> None:
     """Whatever number its version has: what it completes is not this run's, and publishing again would spoil its."""
-    server.version = "0123abcd:0"
-    with pytest.raises(
-        InputError, match=rf"{server.url}: another run samples there; wait for it, or name other"
-    ):
+    server.weights = "0123abcd:0"
+    taken = rf"{server.url}: another run samples there; wait for it, or name other"
+    with pytest.raises(InputError, match=taken):
         sampler.generate(PROMPTS, 1, SAMPLING, (1,))
-    assert server.version == "0123abcd:0"
+    with pytest.raises(InputError, match=taken):
+        sampler.publish(None, 1)
+    assert server.weights == "0123abcd:0"

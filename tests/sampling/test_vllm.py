@@ -25,6 +25,7 @@ from jaxrl.models import Model, initialize, load, save
 from jaxrl.models.decoder import Params
 from jaxrl.rope import RopeScaling
 from jaxrl.sampling import servers
+from jaxrl.sampling.answers import Needs
 from jaxrl.sampling.client import api_key
 from jaxrl.sampling.prefetch import Prefetch, Sampled
 from jaxrl.sampling.transports.files import Files
@@ -88,7 +89,8 @@ def make_sampler(
     restart: Restart = never,
     say: Say = silent,
 ) -> VLLMSampler:
-    return VLLMSampler(urls, Files(model.config, folder, "float32"), section, restart, say)
+    needs = Needs(model.config.vocab_size, 59, "float32")
+    return VLLMSampler(urls, Files(model.config, folder, "float32"), section, restart, say, needs)
 
 
 @pytest.fixture
@@ -318,6 +320,46 @@ def test_a_server_that_hangs_without_dying_loses_nothing(
     groups = sampler.generate(make_prompts(40), 2, SAMPLING, (10,))
     assert_from(model[1], model[1].params, groups)
     assert {rollout.server for group in groups for rollout in group} == set(urls)
+
+
+def test_a_server_with_other_options_is_refused_whenever_it_comes(
+    model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    """Started by hand with other options between two batches, and before the start."""
+    sampling = dataclasses.replace(SAMPLING, temperature=1.5)
+    with servers.running(1, settings(model[0]), tmp_path / "logs") as started:
+        server = started[0]
+        sampler = make_sampler([server.url], model[1], tmp_path / "weights")
+        sampler.publish(model[1].params, 0)
+        assert_from(model[1], model[1].params, sampler.generate(make_prompts(2), 2, sampling, (1,)), 1.5)
+
+        def start_with(option: str, value: str) -> None:
+            server.kill()
+            server.arguments[server.arguments.index(option) + 1] = value
+            servers.begin(server)
+            servers.wait(server, 300)
+
+        start_with("--logprobs-mode", "raw_logprobs")
+        with pytest.raises(InputError, match="start it with --logprobs-mode processed_logprobs"):
+            sampler.publish(model[1].params, 1)
+        sampler.close()
+        server.arguments[server.arguments.index("--logprobs-mode") + 1] = "processed_logprobs"
+        start_with("--max-model-len", "40")
+        with pytest.raises(InputError, match=r"takes 40 tokens .* start it with --max-model-len 59"):
+            make_sampler([server.url], model[1], tmp_path / "weights")
+
+
+def test_an_update_that_a_killed_run_left_open_is_done_again(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    headers = {"Authorization": f"Bearer {api_key()}"}
+    for route in ("/pause?mode=keep", "/start_weight_update"):
+        assert httpx.post(running[0].url + route, headers=headers, timeout=60).status_code == 200
+    sampler = make_sampler([running[0].url], model[1], tmp_path)
+    params = random_params(model[1], 3)
+    sampler.publish(params, 2)
+    assert_from(model[1], params, sampler.generate(make_prompts(4), 2, SAMPLING, (1,)))
+    sampler.close()
 
 
 def test_another_model_is_refused(
