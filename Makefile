@@ -16,7 +16,7 @@ VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 vllm test test-slow test-golden test-all test-gpu gpu test-vllm lint docs clean
+.PHONY: help install demo smollm2 vllm test test-slow test-chaos test-golden test-all test-gpu gpu test-vllm lint docs clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learned (RUN=, SEED=)"
@@ -24,6 +24,7 @@ help:
 	@echo "make vllm         vLLM in an environment of its own, $(VLLM_VENV)"
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
+	@echo "make test-chaos   a run that has TRIES=200 faults at random moments (SEED=)"
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
 	@echo "make test-all     all of these and test-vllm; the golden ones where GOLDEN is set"
 	@echo "make test-gpu     what only a GPU can show, on this machine's"
@@ -69,6 +70,11 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test smollm2
 	$(BIN)/python -m pytest -m slow $(PYTEST)
 
+TRIES ?= 200
+
+test-chaos: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m chaos --tries $(TRIES) --seed $(SEED) -s $(PYTEST)
+
 test-golden: $(VENV)/.installed-test
 	@test -n "$(GOLDEN)" || { echo "say where the vectors are: make test-golden GOLDEN=DIR"; exit 1; }
 	GOLDEN="$(GOLDEN)" $(BIN)/python -m pytest -m golden $(PYTEST)
@@ -94,7 +100,7 @@ $(VLLM_VENV)/.installed-cuda: pyproject.toml
 test-vllm: $(VENV)/.installed-test vllm
 	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m vllm $(PYTEST)
 
-test-all: test test-slow test-vllm $(if $(GOLDEN),test-golden)
+test-all: test test-slow test-chaos test-vllm $(if $(GOLDEN),test-golden)
 
 # GPU_PYTHON=python3 takes one that has everything already, and installs nothing
 GPU_PYTHON ?=

@@ -28,6 +28,11 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook(["jaxrl.grpo", "jaxrl.models"], "shapes.check")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tries", type=int, default=30, help="faults of the chaos test")
+    parser.addoption("--seed", type=int, default=0, help="of its random order")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model as a Hugging Face folder, see `tiny_run.make_base`; the compilation cache lies beside it."""
