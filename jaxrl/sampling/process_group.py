@@ -13,6 +13,8 @@ from pathlib import Path
 
 # kills a process group when this process is gone, even by SIGKILL: then its end of the pipe closes
 REAPER = 'read _; kill -s KILL -- -"$0"'
+# becomes the program once it has its reaper, and ends if this process is gone before
+GATE = 'read _ < "$0" && exec "$@"'
 
 
 @dataclasses.dataclass
@@ -24,6 +26,7 @@ class ProcessGroup:
       environment: variables set in addition to this process's own.
       log: file to which the output is appended; this process's own output where None.
       stdin: as `subprocess.Popen` takes it.
+      stderr: as `subprocess.Popen` takes it; not where there is a log.
       process: the program, once started.
     """
 
@@ -31,22 +34,28 @@ class ProcessGroup:
     environment: dict[str, str]
     log: Path | None = dataclasses.field(default=None, kw_only=True)
     stdin: int = dataclasses.field(default=subprocess.DEVNULL, kw_only=True)
+    stderr: int | None = dataclasses.field(default=None, kw_only=True)
 
     def start(self) -> None:
+        gate, start = os.pipe()
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(self.log.open("a")) if self.log else None
+            for end in (gate, start):
+                stack.callback(os.close, end)
             self.process = subprocess.Popen(
-                self.arguments,
+                ["sh", "-c", GATE, f"/dev/fd/{gate}", *self.arguments],
                 stdout=out,
-                stderr=subprocess.STDOUT if out else None,
+                stderr=subprocess.STDOUT if out else self.stderr,
                 stdin=self.stdin,
                 env=self._all_environment(),
+                pass_fds=[gate],
                 start_new_session=True,
             )
-        reaper, null = ["sh", "-c", REAPER, str(self.process.pid)], subprocess.DEVNULL
-        self._reaper = subprocess.Popen(
-            reaper, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
-        )
+            reaper, null = ["sh", "-c", REAPER, str(self.process.pid)], subprocess.DEVNULL
+            self._reaper = subprocess.Popen(
+                reaper, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+            )
+            os.write(start, b"\n")
 
     def send_signal(self, number: int) -> None:
         """Sends a signal to the program alone, not to what it started."""

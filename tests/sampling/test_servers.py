@@ -155,8 +155,8 @@ def test_gpus_are_those_that_the_driver_lists(tmp_path: Path, monkeypatch: pytes
 
 def test_each_server_gets_its_gpu_and_options(tmp_path: Path) -> None:
     program = tmp_path / "program"
-    # it ends at once, which is reported with what it printed
-    program.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $@"\n')
+    # it ends soon, which is reported with what it printed
+    program.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $@"\nsleep 0.5\n')
     program.chmod(0o755)
     devices = servers.Devices(["3", "5"], ["--gpu-memory-utilization", "0.3"])
     settings = servers.Settings(str(program), "model", "bfloat16", 0, chat=True, options=["--seed", "7"])
