@@ -173,8 +173,7 @@ def prepare(
     variables = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {}) | dict(environment or {})
     if settings.beyond:  # vLLM would refuse, though its tables reach as far as the scaling does
         variables["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    name = f"[{host}]" if ":" in host else host
-    return Server(f"http://{name}:{port}", log, command(settings, host, port, on_cpu), variables)
+    return Server(url_of(host, port), log, command(settings, host, port, on_cpu), variables)
 
 
 def begin(server: Server) -> None:
@@ -391,6 +390,11 @@ def _get(url: str) -> httpx.Response:
     # without certificates, which take longer to load than the answer
     headers = {"Authorization": f"Bearer {api_key()}"}
     return httpx.get(url, headers=headers, timeout=5, trust_env=False, verify=False)
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of a host's port; an address of IPv6 is given without brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def free_port(host: str = LOCALHOST) -> int:
