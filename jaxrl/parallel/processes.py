@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import itertools
 import os
 import re
@@ -67,12 +68,13 @@ def _bind_address(coordinator: str) -> str | None:
     It is None (all interfaces) where that host resolves its own name to a loopback address, as Debian does: no other
     host would reach that.
     """
-    host = coordinator.rpartition(":")[0]
+    host = coordinator.rpartition(":")[0].strip("[]")
     try:
-        address = socket.gethostbyname(host)
+        address = str(socket.getaddrinfo(host, None)[0][4][0])
     except OSError:
         return None
-    return None if address.startswith("127.") and host not in (address, "localhost") else coordinator
+    loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    return None if loopback and host not in (address, "localhost") else coordinator
 
 
 def chief() -> bool:
