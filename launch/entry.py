@@ -11,10 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import ipaddress
 import itertools
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,149 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # this checkout's jaxrl, also where it is not installed
-
-from jaxrl import config  # noqa: E402
-from jaxrl.commands.options import sampler_overrides  # noqa: E402
-from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError  # noqa: E402
-from jaxrl.sampling import process_group, servers  # noqa: E402
-from jaxrl.sampling.client import KEY, api_key  # noqa: E402
-from jaxrl.sampling.process_group import ProcessGroup  # noqa: E402
-
-NOTICE = 90.0  # seconds in which the other trainers report which one they have lost
-LOOK = 5.0  # seconds from one look at the servers to the next
-AT_ONCE = 20.0  # seconds that are left after the second signal
-SENT = ("JAX_", "XLA_", "TF_", "NCCL_", "HF_", "OMP_", "PYTHONPATH")  # environment that goes to all hosts
-BACKENDS = {"files": "jaxrl_file", "nccl": "nccl"}  # vLLM's names of sampler.transport
-
-OPTIONS: dict[str, tuple[int, str]] = {
-    "--trainer-gpus": (0, "of each trainer host; 0: its CPU"),
-    "--trainer-processes": (1, "on each trainer host, which share its GPUs"),
-    "--devices": (1, "virtual devices of each trainer process, on CPUs"),
-    "--sampler-gpus": (0, "of each sampler host, after those of trainers; 0: its CPU"),
-    "--tensor-parallel": (1, "GPUs of one vLLM server"),
-    "--samplers": (0, "vLLM servers on each sampler host; 0: as many as its GPUs allow, or one"),
-    "--port": (8100, "of the coordinator; servers have those after it"),
-    "--deadline": (900, "seconds for servers to get ready"),
-    "--grace": (900, "seconds for a step to end and be saved"),
-}
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("entry.py", description=__doc__, allow_abbrev=False)
-    add, hosts = parser.add_argument, "HOST,HOST"
-    here = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    add("--trainer-hosts", type=names, required=True, metavar=hosts, help="the first coordinates")
-    without = "none: trainers sample themselves"
-    add("--sampler-hosts", type=names, default=[], metavar=hosts, help=without)
-    add("--here", default=here, metavar="HOST", help="which of them this is (default: %(default)s)")
-    for name, (default, text) in OPTIONS.items():
-        add(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    add("--vllm-options", type=shlex.split, default=[], metavar="'...'", help="more, for every vllm serve")
-    ssh = "start all hosts' parts by COMMAND HOST 'command line'"
-    add("--ssh", type=shlex.split, metavar="COMMAND", help=ssh)
-    add("--dry-run", action="store_true", help="print what each host would run")
-    add("--remote", action="store_true", help=argparse.SUPPRESS)  # started by a Remote
-    add("recipe", nargs=argparse.REMAINDER, metavar="RECIPE [--section.key value ...]")
-    args = parser.parse_args(argv)
-    if not args.recipe or args.recipe[0].startswith("-"):
-        parser.error(f"after the options comes a recipe, not {' '.join(args.recipe[:1]) or 'nothing'}")
-    return args
-
-
-def names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-@dataclasses.dataclass
-class Part:
-    """The processes of one host."""
-
-    samplers: list[servers.Server] = dataclasses.field(default_factory=list)
-    trainers: list[ProcessGroup] = dataclasses.field(default_factory=list)
-
-
-def assign(args: argparse.Namespace) -> dict[str, Part]:
-    """Returns every host's part.
-
-    Raises:
-      InputError: if the recipe or the arguments are not possible.
-    """
-    per_host = args.samplers or max(1, args.sampler_gpus // args.tensor_parallel)
-    urls = [f"http://{host}:{args.port + 1 + i}" for host in args.sampler_hosts for i in range(per_host)]
-    recipe = config.load(args.recipe[0], [*args.recipe[1:], *sampler_overrides(",".join(urls))])
-    require_possible(args, recipe, per_host)
-    parts = {host: Part() for host in (*args.trainer_hosts, *args.sampler_hosts)}
-    for i, (host, k) in enumerate(itertools.product(args.trainer_hosts, range(args.trainer_processes))):
-        parts[host].trainers.append(make_trainer(args, urls, i, k))
-    for i, (host, k) in enumerate(itertools.product(args.sampler_hosts, range(per_host))):
-        parts[host].samplers.append(make_sampler(args, recipe, host, i, k))
-    return parts
-
-
-def require_possible(args: argparse.Namespace, recipe: config.Recipe, per_host: int) -> None:
-    """Raises: InputError for what would fail only later, or on some hosts."""
-    processes, gpus, tensor = args.trainer_processes, args.sampler_gpus, args.tensor_parallel
-    if args.trainer_gpus % processes:
-        raise InputError(f"--trainer-processes {processes} cannot share {args.trainer_gpus} GPUs evenly")
-    if gpus and gpus < per_host * tensor:
-        raise InputError(f"--samplers {per_host} of --tensor-parallel {tensor} need more than {gpus} GPUs")
-    first, section = args.trainer_hosts[0], recipe.sampler
-    far = [host for host in args.sampler_hosts if host != first]
-    if far and section.transport == "files" and section.folder.startswith("/dev/shm"):
-        raise InputError(
-            f"{far[0]} cannot read weights in {section.folder} of {first}; set sampler.folder to a folder that all "
-            'hosts share, or sampler.transport to "nccl"'
-        )
-
-
-def make_trainer(args: argparse.Namespace, urls: list[str], i: int, k: int) -> ProcessGroup:
-    """Trainer process i of the run, the k-th on its host."""
-    command = [sys.executable, "-m", "jaxrl.cli", "train", *args.recipe]
-    command += ["--samplers", ",".join(urls)] if urls else []
-    environment = {
-        "JAXRL_COORDINATOR": f"{args.trainer_hosts[0]}:{args.port}",
-        "JAXRL_PROCESSES": str(len(args.trainer_hosts) * args.trainer_processes),
-        "JAXRL_PROCESS": str(i),
-    }
-    if args.trainer_gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = pick_gpus(k, args.trainer_gpus // args.trainer_processes)
-    else:
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}
-    return ProcessGroup(command, environment)
-
-
-def make_sampler(
-    args: argparse.Namespace, recipe: config.Recipe, host: str, i: int, k: int
-) -> servers.Server:
-    """vLLM server i of the run, the k-th on its host."""
-    section, tensor, environment = recipe.sampler, args.tensor_parallel, dict[str, str]()
-    if args.sampler_gpus:
-        first = args.trainer_gpus if host in args.trainer_hosts else 0
-        environment["CUDA_VISIBLE_DEVICES"] = pick_gpus(k, tensor, first)
-    parallel = ["--tensor-parallel-size", str(tensor)] if tensor > 1 else []
-    settings = servers.Settings(
-        section.vllm,
-        recipe.model.path,
-        recipe.model.dtype,
-        recipe.max_tokens,
-        BACKENDS[section.transport],
-        options=[*parallel, *section.vllm_options, *args.vllm_options],
-    )
-    log, on_cpu = Path(recipe.run.directory) / "servers" / f"vllm_{i}.log", not args.sampler_gpus
-    port = args.port + 1 + k
-    return servers.prepare(settings, log, on_cpu=on_cpu, host=host, port=port, environment=environment)
-
-
-def pick_gpus(index: int, count: int, first: int = 0) -> str:
-    """The index-th `count` of this host's GPUs from `first` on, by the names that Slurm may have given them."""
-    visible = names(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    at = first + index * count
-    return ",".join(
-        visible[at : at + count] if len(visible) >= at + count else map(str, range(at, at + count))
-    )
+from typing import NoReturn
 
 
 class Stop:
@@ -187,16 +49,245 @@ class Stop:
         return times[1] + AT_ONCE if times[1:] else times[0] + grace if times else float("inf")
 
 
+if __name__ == "__main__":
+    stopping = Stop()  # before the imports below, which take a second
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's jaxrl, also where it is not installed
+
+from jaxrl import config  # noqa: E402
+from jaxrl.commands.options import sampler_overrides  # noqa: E402
+from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError  # noqa: E402
+from jaxrl.sampling import process_group, servers  # noqa: E402
+from jaxrl.sampling.client import KEY, api_key  # noqa: E402
+from jaxrl.sampling.process_group import ProcessGroup  # noqa: E402
+
+NOTICE = 90.0  # seconds in which the other trainers report which one they have lost
+LOOK = 5.0  # seconds from one look at the servers to the next
+AT_ONCE = 20.0  # seconds that are left after the second signal
+SETTLE = 20.0  # seconds for names to be known, and for the ports of a run that just ended to be free
+LOST = 255  # ssh's status where it has no connection
+LAST_PORT = 65535
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+SENT = ("JAX_", "XLA_", "TF_", "NCCL_", "HF_", "OMP_", "PYTHONPATH")  # environment that goes to all hosts
+HOST = re.compile(
+    r"([\w.][\w.+\\-]*@)?(\w[\w.-]*|\[[\da-f:.]+\]|[\da-f.]*:[\da-f.]*:[\da-f:.]*)", re.ASCII | re.IGNORECASE
+)
+BACKENDS = {"files": "jaxrl_file", "nccl": "nccl"}  # vLLM's names of sampler.transport
+
+OPTIONS: dict[str, tuple[int, int, int, str]] = {  # default, least, most
+    "--trainer-gpus": (0, 0, 1024, "of each trainer host; 0: its CPU"),
+    "--trainer-processes": (1, 1, 1024, "on each trainer host, which share its GPUs"),
+    "--devices": (1, 1, 1024, "virtual devices of each trainer process, on CPUs"),
+    "--sampler-gpus": (0, 0, 1024, "of each sampler host, after those of trainers; 0: its CPU"),
+    "--tensor-parallel": (1, 1, 1024, "GPUs of one vLLM server"),
+    "--samplers": (0, 0, 1024, "vLLM servers on each sampler host; 0: as many as its GPUs allow, or one"),
+    "--port": (8100, 1, LAST_PORT, "of the coordinator; servers have those after it"),
+    "--deadline": (900, 1, 10**6, "seconds for servers to get ready"),
+    "--grace": (900, 1, 10**6, "seconds for a step to end and be saved"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("entry.py", description=__doc__, allow_abbrev=False)
+    add, some = parser.add_argument, "HOST,HOST"
+    here = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    add("--trainer-hosts", type=hosts, required=True, metavar=some, help="the first coordinates")
+    without = "none: trainers sample themselves"
+    add("--sampler-hosts", type=hosts, default=[], metavar=some, help=without)
+    which = "which of them this is (default: %(default)s)"
+    add("--here", type=login, default=here, metavar="HOST", help=which)
+    for name, (default, least, most, text) in OPTIONS.items():
+        kind = functools.partial(number_within, least, most)
+        add(name, type=kind, default=default, metavar="N", help=f"{text} (default: {default})")
+    add("--vllm-options", type=shlex.split, default=[], metavar="'...'", help="more, for every vllm serve")
+    ssh = "start all hosts' parts by COMMAND HOST 'command line'"
+    add("--ssh", type=shlex.split, metavar="COMMAND", help=ssh)
+    add("--dry-run", action="store_true", help="print what each host would run")
+    add("--remote", action="store_true", help=argparse.SUPPRESS)  # started by a Remote
+    add("recipe", nargs=argparse.REMAINDER, metavar="RECIPE [--section.key value ...]")
+    args = parser.parse_args(argv)
+    if not args.recipe or args.recipe[0].startswith("-"):
+        parser.error(f"after the options comes a recipe, not {' '.join(args.recipe[:1]) or 'nothing'}")
+    logins = {*args.trainer_hosts, *args.sampler_hosts}
+    args.logins = {address(name): name for name in logins}
+    if len(args.logins) < len(logins):
+        parser.error(f"one host, and two users: {', '.join(sorted(logins))}")
+    args.trainer_hosts = list(map(address, args.trainer_hosts))
+    args.sampler_hosts = list(map(address, args.sampler_hosts))
+    args.here = address(args.here)
+    return args
+
+
+def number_within(least: int, most: int, text: str) -> int:
+    """An argparse type."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no number from {least} to {most}")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    return [name for name in map(str.strip, text.split(",")) if name]
+
+
+def hosts(text: str) -> list[str]:
+    """An argparse type: HOST,USER@HOST; addresses of IPv6 may be in brackets."""
+    for name in names(text):
+        if not HOST.fullmatch(name):
+            raise argparse.ArgumentTypeError(f"{name} is no host; give a name or an address, without a port")
+    return list(map(login, names(text)))
+
+
+def login(name: str) -> str:
+    """A host as ssh takes it: an address of IPv6 has no brackets, and only one spelling."""
+    user, at, host = name.rpartition("@")
+    with contextlib.suppress(ValueError):
+        host = str(ipaddress.ip_address(host.strip("[]")))
+    return f"{user}{at}{host}"
+
+
+def address(name: str) -> str:
+    """How other hosts reach it: without the user."""
+    return name.rpartition("@")[2]
+
+
+@dataclasses.dataclass
+class Part:
+    """The processes of one host."""
+
+    samplers: list[servers.Server] = dataclasses.field(default_factory=list)
+    trainers: list[ProcessGroup] = dataclasses.field(default_factory=list)
+
+
+def assign(args: argparse.Namespace) -> dict[str, Part]:
+    """Returns every host's part.
+
+    Raises:
+      InputError: if the recipe or the arguments are not possible.
+    """
+    per_host = args.samplers or max(1, args.sampler_gpus // args.tensor_parallel)
+    require_possible(args, per_host)
+    ports = range(args.port + 1, args.port + 1 + per_host)
+    urls = [servers.url_of(host, port) for host in args.sampler_hosts for port in ports]
+    recipe = config.load(args.recipe[0], [*args.recipe[1:], *sampler_overrides(",".join(urls))])
+    require_readable_weights(args, recipe.sampler)
+    parts = {host: Part() for host in (*args.trainer_hosts, *args.sampler_hosts)}
+    for i, (host, k) in enumerate(itertools.product(args.trainer_hosts, range(args.trainer_processes))):
+        parts[host].trainers.append(make_trainer(args, urls, i, k))
+    for i, (host, k) in enumerate(itertools.product(args.sampler_hosts, range(per_host))):
+        parts[host].samplers.append(make_sampler(args, recipe, host, i, k))
+    return parts
+
+
+def require_possible(args: argparse.Namespace, per_host: int) -> None:
+    """Raises: InputError for what would fail only later, or on some hosts."""
+    processes, gpus, tensor = args.trainer_processes, args.sampler_gpus, args.tensor_parallel
+    if not args.trainer_hosts:
+        raise InputError("--trainer-hosts names no host; a run has one trainer at least")
+    for kind, given in (("trainer", args.trainer_hosts), ("sampler", args.sampler_hosts)):
+        if twice := next((host for host in given if given.count(host) > 1), None):
+            more = "--trainer-processes" if kind == "trainer" else "--samplers"
+            raise InputError(f"{twice} is there twice as a {kind}; {more} starts several on each host")
+    if args.trainer_gpus % processes:
+        raise InputError(f"--trainer-processes {processes} cannot share {args.trainer_gpus} GPUs evenly")
+    if args.sampler_hosts and (gpus or tensor > 1) and gpus < per_host * tensor:
+        raise InputError(f"--samplers {per_host} of --tensor-parallel {tensor} need more than {gpus} GPUs")
+    last = args.port + (per_host if args.sampler_hosts else 0)
+    if last > LAST_PORT:
+        raise InputError(f"--port {args.port}: the last server would have port {last}; choose a lower one")
+    if args.ssh is not None and not shutil.which(args.ssh[0] if args.ssh else ""):
+        raise InputError(f"--ssh {shlex.join(args.ssh)}: no such program here")
+
+
+def require_readable_weights(args: argparse.Namespace, section: config.Sampler) -> None:
+    """Raises: InputError if servers on other hosts could not read what the first trainer publishes."""
+    first = args.trainer_hosts[0]
+    far = [host for host in args.sampler_hosts if host != first]
+    if far and section.transport == "files" and section.folder.startswith("/dev/shm"):
+        raise InputError(
+            f"{far[0]} cannot read weights in {section.folder} of {first}; set sampler.folder to a folder that all "
+            'hosts share, or sampler.transport to "nccl"'
+        )
+
+
+def make_trainer(args: argparse.Namespace, urls: list[str], i: int, k: int) -> ProcessGroup:
+    """Trainer process i of the run, the k-th on its host."""
+    command = [sys.executable, "-m", "jaxrl.cli", "train", *args.recipe]
+    command += ["--samplers", ",".join(urls)] if urls else []
+    environment = {
+        "JAXRL_COORDINATOR": servers.url_of(args.trainer_hosts[0], args.port).removeprefix("http://"),
+        "JAXRL_PROCESSES": str(len(args.trainer_hosts) * args.trainer_processes),
+        "JAXRL_PROCESS": str(i),
+    }
+    if args.trainer_gpus:
+        environment[VISIBLE] = pick_gpus(k, args.trainer_gpus // args.trainer_processes)
+    else:
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}
+    return ProcessGroup(command, environment)
+
+
+def make_sampler(
+    args: argparse.Namespace, recipe: config.Recipe, host: str, i: int, k: int
+) -> servers.Server:
+    """vLLM server i of the run, the k-th on its host."""
+    section, tensor, environment = recipe.sampler, args.tensor_parallel, dict[str, str]()
+    if args.sampler_gpus:
+        first = args.trainer_gpus if host in args.trainer_hosts else 0
+        environment[VISIBLE] = pick_gpus(k, tensor, first)
+    parallel = ["--tensor-parallel-size", str(tensor)] if tensor > 1 else []
+    settings = servers.Settings(
+        section.vllm,
+        recipe.model.path,
+        recipe.model.dtype,
+        recipe.max_tokens,
+        BACKENDS[section.transport],
+        options=[*parallel, *section.vllm_options, *args.vllm_options],
+    )
+    log, on_cpu = Path(recipe.run.directory) / "servers" / f"vllm_{i}.log", not args.sampler_gpus
+    port = args.port + 1 + k
+    return servers.prepare(settings, log, on_cpu=on_cpu, host=host, port=port, environment=environment)
+
+
+def pick_gpus(index: int, count: int, first: int = 0) -> str:
+    """The index-th `count` GPUs of a host, from `first` on; see `name_gpus`."""
+    return ",".join(map(str, range(first + index * count, first + (index + 1) * count)))
+
+
+def name_gpus(part: Part, here: str) -> None:
+    """Gives the GPUs of this host the names that it has for them.
+
+    Raises:
+      InputError: if fewer are visible than its part needs.
+    """
+    groups = [group for group in (*part.trainers, *part.samplers) if VISIBLE in group.environment]
+    if not groups or (given := os.environ.get(VISIBLE)) is None:
+        return
+    visible = list(dict.fromkeys(names(given)))
+    picked = [list(map(int, group.environment[VISIBLE].split(","))) for group in groups]
+    if len(visible) <= (last := max(map(max, picked))):
+        raise InputError(
+            f"{VISIBLE}={given} shows {len(visible)} GPUs of {here}, and its part needs {last + 1}"
+        )
+    for group, numbers in zip(groups, picked, strict=True):
+        group.environment[VISIBLE] = ",".join(visible[i] for i in numbers)
+
+
 def run(part: Part, urls: list[str], args: argparse.Namespace, stop: Stop) -> int:
     """Runs this host's part to its end, and leaves nothing behind; returns the exit status.
 
     Raises:
-      InputError: if a server does not get ready.
+      InputError: if a port is taken, or a server does not get ready.
     """
     try:
+        require_ports(part, args, stop)
         for server in part.samplers:
             servers.begin(server)
-        wait_for(urls if part.trainers else [server.url for server in part.samplers], part, args, stop)
+        wait_for(urls if part.trainers else list(own(part)), part, args, stop)
         if stop.asked:
             return stop.status
         for trainer in part.trainers:
@@ -207,15 +298,46 @@ def run(part: Part, urls: list[str], args: argparse.Namespace, stop: Stop) -> in
         process_group.kill(part.samplers)
 
 
+def require_ports(part: Part, args: argparse.Namespace, stop: Stop) -> None:
+    """Returns when the ports of this host's part are free, or this process is asked to end.
+
+    Raises:
+      InputError: if they still are not after SETTLE seconds.
+    """
+    coordinates = bool(part.trainers) and args.here == args.trainer_hosts[0]
+    ports = range(args.port + (not coordinates), args.port + 1 + len(part.samplers))
+    deadline = time.monotonic() + SETTLE
+    for port in ports:
+        while (why := why_taken(args.here, port)) and not stop.asked:
+            if time.monotonic() > deadline:
+                raise InputError(f"port {port} of {args.here}: {why}; choose another --port")
+            time.sleep(0.5)
+
+
+def why_taken(host: str, port: int) -> str:
+    """The reason why nothing can listen at a port of this host; none where it can."""
+    try:
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(place[:2], family=family).close()
+    except OSError as error:
+        return str(error.strerror).partition(" (while")[0]
+    return ""
+
+
+def own(part: Part) -> dict[str, servers.Server]:
+    """The servers of this host by URL."""
+    return {server.url: server for server in part.samplers}
+
+
 def wait_for(urls: list[str], part: Part, args: argparse.Namespace, stop: Stop) -> None:
     """Returns when all servers are ready, or this process is asked to end.
 
     Raises:
       InputError: if a server of this host ends, or the deadline is over.
     """
-    began, missing, next_line = time.monotonic(), urls, 0.0
+    began, missing, next_line, here = time.monotonic(), urls, 0.0, own(part)
     while missing and not stop.asked:
-        missing = [url for url in missing if not servers.well(url)]
+        missing = [url for url in missing if not (here[url].well() if url in here else servers.well(url))]
         seconds = time.monotonic() - began
         if args.here == args.trainer_hosts[0] and (seconds > next_line or not missing):
             say(f"{len(urls) - len(missing)} of {len(urls)} vLLM servers are ready, {seconds:.0f} s")
@@ -309,10 +431,9 @@ def report_killed(
 def status(codes: Sequence[int | None], stop: Stop) -> int:
     """The exit status of a run whose processes ended with `codes`.
 
-    It is 0 if nothing failed and TRY_AGAIN if processes were only stopped or lost (255: ssh lost its host); any other
-    status has to be looked at.
+    It is 0 if nothing failed and TRY_AGAIN if processes were only stopped or lost; any other one has to be looked at.
     """
-    failed = [TRY_AGAIN if code < 0 or code == 255 else code for code in codes if code]
+    failed = [TRY_AGAIN if code < 0 or code == LOST else code for code in codes if code]
     if failed and stop.asked:
         return stop.status
     return next((code for code in failed if code != TRY_AGAIN), TRY_AGAIN if failed else 0)
@@ -334,15 +455,31 @@ class Remote(ProcessGroup):
     def __init__(self, host: str, args: argparse.Namespace, argv: Sequence[str]) -> None:
         script = [sys.executable, str(Path(__file__).resolve()), "--remote", "--here", host, *argv]
         line = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(script)}"
-        super().__init__([*args.ssh, host, line], {}, stdin=subprocess.PIPE)
+        super().__init__(
+            [*args.ssh, args.logins[host], line], {}, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         self.host = host
 
     def start(self) -> None:
         super().start()
+        self.follow = threading.Thread(target=self._follow, daemon=True)
+        self.follow.start()
         self._write(json.dumps({k: v for k, v in os.environ.items() if k.startswith((*SENT, KEY))}))
 
     def send_signal(self, number: int) -> None:
         self._write(signal.Signals(number).name)
+
+    def _follow(self) -> None:
+        """Prints what ssh says; its last line is the reason where it ends because it has no connection."""
+        assert self.process.stderr
+        last = ""
+        for line in self.process.stderr:
+            if last:
+                say(f"{self.host}: {last}")
+            last = line.decode(errors="replace").strip()
+        lost = "launch: " if self.process.wait() == LOST else ""
+        if lost or last:
+            say(f"{lost}{self.host}: {last or 'the connection is gone'}")
 
     def _write(self, line: str) -> None:
         assert self.process.stdin
@@ -372,6 +509,8 @@ def run_remotely(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequenc
         while any(remote.process.poll() is None for remote in remotes) and time.monotonic() < deadline:
             time.sleep(0.2)
         process_group.kill(remotes)
+        for remote in remotes:
+            remote.follow.join(1)
 
 
 def follow_stdin() -> None:
@@ -414,54 +553,71 @@ def output_without_reader() -> Iterator[None]:
 
 
 def name_of_this_host(args: argparse.Namespace, hosts: dict[str, Part]) -> str:
-    """The name that this host has among `hosts`.
+    """The name that this host has among `hosts`; none if it is not one of them."""
+    short = [host for host in hosts if args.here.split(".")[0] in (host, host.split(".")[0])]
+    return args.here if args.here in hosts else short[0] if len(short) == 1 else ""
 
-    Raises:
-      InputError: if it has none, or one that others cannot reach.
-    """
-    own, short = args.here, args.here.split(".")[0]
-    here = next((host for host in hosts if own in (host, host.split(".")[0]) or short == host), None)
-    if here is None:
-        raise InputError(f"{own} is none of {', '.join(hosts)}; say which of them this is with --here")
-    if len(hosts) > 1:
+
+def require_reachable(here: str, stop: Stop) -> None:
+    """Raises: InputError if other hosts do not find this one by its name, or could not use its servers."""
+    deadline = time.monotonic() + SETTLE
+    while True:
         try:
-            address = socket.gethostbyname(here)
-        except OSError as error:
-            raise InputError(f"{here}: {error}; name hosts so that they find each other") from None
-        if address.startswith("127.") and address != here:
-            raise InputError(
-                f"{here} is {address} here, which no other host can reach; name hosts by their addresses"
-            )
-        if not os.environ.get(KEY):
-            raise InputError(f"set {KEY} to one secret on all hosts, which samplers will ask for")
-    return here
+            found = str(socket.getaddrinfo(here, None)[0][4][0])
+            break
+        except OSError as error:  # names of pods that just started come late
+            if time.monotonic() > deadline or stop.asked:
+                raise InputError(f"{here}: {error}; name hosts so that they find each other") from None
+            time.sleep(1)
+    if ipaddress.ip_address(found.partition("%")[0]).is_loopback and found != here:
+        raise InputError(
+            f"{here} is {found} here, which no other host can reach; name hosts by their addresses"
+        )
+    if not os.environ.get(KEY):
+        raise InputError(f"set {KEY} to one secret on all hosts, which samplers will ask for")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], stop: Stop) -> int:
     """Returns the exit status: BAD_INPUT where the same command fails again, TRY_AGAIN where it may go on."""
-    args, stop = parse(argv), Stop()
+    try:
+        args = parse(argv)
+    except InputError as error:
+        return report(error, "launch")
     with output_without_reader() if args.remote else contextlib.nullcontext():
         try:
             if args.remote:
                 follow_stdin()
             return run_parts(assign(args), args, argv, stop)
         except (InputError, RunError) as error:
-            say("\n".join(f"launch: {args.here}: {line}" for line in str(error).splitlines()))
-            return BAD_INPUT if isinstance(error, InputError) else TRY_AGAIN
+            return report(error, f"launch: {args.here}")
+
+
+def report(error: InputError | RunError, prefix: str) -> int:
+    """Prints the error; returns the exit status."""
+    say("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()))
+    return BAD_INPUT if isinstance(error, InputError) else TRY_AGAIN
 
 
 def run_parts(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
     """Runs this host's part, or with --ssh those of all; with --dry-run, prints them."""
+    by_ssh, here = args.ssh and not args.remote, name_of_this_host(args, hosts)
+    if here and not by_ssh:
+        name_gpus(hosts[here], here)
     if args.dry_run:
         show(hosts, args, argv)
         return 0
-    if args.ssh and not args.remote:
-        os.environ[KEY] = api_key()
-        return run_remotely(hosts, args, argv, stop)
-    args.here = name_of_this_host(args, hosts)
+    if not here and not by_ssh:
+        raise InputError(
+            f"{args.here} is not one of {', '.join(hosts)}; say which of them this is with --here"
+        )
+    if len(hosts) > 1 and not by_ssh:
+        require_reachable(here, stop)
     os.environ[KEY] = api_key()
+    if by_ssh:
+        return run_remotely(hosts, args, argv, stop)
+    args.here = here
     urls = [server.url for part in hosts.values() for server in part.samplers]
-    return run(hosts[args.here], urls, args, stop)
+    return run(hosts[here], urls, args, stop)
 
 
 def show(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -479,4 +635,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], stopping))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
+import importlib.util
 import itertools
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +23,7 @@ import pytest
 import yaml
 
 from jaxrl.errors import BAD_INPUT, TRY_AGAIN
+from jaxrl.sampling import servers
 from jaxrl.sampling.servers import free_port
 from sampling.test_servers import alive, assert_gone, pids_in
 
@@ -70,8 +76,8 @@ DRIVER = """
 import sys
 sys.path.insert(0, "{root}/launch")
 import entry
-entry.sys.executable, entry.NOTICE, entry.LOOK = "{folder}/python", 1, 0.2
-sys.exit(entry.main(sys.argv[1:]))
+entry.sys.executable, entry.NOTICE, entry.LOOK, entry.SETTLE = "{folder}/python", 1, 0.2, 1
+sys.exit(entry.main(sys.argv[1:], entry.Stop()))
 """
 
 
@@ -89,8 +95,13 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
+def without_gpus() -> dict[str, str]:
+    """This process's environment, less what it says about GPUs."""
+    return {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+
+
 def dry_run(*command: object, **environment: str) -> list[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment
+    environment = {**without_gpus(), "PYTHON": sys.executable} | environment
     line = [str(part) for part in command]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -173,10 +184,193 @@ def test_four_hosts_by_ssh(folder: Path) -> None:
         server(folder, hosts[3], 9001, " CUDA_VISIBLE_DEVICES=0"),
         server(folder, hosts[3], 9002, " CUDA_VISIBLE_DEVICES=1"),
     ]
-    (folder / "hosts").write_text("10.0.0.1 trainer\n10.0.0.2 sampeler\n")
-    command = ["launch/ssh.sh", str(folder / "hosts"), "r.toml"]
-    wrong = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-    assert wrong.returncode == 2 and b"10.0.0.2 sampeler" in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def entry() -> types.ModuleType:
+    """launch/entry.py, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("entry", ROOT / "launch" / "entry.py")
+    assert spec and spec.loader
+    module = sys.modules["entry"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launch(entry: types.ModuleType, *command: object) -> int:
+    """Runs launch/entry.py in this process."""
+    return entry.main(list(map(str, command)), types.SimpleNamespace(asked=[]))
+
+
+ONE, TWO = ["--trainer-hosts", "127.0.0.1", "--sampler-hosts", "127.0.0.1"], ["--trainer-gpus", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "visible", "why"),
+    [
+        ([*ONE, *TWO, "--sampler-gpus", "2"], "2,3", "=2,3 shows 2 GPUs of 127.0.0.1, and its part needs 4"),
+        ([*ONE, *TWO, "--sampler-gpus", "2"], "2,3,2,3", "shows 2 GPUs"),
+        ([*ONE, *TWO], "", "shows 0 GPUs"),
+        *[
+            ([*ONE, f"--{name}", value], None, f"argument --{name}: {value} is no number from")
+            for name in (
+                *[
+                    "trainer-gpus",
+                    "trainer-processes",
+                    "devices",
+                    "sampler-gpus",
+                    "tensor-parallel",
+                    "samplers",
+                ],
+                *["port", "deadline", "grace"],
+            )
+            for value in ("-1", "99999999", "1" * 5000, "1.5", "x", "")
+        ],
+        ([*ONE, "--trainer-processes", "0"], None, "0 is no number from 1"),
+        ([*ONE, "--tensor-parallel", "0"], None, "0 is no number from 1"),
+        ([*ONE, "--port", "0"], None, "0 is no number from 1"),
+        ([*ONE, *TWO, "--trainer-processes", "4"], None, "--trainer-processes 4 cannot share 2 GPUs evenly"),
+        ([*ONE, "--tensor-parallel", "4", "--sampler-gpus", "2"], None, "need more than 2 GPUs"),
+        ([*ONE, "--tensor-parallel", "4"], None, "need more than 0 GPUs"),
+        ([*ONE, "--port", "65535"], None, "--port 65535: the last server would have port 65536"),
+        ([*ONE, "--port", "65533", "--samplers", "3"], None, "the last server would have port 65536"),
+        (["--trainer-hosts", "a,b,a"], None, "a is there twice as a trainer"),
+        (["--trainer-hosts", "::1,[0:0::1]"], None, "::1 is there twice as a trainer"),
+        (["--trainer-hosts", "a", "--sampler-hosts", "b,b"], None, "b is there twice as a sampler"),
+        (["--trainer-hosts", "u@a,a"], None, "one host, and two users: a, u@a"),
+        (["--trainer-hosts", ""], None, "--trainer-hosts names no host"),
+        ([], None, "required: --trainer-hosts"),
+        *[
+            (["--trainer-hosts", f"a,{name}"], None, f"{name} is no host")
+            for name in ("b:80", "http://b", "-oX=y", "b c", "fe80::1%eth0", "u@", "10.0.0.1:80", "[::1]:80")
+        ],
+        (["--trainer-hosts", "a", "--ssh", "nothing here"], None, "--ssh nothing here: no such program"),
+        (["--trainer-hosts", "a", "--ssh", "'"], None, "argument --ssh: invalid"),
+        ([*ONE, "--here", "other"], None, "other is not one of 127.0.0.1; say which of them this is"),
+        (["--trainer-hosts", "a.x,a.y", "--here", "a"], None, "a is not one of a.x, a.y"),
+        ([*ONE, "--samplings", "3"], None, "unrecognized arguments: --samplings"),
+    ],
+)
+def test_impossible_options_end_with_one_line(
+    entry: types.ModuleType,
+    folder: Path,
+    options: list[str],
+    visible: str | None,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    here = [] if "--here" in options else ["--here", "127.0.0.1"]
+    assert launch(entry, *options, *here, folder / "recipe.toml") == BAD_INPUT
+    output = capsys.readouterr()
+    assert output.out.startswith("launch: ") and output.out.count("\n") == 1 and not output.err
+    assert why in output.out
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "hosts=': No such file or directory"),
+        ("", "hosts=: no line names a trainer"),
+        ("# 10.0.0.1 trainer\n\n10.0.0.2 sampler\r\n", "hosts=: no line names a trainer"),
+        (
+            "10.0.0.1 trainer\n10.0.0.2 sampeler\nb\n",
+            "hosts=: not a host and 'trainer' or 'sampler': 10.0.0.2 sampeler",
+        ),
+        ("10.0.0.1 trainer\n10.0.0.1 trainer\n", "10.0.0.1 is there twice as a trainer"),
+        ("10.0.0.1 trainer\n", "nothing.toml: cannot read the recipe"),
+    ],
+)
+def test_host_files_that_name_no_run_end_with_one_line(folder: Path, text: str | None, why: str) -> None:
+    if text is not None:
+        (folder / "hosts=").write_text(text)
+    command = ["launch/ssh.sh", folder / "hosts=", folder / "nothing.toml"]
+    environment = {**without_gpus(), "PYTHON": sys.executable, "LAUNCH_SSH": f"{folder}/ssh"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (BAD_INPUT, 1, ""), done
+    assert why in done.stdout
+
+
+def test_hosts_have_users_and_addresses_of_ipv6(folder: Path) -> None:
+    hosts = ["--trainer-hosts", "ann@2001:db8:0:0::1,b.c", "--sampler-hosts", "ann@[2001:db8::1],bob@[::2]"]
+    recipe = [folder / "recipe.toml", "--run.steps", "3"]
+    command = [sys.executable, "launch/entry.py", "--ssh", f"{folder}/ssh", "--dry-run", *hosts, *recipe]
+    lines = dry_run(*command)
+    urls = ["http://[2001:db8::1]:8101", "http://[::2]:8101"]
+    cpu, cpus = f" {ON_CPU}", f" {CPU_FLAGS}"
+    coordinator = "'[2001:db8::1]:8100'"
+    devices = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1"
+    expected = [
+        server(folder, "2001:db8::1", 8101, cpu, cpus),
+        trainer(folder, "2001:db8::1", coordinator, "2 0", devices, urls),
+        trainer(folder, "b.c", coordinator, "2 1", devices, urls),
+        server(folder, "::2", 8101, cpu, cpus),
+    ]
+    started = [line for line in lines if "/ssh " in line]
+    assert [
+        line.replace("'http", "http").replace(":8101'", ":8101") for line in lines if line not in started
+    ] == expected
+    targets = [shlex.split(line.partition(": ")[2])[1] for line in started]
+    assert targets == ["ann@2001:db8::1", "b.c", "bob@::2"]
+
+
+def test_a_server_of_another_run_is_not_taken_for_ones_own(folder: Path) -> None:
+    """It has the port before this run starts, or takes it while this run's own server loads."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for first in (port, port - 1):  # that of the coordinator, and of a server
+            output = Run(folder, False, "--port", str(first)).end(BAD_INPUT)
+            assert f"port {port} of 127.0.0.1: Address already in use; choose another --port" in output
+            assert output.count("\n") == 1
+    assert not (folder / "pids").exists()
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    """Another run's server, which does not take this one's key."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_is_ready_if_it_is_this_runs(folder: Path) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        assert not servers.well(f"http://127.0.0.1:{other.server_port}")
+        ended = servers.Server(f"http://127.0.0.1:{other.server_port}", folder / "log", ["false"], {})
+        ended.start()
+        ended.process.wait()
+        other.RequestHandlerClass.do_GET = lambda self: (self.send_response(200), self.end_headers())
+        assert servers.well(ended.url) and not ended.well()
+        ended.kill()
+        other.shutdown()
+
+
+def test_kill_9_between_a_program_and_its_reaper_leaves_nothing(folder: Path) -> None:
+    program = folder / "program"
+    program.write_text(f"#!/bin/sh\ntouch {folder}/ran\nexec sleep 600\n")
+    program.chmod(0o755)
+    text = """
+import os, signal, subprocess, sys
+from jaxrl.sampling.process_group import ProcessGroup
+popen = subprocess.Popen
+def once(*args, **options):
+    subprocess.Popen = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    process = popen(*args, **options)
+    print(process.pid, flush=True)
+    return process
+subprocess.Popen = once
+ProcessGroup([sys.argv[1]], {}).start()
+"""
+    done = subprocess.run([sys.executable, "-c", text, program], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert_gone([int(done.stdout)])
+    assert not (folder / "ran").exists()
 
 
 def stub(folder: Path, **programs: str) -> str:
