@@ -476,7 +476,7 @@ class Remote(ProcessGroup):
         for line in self.process.stderr:
             if last:
                 say(f"{self.host}: {last}")
-            last = line.decode(errors="replace").strip()
+            last = line.decode(errors="replace").rstrip()
         lost = "launch: " if self.process.wait() == LOST else ""
         if lost or last:
             say(f"{lost}{self.host}: {last or 'the connection is gone'}")

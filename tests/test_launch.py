@@ -17,7 +17,8 @@ import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from random import Random
+from typing import ClassVar, TypeVar
 
 import pytest
 import yaml
@@ -27,6 +28,7 @@ from jaxrl.sampling import servers
 from jaxrl.sampling.servers import free_port
 from sampling.test_servers import alive, assert_gone, pids_in
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 RECIPE = """
 [run]
@@ -464,7 +466,43 @@ def test_kubernetes(folder: Path) -> None:
     assert "JAXRL_COORDINATOR=jaxrl-trainers-0-0.jaxrl:8100 JAXRL_PROCESSES=2 JAXRL_PROCESS=1" in lines[1]
 
 
-def flat(lists: list[list[int]]) -> list[int]:
+def unknown(value: object, schema: dict[str, object], path: str = "") -> list[str]:
+    """What an API server refuses: fields that the schema does not have or wants, other types, other names."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+    if schema.get("x-kubernetes-int-or-string"):
+        return [] if isinstance(value, int | str) else [path]
+    if not isinstance(value, kinds.get(schema["type"], object)) or value not in schema.get("enum", [value]):
+        return [path]
+    if isinstance(value, list):
+        return flat([unknown(item, schema["items"], f"{path}[{i}]") for i, item in enumerate(value)])
+    if not isinstance(value, dict) or not (fields := schema.get("properties", {})):
+        return []
+    found = [
+        f"{path}.{name}"
+        for name in (value.keys() - fields) | (set(schema.get("required", ())) - value.keys())
+    ]
+    return found + flat(
+        [unknown(value[name], fields[name], f"{path}.{name}") for name in value.keys() & fields]
+    )
+
+
+@pytest.mark.skipif(
+    "JOBSET_CRD" not in os.environ, reason="$JOBSET_CRD names no jobset.x-k8s.io_jobsets.yaml"
+)
+def test_kubernetes_takes_the_jobset() -> None:
+    """By the schema of JobSet, which has those of a Job and its pods."""
+    (version,) = yaml.safe_load(Path(os.environ["JOBSET_CRD"]).read_text())["spec"]["versions"]
+    manifest = yaml.safe_load((ROOT / "launch" / "k8s.yaml").read_text())
+    assert manifest["apiVersion"] == f"jobset.x-k8s.io/{version['name']}"
+    schema = version["schema"]["openAPIV3Schema"]
+    assert unknown(manifest, schema) == []
+    container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    container |= {"imagee": "jaxrl", "args": "none"}
+    del manifest["spec"]["failurePolicy"]["rules"][0]["action"]
+    assert len(unknown(manifest, schema)) == 2 * 2 + 1  # both jobs have the one template
+
+
+def flat(lists: list[list[T]]) -> list[T]:
     return list(itertools.chain(*lists))
 
 
@@ -574,6 +612,15 @@ def test_a_server_that_ends_is_started_again_unless_it_cannot(folder: Path) -> N
     assert_gone([*flat(trainers), *server, *again])
 
 
+def test_a_host_that_ssh_does_not_reach_is_named(folder: Path) -> None:
+    (folder / "ssh").write_text(
+        '#!/bin/sh\necho "ssh: connect to host $1 port 22: No route to host" >&2\nexit 255\n'
+    )
+    output = Run(folder, True).end(TRY_AGAIN).splitlines()
+    assert "launch: 127.0.0.2: ssh: connect to host 127.0.0.2 port 22: No route to host" in output
+    assert all(line.startswith("launch: 127.0.0.") for line in output)
+
+
 def test_what_cannot_work_is_reported_before_trainers_start(folder: Path) -> None:
     (folder / "broken").touch()
     output = Run(folder, True).end(BAD_INPUT)
@@ -585,3 +632,67 @@ def test_what_cannot_work_is_reported_before_trainers_start(folder: Path) -> Non
     output = Run(folder, True).end(BAD_INPUT)
     assert "127.0.0.3 cannot read weights in /dev/shm/jaxrl of 127.0.0.2; set sampler.folder" in output
     assert not (folder / "trainer0").exists()
+
+
+def keeps_signals(pid: int) -> bool:
+    """Whether a process handles SIGHUP, which entry.py does from its first lines on."""
+    (mask,) = (line.split()[1] for line in status_lines(pid) if line.startswith("SigCgt"))
+    return bool(int(mask, 16) & 1 << signal.SIGHUP - 1)
+
+
+def status_lines(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/status").read_text().splitlines()
+
+
+def with_marker(marker: str) -> list[str]:
+    """The processes that have `marker` in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if marker.encode() in (process / "environ").read_bytes() and alive(int(process.name)):
+                found.append(f"{process.name}: {(process / 'cmdline').read_bytes()!r}")
+    return found
+
+
+TRIES = 40
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments_leave_nothing(folder: Path) -> None:
+    """Also in the first second, while servers get ready, and through ssh; SEED= chooses the moments."""
+    random = Random(int(os.environ.get("SEED", "1")))
+    # stand-ins for trainers only: entry.py runs as it is
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(f"import sys; sys.executable = '{folder}/trainer'\n")
+    again = f"""    os.execv('{sys.executable}', ['{sys.executable}', *sys.argv[1:]])\n"""
+    program = (folder / "python").read_text().replace('"-m":\n', f'"-m":\n{again}')
+    (folder / "trainer").write_text(program)
+    (folder / "trainer").chmod(0o755)
+    one, ssh = (
+        "127.0.0.1",
+        ["--trainer-hosts", "127.0.0.2", "--sampler-hosts", "127.0.0.3", "--ssh", f"{folder}/ssh"],
+    )
+    local = ["--trainer-hosts", one, "--sampler-hosts", one, "--here", one]
+    for i in range(TRIES):
+        number = random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+        hosts, delay, marker = random.choice([local, ssh]), random.uniform(0, 8), f"MARKER={folder}/{i}"
+        environment = {**without_gpus(), "PYTHONPATH": f"{folder}/site:{ROOT}", "JAX_MARKER": marker}
+        command = [sys.executable, "launch/entry.py", *hosts, "--trainer-processes", "2", "--samplers", "2"]
+        command += ["--port", str(free_port()), f"{folder}/recipe.toml"]
+        out = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True
+        )
+        while process.poll() is None and not keeps_signals(process.pid):
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        what = f"try {i}: {number.name} after {delay:.2f} s, {'ssh' if hosts is ssh else 'local'}: {output}"
+        expected = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}.get(number, TRY_AGAIN)
+        assert process.returncode == expected and "Traceback" not in output, what
+        deadline = time.monotonic() + 60
+        while left := with_marker(marker):
+            assert time.monotonic() < deadline, (what, left)
+            time.sleep(0.2)
+        print(what)

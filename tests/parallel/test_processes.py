@@ -136,12 +136,15 @@ def test_sigterm_saves_and_asks_to_be_started_again(undisturbed: Path, base: Pat
         ("node1:9000", "127.0.1.1", None),
         ("localhost:9000", "127.0.0.1", "localhost:9000"),
         ("127.0.0.1:9000", "127.0.0.1", "127.0.0.1:9000"),
+        ("[2001:db8::1]:9000", "2001:db8::1", "[2001:db8::1]:9000"),
+        ("[::1]:9000", "::1", "[::1]:9000"),
     ],
 )
 def test_the_coordinator_listens_where_it_is_called(
     coordinator: str, address: str, bound: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes.socket, "gethostbyname", lambda host: address)
+    known = {coordinator.rpartition(":")[0].strip("[]"): [(0, 0, 0, "", (address, 0))]}
+    monkeypatch.setattr(processes.socket, "getaddrinfo", lambda host, port: known[host])
     assert processes._bind_address(coordinator) == bound
 
 
