@@ -65,7 +65,8 @@ from jaxrl.sampling.process_group import ProcessGroup  # noqa: E402
 NOTICE = 90.0  # seconds in which the other trainers report which one they have lost
 LOOK = 5.0  # seconds from one look at the servers to the next
 AT_ONCE = 20.0  # seconds that are left after the second signal
-SETTLE = 20.0  # seconds for names to be known, and for the ports of a run that just ended to be free
+SETTLE = 20.0  # seconds for the ports of a run that just ended to be free
+KNOWN = 60.0  # seconds for this host's name to be known; those of pods that just started come late
 LOST = 255  # ssh's status where it has no connection
 LAST_PORT = 65535
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -285,6 +286,8 @@ def run(part: Part, urls: list[str], args: argparse.Namespace, stop: Stop) -> in
     """
     try:
         require_ports(part, args, stop)
+        if stop.asked:
+            return stop.status
         for server in part.samplers:
             servers.begin(server)
         wait_for(urls if part.trainers else list(own(part)), part, args, stop)
@@ -560,13 +563,15 @@ def name_of_this_host(args: argparse.Namespace, hosts: dict[str, Part]) -> str:
 
 def require_reachable(here: str, stop: Stop) -> None:
     """Raises: InputError if other hosts do not find this one by its name, or could not use its servers."""
-    deadline = time.monotonic() + SETTLE
+    deadline = time.monotonic() + KNOWN
     while True:
         try:
             found = str(socket.getaddrinfo(here, None)[0][4][0])
             break
-        except OSError as error:  # names of pods that just started come late
-            if time.monotonic() > deadline or stop.asked:
+        except OSError as error:
+            if stop.asked:
+                return
+            if time.monotonic() > deadline:
                 raise InputError(f"{here}: {error}; name hosts so that they find each other") from None
             time.sleep(1)
     if ipaddress.ip_address(found.partition("%")[0]).is_loopback and found != here:

@@ -37,8 +37,11 @@ def make_tokenizer() -> Any:
     return fast
 
 
-def make_base(folder: Path, head_dim: int = 8) -> Path:
-    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2}: right half the time."""
+def make_base(folder: Path, head_dim: int = 8, updates: int = 150) -> Path:
+    """A Hugging Face folder whose model answers \\boxed{0}, \\boxed{1} or \\boxed{2}: right half the time.
+
+    Without updates it answers at random.
+    """
     shape = {
         "width": 4 * head_dim,
         "layers": 2,
@@ -56,7 +59,7 @@ def make_base(folder: Path, head_dim: int = 8) -> Path:
     objective = Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
     update, _ = grpo.make_update(decoder, optimizer, mesh, layout, grpo.Numerics(logprob_chunk=64), objective)
     state = grpo.init_state(initialize(decoder, 0, scale=0.2), optimizer, mesh)
-    for _ in range(150):
+    for _ in range(updates):
         examples = []
         for _ in range(32):
             asked, guess = 6 + rng.integers(3, size=2)
