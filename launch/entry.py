@@ -65,7 +65,6 @@ from jaxrl.sampling.process_group import ProcessGroup  # noqa: E402
 NOTICE = 90.0  # seconds in which the other trainers report which one they have lost
 LOOK = 5.0  # seconds from one look at the servers to the next
 AT_ONCE = 20.0  # seconds that are left after the second signal
-SETTLE = 20.0  # seconds for the ports of a run that just ended to be free
 KNOWN = 60.0  # seconds for this host's name to be known; those of pods that just started come late
 LOST = 255  # ssh's status where it has no connection
 LAST_PORT = 65535
@@ -278,19 +277,22 @@ def name_gpus(part: Part, here: str) -> None:
         group.environment[VISIBLE] = ",".join(visible[i] for i in numbers)
 
 
-def run(part: Part, urls: list[str], args: argparse.Namespace, stop: Stop) -> int:
+def run(part: Part, everywhere: list[servers.Server], args: argparse.Namespace, stop: Stop) -> int:
     """Runs this host's part to its end, and leaves nothing behind; returns the exit status.
 
     Raises:
       InputError: if a port is taken, or a server does not get ready.
     """
     try:
-        require_ports(part, args, stop)
+        coordinates = part.trainers and args.here == args.trainer_hosts[0]
+        own = [server.url for server in part.samplers]
+        for url in [servers.url_of(args.here, args.port), *own] if coordinates else own:
+            servers.require_free(url)
         if stop.asked:
             return stop.status
         for server in part.samplers:
             servers.begin(server)
-        wait_for(urls if part.trainers else list(own(part)), part, args, stop)
+        wait_for(everywhere if part.trainers else part.samplers, part, args, stop)
         if stop.asked:
             return stop.status
         for trainer in part.trainers:
@@ -301,54 +303,23 @@ def run(part: Part, urls: list[str], args: argparse.Namespace, stop: Stop) -> in
         process_group.kill(part.samplers)
 
 
-def require_ports(part: Part, args: argparse.Namespace, stop: Stop) -> None:
-    """Returns when the ports of this host's part are free, or this process is asked to end.
-
-    Raises:
-      InputError: if they still are not after SETTLE seconds.
-    """
-    coordinates = bool(part.trainers) and args.here == args.trainer_hosts[0]
-    ports = range(args.port + (not coordinates), args.port + 1 + len(part.samplers))
-    deadline = time.monotonic() + SETTLE
-    for port in ports:
-        while (why := why_taken(args.here, port)) and not stop.asked:
-            if time.monotonic() > deadline:
-                raise InputError(f"port {port} of {args.here}: {why}; choose another --port")
-            time.sleep(0.5)
-
-
-def why_taken(host: str, port: int) -> str:
-    """The reason why nothing can listen at a port of this host; none where it can."""
-    try:
-        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(place[:2], family=family).close()
-    except OSError as error:
-        return str(error.strerror).partition(" (while")[0]
-    return ""
-
-
-def own(part: Part) -> dict[str, servers.Server]:
-    """The servers of this host by URL."""
-    return {server.url: server for server in part.samplers}
-
-
-def wait_for(urls: list[str], part: Part, args: argparse.Namespace, stop: Stop) -> None:
+def wait_for(wanted: list[servers.Server], part: Part, args: argparse.Namespace, stop: Stop) -> None:
     """Returns when all servers are ready, or this process is asked to end.
 
     Raises:
       InputError: if a server of this host ends, or the deadline is over.
     """
-    began, missing, next_line, here = time.monotonic(), urls, 0.0, own(part)
+    began, missing, next_line = time.monotonic(), wanted, 0.0
     while missing and not stop.asked:
-        missing = [url for url in missing if not (here[url].well() if url in here else servers.well(url))]
+        missing = [server for server in missing if not server.well()]
         seconds = time.monotonic() - began
         if args.here == args.trainer_hosts[0] and (seconds > next_line or not missing):
-            say(f"{len(urls) - len(missing)} of {len(urls)} vLLM servers are ready, {seconds:.0f} s")
+            say(f"{len(wanted) - len(missing)} of {len(wanted)} vLLM servers are ready, {seconds:.0f} s")
             next_line = seconds + 15
         if seconds > args.deadline:
+            late = ", ".join(server.url for server in missing)
             raise InputError(
-                f"not ready after {seconds:.0f} s: {', '.join(missing)}; see servers/ in the run folder, or raise "
-                "--deadline"
+                f"not ready after {seconds:.0f} s: {late}; see servers/ in the run folder, or raise --deadline"
             )
         for server in part.samplers:
             if server.process.poll() is not None:
@@ -621,8 +592,7 @@ def run_parts(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[s
     if by_ssh:
         return run_remotely(hosts, args, argv, stop)
     args.here = here
-    urls = [server.url for part in hosts.values() for server in part.samplers]
-    return run(hosts[here], urls, args, stop)
+    return run(hosts[here], [server for part in hosts.values() for server in part.samplers], args, stop)
 
 
 def show(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str]) -> None:

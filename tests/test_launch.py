@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import importlib.util
 import itertools
 import os
@@ -12,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import types
 from collections.abc import Iterator
@@ -24,7 +22,6 @@ import pytest
 import yaml
 
 from jaxrl.errors import BAD_INPUT, TRY_AGAIN
-from jaxrl.sampling import servers
 from jaxrl.sampling.servers import free_port
 from sampling.test_servers import alive, assert_gone, pids_in
 
@@ -46,8 +43,7 @@ host, port = (sys.argv[sys.argv.index(name) + 1] for name in ("--host", "--port"
 assert len(os.environ["VLLM_API_KEY"]) > 30 and "PYTHONPATH" not in os.environ
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        own = self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
-        self.send_response(200 if own or self.path == "/health" else 401); self.end_headers()
+        self.send_response(200); self.end_headers()
         self.wfile.write(os.environ["JAXRL_SERVER"].encode())
     def log_message(self, *args): pass
 if os.path.exists("{folder}/broken"): raise SystemExit("ValueError: it is broken")
@@ -79,7 +75,7 @@ DRIVER = """
 import sys
 sys.path.insert(0, "{root}/launch")
 import entry
-entry.sys.executable, entry.NOTICE, entry.LOOK, entry.SETTLE = "{folder}/python", 1, 0.2, 1
+entry.sys.executable, entry.NOTICE, entry.LOOK = "{folder}/python", 1, 0.2
 sys.exit(entry.main(sys.argv[1:], entry.Stop()))
 """
 
@@ -325,33 +321,9 @@ def test_a_server_of_another_run_is_not_taken_for_ones_own(folder: Path) -> None
         port = other.getsockname()[1]
         for first in (port, port - 1):  # that of the coordinator, and of a server
             output = Run(folder, False, "--port", str(first)).end(BAD_INPUT)
-            assert f"port {port} of 127.0.0.1: Address already in use; choose another --port" in output
+            assert f"http://127.0.0.1:{port}: no server can listen there (Address already in use" in output
             assert output.count("\n") == 1
     assert not (folder / "pids").exists()
-
-
-class Healthy(http.server.BaseHTTPRequestHandler):
-    """Another run's server, which does not take this one's key."""
-
-    def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health" else 401)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_a_server_is_ready_if_it_is_this_runs(folder: Path) -> None:
-    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        assert not servers.well(f"http://127.0.0.1:{other.server_port}")
-        ended = servers.Server(f"http://127.0.0.1:{other.server_port}", folder / "log", ["false"], {})
-        ended.start()
-        ended.process.wait()
-        other.RequestHandlerClass.do_GET = lambda self: (self.send_response(200), self.end_headers())
-        assert servers.well(ended.url) and not ended.well()
-        ended.kill()
-        other.shutdown()
 
 
 def test_kill_9_between_a_program_and_its_reaper_leaves_nothing(folder: Path) -> None:

@@ -388,17 +388,6 @@ def _is_listed(name: str, listed: Sequence[str]) -> bool:
     return int(name) < len(listed) if name.isdecimal() else any(name in line for line in listed)
 
 
-def well(url: str) -> bool:
-    """Whether a server answers, can serve, and takes this run's key, which its route /health does not ask for.
-
-    See also `Server.well`.
-    """
-    try:
-        return all(_get(url + route).status_code == 200 for route in ("/health", "/version"))
-    except httpx.HTTPError:
-        return False
-
-
 def _get(url: str) -> httpx.Response:
     # without certificates, which take longer to load than the answer
     headers = {"Authorization": f"Bearer {api_key()}"}

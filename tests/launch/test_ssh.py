@@ -68,7 +68,7 @@ def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subproc
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_base(tmp_path_factory.mktemp("model") / "base", updates=0)
+    return tiny_run.make_base(tmp_path_factory.mktemp("model") / "base", head_dim=32, updates=0)
 
 
 @pytest.fixture
