@@ -101,7 +101,11 @@ class Server(ProcessGroup):
             return False
         try:
             if self.identity not in _get(self.url + OWNER).text:
-                raise InputError(f"{self.url}: {listener(self.url)} answers in place of a server of this run")
+                who = listener(self.url) if hasattr(self, "process") else "another program"
+                raise InputError(
+                    f"{self.url}: {who} answers in place of a server of this run; end it, or if it is that server, "
+                    "install this version of jaxrl with vLLM"
+                )
             return _get(self.url + "/health").status_code == 200
         except httpx.HTTPError:
             return False

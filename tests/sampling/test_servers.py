@@ -241,9 +241,15 @@ def test_a_server_of_another_run_is_not_taken_for_the_own(
     monkeypatch.setattr(Foreign, "status", status)
     server = serve(tmp_path, foreign.server_port)
     assert servers.well(server.url)
-    message = rf"127.0.0.1:{foreign.server_port}: process {os.getpid()} \(.*\) answers in place of a server of this run"
-    with pytest.raises(InputError, match=message):
+    message = rf"127\.0\.0\.1:{foreign.server_port}: {{}} answers in place of a server of this run"
+    with pytest.raises(InputError, match=message.format("another program")):  # as of another host
         server.well()
+    server.arguments = ["sleep", "600"]  # and does not get the port
+    monkeypatch.setattr(servers, "require_free", lambda _: None)
+    servers.begin(server)
+    with pytest.raises(InputError, match=message.format(rf"process {os.getpid()} \(.*\)")):
+        servers.wait(server, 60)
+    server.kill()
 
 
 def test_a_port_that_is_lost_while_a_server_restarts_is_named(tmp_path: Path) -> None:
