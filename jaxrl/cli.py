@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -13,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from jaxrl import __version__
-from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError, file_error
+from jaxrl.errors import BAD_INPUT, NO_ROOM, TRY_AGAIN, InputError, RunError, file_error
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -77,8 +78,9 @@ def _unfailing(stream: TextIO) -> TextIO:
 
 def _of_a_file(error: OSError) -> InputError | RunError:
     """The error for a file that this user may not use, or a disk that fails. Raises any other one: it is a bug."""
-    if error.filename and error.strerror and not isinstance(error, FileNotFoundError):
-        return file_error(error.filename, "used", error.errno, error.strerror)
+    of_the_disk = error.filename or error.errno in {*NO_ROOM, errno.EIO, errno.ESTALE}
+    if of_the_disk and error.strerror and not isinstance(error, FileNotFoundError):
+        return file_error(error.filename or "a file", "used", error.errno, error.strerror)
     raise error
 
 

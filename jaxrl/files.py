@@ -18,18 +18,32 @@ from jaxrl.errors import file_error
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def reading(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Names the file in what a failed read in the context raises.
+
+    Raises:
+      InputError: if it may not be read.
+      RunError: if the disk fails.
+    """
+    return _naming(path, "read")
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
     """Names the file in what a failed write in the context raises.
 
     Raises:
       InputError: if there is no room for the file, or it may not be written.
       RunError: if the disk fails.
     """
+    return _naming(path, "written")
+
+
+@contextlib.contextmanager
+def _naming(path: Path, use: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise file_error(path, "written", error.errno, error.strerror or str(error)) from None
+        raise file_error(path, use, error.errno, error.strerror or str(error)) from None
 
 
 def write_atomically(path: Path, text: str) -> None:

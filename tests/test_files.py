@@ -10,7 +10,7 @@ import pytest
 
 from faults import largest_file
 from jaxrl.errors import InputError, RunError
-from jaxrl.files import write_atomically, writing
+from jaxrl.files import reading, write_atomically, writing
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
@@ -25,6 +25,11 @@ def test_a_write_that_may_pass_is_tried_again(number: int) -> None:
     passes = pytest.raises(RunError, match=r"^here: cannot be written .*; the same command tries again$")
     with passes, writing(Path("here")):
         raise OSError(number, os.strerror(number))
+
+
+def test_a_read_that_fails_names_the_file() -> None:
+    with pytest.raises(RunError, match="^here: cannot be read .Stale file handle"), reading(Path("here")):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def test_without_room_the_old_file_stays(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import DTYPES
+from jaxrl.files import DTYPES, reading
 from jaxrl.json_fields import read_json, shown
 from jaxrl.models.decoder import Spec
 
@@ -99,7 +99,8 @@ def hash_weights(folder: Path) -> str:
     """A digest of the files of a folder's weights."""
     weights = blake3(max_threads=blake3.AUTO)
     for file in weight_files(folder):
-        weights.update_mmap(file)
+        with reading(file):
+            weights.update_mmap(file)
     return weights.hexdigest()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from jaxrl.errors import InputError
-from jaxrl.files import write_atomically, writing
+from jaxrl.files import reading, write_atomically, writing
 from jaxrl.telemetry.expendable import Expendable
 from jaxrl.types import Say
 
@@ -148,7 +148,9 @@ def read_metrics(path: Path) -> list[MetricsRow]:
 def read_rows(path: Path) -> tuple[list[MetricsRow], list[bytes]]:
     """The rows of a file, and the lines that are none; a last one without an end is neither, but a killed process's."""
     rows, damaged = list[MetricsRow](), list[bytes]()
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    with reading(path):
+        text = path.read_bytes() if path.exists() else b""
+    for line in text.splitlines(keepends=True):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
