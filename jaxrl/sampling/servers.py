@@ -372,7 +372,7 @@ def vllm_version(program: str) -> str:
     command = [*shlex.split(first[2:]), "-c", VERSIONS] if is_script else [path, "--version"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        ran = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(f"{program} cannot be run ({error}); run make vllm") from None
     said = (ran.stdout.strip() or ran.stderr.strip() or "it prints nothing").splitlines()[-1]
@@ -438,7 +438,7 @@ def listener(url: str) -> str:
     sockets = set[str]()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
-            rows = map(str.split, Path(f"/proc/net/{table}").read_text().splitlines()[1:])
+            rows = map(str.split, Path(f"/proc/net/{table}").read_text(encoding="utf-8").splitlines()[1:])
             sockets |= {
                 f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1][-4:], 16) == port
             }

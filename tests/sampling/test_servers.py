@@ -251,7 +251,10 @@ def test_a_server_of_another_run_is_not_taken_for_the_own(
     server.kill()
 
 
-def test_a_port_that_is_lost_while_a_server_restarts_is_named(tmp_path: Path) -> None:
+def test_a_port_that_is_lost_while_a_server_restarts_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the program leaves a file
     server = serve(tmp_path, text=PROGRAM)  # it does not listen
     servers.begin(server)
     with (
