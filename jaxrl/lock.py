@@ -61,7 +61,7 @@ def alone(folder: Path, what: str, say: Say = print) -> Iterator[None]:
 
         def beat(number: int) -> None:
             with contextlib.suppress(OSError):  # a full disk is the work's to report
-                path.write_text(f"process {os.getpid()} on {host}\n{number}\n", encoding="utf-8")
+                _write(path, f"process {os.getpid()} on {host}\n{number}\n")
 
         def keep_beating() -> None:
             for number in itertools.count(1):
@@ -79,6 +79,14 @@ def alone(folder: Path, what: str, say: Say = print) -> Iterator[None]:
             thread.join()
             with contextlib.suppress(OSError):
                 path.write_bytes(b"")
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes over what is there: whoever reads meanwhile must not find an empty file, which has no owner."""
+    path.touch()
+    with path.open("r+b") as file:
+        file.write(text.encode())
+        file.truncate()
 
 
 def _read(path: Path) -> list[str]:

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -46,20 +45,36 @@ def test_an_owner_on_this_host_is_named_and_a_dead_one_forgotten(tmp_path: Path)
     assert (tmp_path / "lock").read_text() == ""
 
 
+def test_a_beat_never_leaves_the_file_empty(tmp_path: Path) -> None:
+    path, ended, seen = tmp_path / "lock", threading.Event(), set[int]()
+    path.write_text("process 7 on elsewhere")
+
+    def read() -> None:
+        while not ended.is_set():
+            seen.add(len(path.read_bytes()))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(3000):
+        lock._write(path, f"process 7 on elsewhere\n{number}\n")
+    ended.set()
+    reader.join()
+    assert 0 not in seen
+
+
 def test_an_owner_on_another_host_is_known_by_its_beat(tmp_path: Path) -> None:
     path, ended = tmp_path / "lock", threading.Event()
+    path.write_text("process 7 on elsewhere\n")
 
     def beat() -> None:
         for number in range(1000):
-            path.write_text(f"process 7 on elsewhere\n{number}\n")
+            lock._write(path, f"process 7 on elsewhere\n{number}\n")
             if ended.wait(0.1):
                 return
 
     other = threading.Thread(target=beat)
     other.start()
     try:
-        while not path.exists():
-            time.sleep(0.01)
         with (
             pytest.raises(InputError, match="process 7 on elsewhere"),
             lock.alone(tmp_path, "training", silent),
@@ -84,7 +99,7 @@ def test_a_second_training_of_a_run_folder_is_refused(base: Path, tmp_path: Path
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(InputError, match=r"file/run/lock: cannot write it .Not a directory"),
+        pytest.raises(InputError, match=r"file/run/lock: cannot be written .Not a directory"),
         lock.alone(tmp_path / "file" / "run", "training"),
     ):
         pass

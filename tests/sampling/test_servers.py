@@ -204,7 +204,7 @@ def serve(folder: Path, port: int = 0, text: str = SERVES) -> servers.Server:
     program = folder / "vllm"
     program.write_text(text)
     program.chmod(0o755)
-    settings = servers.Settings(str(program), "model", "float32", max_tokens=8)
+    settings = servers.Settings(str(program), str(folder / "model"), "float32", max_tokens=8)
     return servers.prepare(settings, folder / "servers" / "vllm_0.log", on_cpu=True, port=port)
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from jaxrl.config import from_dict
-from jaxrl.errors import InputError, RunError
+from jaxrl.errors import InputError
 from jaxrl.models import Config, decoder, initialize
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import mesh_over, sharding_of
@@ -129,7 +129,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     files.write(initialize(config, 0), config, folder, 0)
     assert not (folder / "weights_00000000.safetensors").is_symlink()
     with pytest.raises(
-        RunError, match="cannot write the weights"
+        InputError, match="cannot be written"
     ):  # as if it had been put in the place of an own file
         files.write(initialize(config, 0), config, folder, 1, spare=folder / "weights_00000009.safetensors")
     with files.own_folder(folder, silent):
