@@ -26,7 +26,7 @@ import tomli_w
 import tyro
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, first_line
 from jaxrl.types import (
     Backend,
     Correction,
@@ -41,12 +41,25 @@ from jaxrl.types import (
     Verifier,
 )
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
+MOST = 2**31 - 1  # devices hold int32
+
+
+def _float32(x: float) -> float:
+    if x and not 2.0**-126 <= abs(x) < 2.0**128:
+        raise ValueError("0 or infinite in float32, which devices hold")
+    if x < 1 <= x + 2.0**-25:
+        raise ValueError("1 in float32, which devices hold")
+    return x
+
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[int, Field(gt=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
-Share = Annotated[float, Field(gt=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Float = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_float32)]
+Share = Annotated[Float, Field(gt=0, le=1)]
+NonNegative = Annotated[Float, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+COLDEST = 0.01  # temperature; vLLM samples at no lower one, which would divide by almost 0
 
 
 def _one_group(pattern: str) -> str:
@@ -313,9 +326,9 @@ class Optimizer(Section):
     """AdamW's, after warm-up, constant (verl actor.optim.lr)."""
     warmup_steps: Count = 10
     """Rollout batches of linear warm-up; the first batch runs at 0 (verl lr_warmup_steps)."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
     """First-moment decay (torch default)."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
     """Second-moment decay (torch default)."""
     epsilon: PositiveFloat = 1e-8
     """Added to the root of the second moment (torch default)."""
@@ -446,8 +459,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise InputError(
             f"{path}: cannot read the recipe ({error.strerror}); give the path of a .toml file"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+    except ValueError as error:  # of the syntax, the encoding, or an integer of thousands of digits
+        raise InputError(f"{path}: not valid TOML: {first_line(error)}") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid TOML: nested too deeply") from None
     if not overrides:
         return from_dict(values, str(path))
     recipe = from_command_line(_unchecked(values, str(path)), overrides, f"jaxrl train {path}")
@@ -569,6 +584,11 @@ def _sampling_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         r.rollout.temperature > 0,
         f"rollout.temperature = 0 samples one answer {r.rollout.samples} times over; raise it, to 1.0 say",
     )
+    for key, temperature in (("rollout", r.rollout.temperature), ("eval", r.eval.temperature)):
+        yield (
+            not 0 < temperature < COLDEST,
+            f"{key}.temperature = {temperature} is too low to sample at; use {COLDEST} or more",
+        )
     yield (
         r.rollout.engine == "local" or bool(r.sampler.urls) != bool(r.sampler.servers),
         'rollout.engine = "vllm" needs either sampler.urls, of servers that run, or sampler.servers, to start so many',

@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,33 @@ def test_a_bad_value_is_named(text: str, words: tuple[str, ...], tmp_path: Path)
     assert str(caught.value) == message
 
 
+def refused(number: float) -> set[str]:
+    """The numeric fields that are named where all of them are this number."""
+    values: dict[str, dict[str, float]] = {}
+    for key in NUMERIC:
+        section, name = key.split(".")
+        values.setdefault(section, {})[name] = number
+    with pytest.raises(InputError) as caught:
+        config.from_dict(values)
+    return {line.removeprefix("recipe: ").split(" = ")[0] for line in str(caught.value).splitlines()}
+
+
+NUMERIC = {key for key in FIELDS if type(value(Recipe(), key)) in (int, float)}
+REAL = {key for key in NUMERIC if type(value(Recipe(), key)) is float}
+UNBOUNDED = {"loss.dual_clip", "sampler.correction_cap"}  # infinity turns them off
+
+
+def test_a_number_that_devices_do_not_hold_is_named_in_every_field() -> None:
+    for number in (-1, math.nan, -math.inf, 1e-46, -1e-400 or -1e-46):
+        assert refused(number) == NUMERIC
+    for number in (math.inf, 1e39, 10**400):
+        assert refused(number) >= NUMERIC - UNBOUNDED
+    for number in (1 << 31, 1 << 63):
+        assert refused(number) >= NUMERIC - REAL - {"run.seed"}
+    assert refused(1 << 64) >= NUMERIC - REAL
+    assert {"optimizer.beta1", "optimizer.beta2"} <= refused(0.99999999)
+
+
 def test_each_of_several_problems_has_a_line(tmp_path: Path) -> None:
     path = write(tmp_path, "[run]\nsteps = -1\nseeed = 1\n[loss]\nclip_low = 'a'\n")
     with pytest.raises(InputError) as caught:
@@ -261,6 +289,11 @@ IMPOSSIBLE = {
         ("rollout.engine", "sampler.urls", "sampler.servers", "either"),
         {"sampler": {"servers": 2}},
     ),
+    "colder_than_servers_sample": (
+        {"rollout": {"temperature": 0.005}},
+        ("rollout.temperature = 0.005", "0.01 or more"),
+        {"rollout": {"temperature": 0.01}},
+    ),
     "a_server_twice": (
         {"sampler": {"urls": ["http://a:80", "A:80/"]}},
         ("sampler.urls", "http://a:80, http://a:80", "name each once"),
@@ -302,7 +335,18 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
     assert "Is a directory" in one_line(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"[run", b"a = ", b"[run]\nseed = 1\nseed = 2", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[run",
+        b"a = ",
+        b"[run]\nseed = 1\nseed = 2",
+        b"\xff\xfe",
+        b"a = " + b"9" * 5000,
+        b"a = " + b"[" * 9999,
+    ],
+    ids=lambda content: repr(content[:20]),
+)
 def test_a_file_that_is_not_toml(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(content)
