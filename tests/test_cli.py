@@ -179,7 +179,7 @@ def test_what_cannot_be_shown_stops_no_run(path: str, encoding: str) -> None:
 
 def test_a_file_that_may_not_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    assert "metrics.jsonl: cannot be used (Is a directory); put that right" in refused(
+    assert "metrics.jsonl: cannot be read (Is a directory); put that right" in refused(
         capsys, "report", tmp_path
     )
     (tmp_path / "checkpoints").mkdir(mode=0)
