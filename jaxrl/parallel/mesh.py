@@ -98,8 +98,12 @@ def local_copy(params: Tree, dtype: str) -> Tree:
     def copy(leaf: jax.Array) -> jax.Array:
         assert isinstance(leaf.sharding, NamedSharding)
         whole = NamedSharding(leaf.sharding.mesh, P())
-        everywhere = jax.jit(lambda x: x.astype(dtype), out_shardings=whole)(leaf)
+        everywhere = jax.jit(_cast, static_argnums=1, out_shardings=whole)(leaf, dtype)
         shards = [shard.data for shard in everywhere.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, here, shards)
 
     return jax.tree.map(copy, params)
+
+
+def _cast(leaf: jax.Array, dtype: str) -> jax.Array:
+    return leaf.astype(dtype)  # a function of its own: of a lambda, jax.jit compiles every one anew
