@@ -16,7 +16,7 @@ VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 vllm test test-slow test-chaos test-golden test-all test-gpu gpu test-vllm lint docs clean
+.PHONY: help install demo smollm2 vllm test test-slow test-chaos test-golden test-all test-gpu gpu test-vllm test-launch lint docs clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learned (RUN=, SEED=)"
@@ -26,10 +26,11 @@ help:
 	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
 	@echo "make test-chaos   a run that has TRIES=200 faults at random moments (SEED=)"
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
-	@echo "make test-all     all of these and test-vllm; the golden ones where GOLDEN is set"
+	@echo "make test-all     all of these, test-vllm and test-launch; the golden ones where GOLDEN is set"
 	@echo "make test-gpu     what only a GPU can show, on this machine's"
 	@echo "make gpu          that, and the benchmarks of a GPU (vLLM's part after make vllm)"
 	@echo "make test-vllm    sampling by real vLLM servers"
+	@echo "make test-launch  runs started by a real sshd and a real Slurm (openssh-server, slurm-wlm and munge)"
 	@echo "make lint         ruff, mypy and shellcheck"
 	@echo "make docs         the documentation as a site, build/site"
 
@@ -68,7 +69,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST)
 
 test-slow: $(VENV)/.installed-test smollm2
-	$(BIN)/python -m pytest -m slow $(PYTEST)
+	$(BIN)/python -m pytest -m slow --ignore tests/launch $(PYTEST)
 
 TRIES ?= 200
 
@@ -98,9 +99,12 @@ $(VLLM_VENV)/.installed-cuda: pyproject.toml
 	@touch $@
 
 test-vllm: $(VENV)/.installed-test vllm
-	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m vllm $(PYTEST)
+	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m vllm --ignore tests/launch $(PYTEST)
 
-test-all: test test-slow test-chaos test-vllm $(if $(GOLDEN),test-golden)
+test-launch: $(VENV)/.installed-test vllm
+	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m "slow or vllm" tests/launch $(PYTEST)
+
+test-all: test test-slow test-chaos test-vllm test-launch $(if $(GOLDEN),test-golden)
 
 # GPU_PYTHON=python3 takes one that has everything already, and installs nothing
 GPU_PYTHON ?=

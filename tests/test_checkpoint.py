@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import random
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,20 +221,6 @@ def test_a_stop_while_restoring_is_no_damage(
     with pytest.raises(KeyboardInterrupt):
         resume(folder, base, stopped)
     assert contents(folder / "run" / "checkpoints") == before
-
-
-@pytest.mark.slow
-def test_signals_at_many_moments_of_start_and_restore_lose_no_checkpoint(folder: Path, base: Path) -> None:
-    recipe = tiny_run.write_recipe(folder, base, **{"run.steps": 10_000})
-    random_, newest = random.Random(0), 4
-    for _ in range(10):
-        process = tiny_run.jaxrl("train", recipe)
-        time.sleep(random_.uniform(0, 12))
-        process.send_signal(random_.choice([signal.SIGTERM, signal.SIGINT]))
-        output, _ = process.communicate(timeout=120)
-        steps = [int(p.name) for p in (folder / "run" / "checkpoints").iterdir() if p.name.isdigit()]
-        assert max(steps) >= newest and not (folder / "run" / "checkpoints-damaged").exists(), output
-        newest = max(steps)
 
 
 def test_check_names_what_is_not_what_was_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
