@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from jaxrl import config, data
 from jaxrl.config import Count, Positive, Section
 from jaxrl.errors import InputError
+from jaxrl.files import at_home
 from jaxrl.rewards.latex_equality import reference
 from jaxrl.types import JsonObject
 
@@ -69,7 +70,7 @@ def select(names: str) -> dict[str, Benchmark]:
         elif name in known:
             chosen[name] = known[name]
         elif name.endswith(".toml"):
-            chosen |= _read(Path(name).expanduser())
+            chosen |= _read(at_home(name))
         else:
             raise InputError(
                 f"--benchmarks: there is no '{name}'; take some of {', '.join(known)}, or all, or describe your own "

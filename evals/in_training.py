@@ -102,7 +102,7 @@ def load_benchmarks(
       InputError: if one cannot be read, or has a prompt that is too long for the recipe.
     """
     section, limit = recipe.eval, recipe.data.max_prompt_tokens
-    folder = Path(section.benchmark_folder).expanduser() if section.benchmark_folder else None
+    folder = Path(section.benchmark_folder) if section.benchmark_folder else None
     chosen = benchmarks.select(section.benchmarks)
     tasks = load_tasks(chosen, recipe, tokenizer, folder, section.benchmark_samples, vocabulary)
     for task in tasks:

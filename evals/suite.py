@@ -139,13 +139,17 @@ def evaluate(
     responses = _generate(job, settings["seed"], tasks, stop_ids, detokenize, devices, say)
     graded = [_grade(task, responses[task.name], say) for task in tasks]
     judge: JudgeSettings | None = None
+    unjudged: InputError | RunError | None = None
     if open_judge:
         try:
             with open_judge(job.out) as asked:
                 graded, judge = _ask(asked, graded, say), asked.settings()
         except (InputError, RunError) as error:  # the judge's server could not be started
-            say(f"{error}. The grades by rule are kept; the same command asks the judge")
-    return _write(job, settings, judge, graded)
+            unjudged = type(error)(f"{error}. The grades by rule are kept; the same command asks the judge")
+    results = _write(job, settings, judge, graded)
+    if unjudged:
+        raise unjudged
+    return results
 
 
 def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Settings:

@@ -293,6 +293,8 @@ class Checkpoints:
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
                 args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_sharded(like, mesh))})
                 found |= _described(dict(self._manager.restore(step, args=args)))
+        except InputError:
+            raise
         except Exception as error:  # a torn file raises whatever its format's reader does
             raise InputError(f"{folder}: {_verdict(folder, error)[1]}") from error
         if manifest is None:

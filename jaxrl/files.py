@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from jaxrl.errors import file_error
 
 # safetensors' names
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+def at_home(path: Path | str) -> Path:
+    """The path, with ~ as the home folder; as it is where there is none."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's method raises where there is no home
 
 
 def reading(path: Path) -> contextlib.AbstractContextManager[None]:

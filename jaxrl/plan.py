@@ -21,6 +21,7 @@ from rich.table import Table
 
 from jaxrl import config
 from jaxrl.errors import InputError
+from jaxrl.files import at_home
 from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
 from jaxrl.models.decoder import Config, forward_flops
@@ -320,7 +321,7 @@ def model_config(path: str) -> Config:
     Raises:
       InputError: if it is none of these.
     """
-    folder = Path(path).expanduser()
+    folder = at_home(path)
     if folder.is_dir():
         return hf.read_config(folder)
     if path in KNOWN:

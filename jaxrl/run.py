@@ -189,7 +189,13 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
             "this user has no home directory, so programs are compiled anew; set run.compilation_cache to keep them"
         )
     elif cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
+        try:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", cache)
+        except OSError as error:
+            say(
+                f"run.compilation_cache = {cache} cannot be made ({error.strerror}), so programs are compiled anew"
+            )
     compilations = Compilations()
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     folder = hf.resolve(recipe.model.path)

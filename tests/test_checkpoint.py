@@ -255,6 +255,16 @@ def test_paths_may_move_and_their_content_may_not_change(folder: Path, base: Pat
         resume(folder, base, **moved)
 
 
+def test_a_compilation_cache_that_cannot_be_is_said_and_left_out(folder: Path, base: Path) -> None:
+    lines, before = list[str](), jax.config.jax_compilation_cache_dir
+    recipe = config.load(
+        tiny_run.write_recipe(folder, base, **{"run.compilation_cache": "/dev/null/here", "run.steps": 1})
+    )
+    run.load(recipe, None, lines.append)
+    assert "run.compilation_cache = /dev/null/here cannot be made (Not a directory)" in lines[0]
+    assert jax.config.jax_compilation_cache_dir == before
+
+
 def test_a_checkpoint_without_a_manifest_is_still_read(finished: Path, folder: Path, base: Path) -> None:
     shutil.rmtree(folder / "run" / "checkpoints" / "4" / "manifest")
     assert resume(folder, base, **{"data.path": str(finished / "problems.jsonl")})[0] == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -112,4 +113,70 @@ def test_all_text_is_utf8_whatever_the_locale() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and not names_its_encoding(node)
     ]
+    assert not found, found
+
+
+def test_a_user_without_a_home_is_no_traceback() -> None:
+    """Path.expanduser and Path.home raise there; os.path.expanduser does not."""
+    found = [
+        f"{module}:{node.lineno}"
+        for module, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr in ("expanduser", "home") and ast.unparse(node.func.value) != "os.path"
+    ]
+    assert not found, found
+
+
+OURS = {"jaxrl.errors.InputError", "jaxrl.errors.RunError", "jaxrl.errors.file_error"}
+BROAD = {"ValueError", "RuntimeError", "Exception", "BaseException"}  # which ours are
+
+
+@functools.cache
+def known(module: str) -> dict[str, str]:
+    """What a module defines or imports by name, and where that is defined."""
+    names = {"self": module}
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.setdefault(node.name, f"{module}.{node.name}")
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def calls(module: str, tree: ast.AST) -> set[str]:
+    """What is called in a tree by a name that is the module's or imported from another one of the product."""
+    names, found = known(module), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            first, _, rest = ast.unparse(node.func).partition(".")
+            if first in names and "." not in rest:
+                found.add(f"{names[first]}.{rest}".strip("."))
+    return found
+
+
+def test_no_broad_except_takes_an_error_of_ours_for_another_one() -> None:
+    """Around a call that can raise InputError or RunError, these are raised again first."""
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+    called: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                called.setdefault(f"{module}.{node.name}", set()).update(calls(module, node))
+    raising, more = set(OURS), True
+    while more:
+        more = {function for function, others in called.items() if others & raising} - raising
+        raising |= more
+    found = []
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            handled: set[str] = set()
+            for handler in node.handlers if isinstance(node, ast.Try) else ():
+                kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+                names = {ast.unparse(kind) if kind else "BaseException" for kind in kinds}
+                again = any(isinstance(last, ast.Raise) and not last.exc for last in handler.body)
+                inside = {name for part in node.body for name in calls(module, part)} & raising
+                if names & BROAD and not again and not handled & {"InputError", "RunError"} and inside:
+                    found.append(f"{module}:{handler.lineno} around {', '.join(sorted(inside))}")
+                handled |= names
     assert not found, found

@@ -96,6 +96,22 @@ def test_a_second_training_of_a_run_folder_is_refused(base: Path, tmp_path: Path
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]
 
 
+@pytest.mark.parametrize("spelled", ["link/run", "./run/../run", "run/"])
+def test_another_spelling_of_a_folder_is_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with (
+        lock.alone(tmp_path / "run", "training"),
+        pytest.raises(InputError, match=f"process {os.getpid()} on"),
+        lock.alone(Path(spelled), "training"),
+    ):
+        pass
+    with lock.alone(Path(spelled), "training"):
+        pass
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (

@@ -21,7 +21,7 @@ from jaxtyping import Float32
 from numpy.typing import ArrayLike
 
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import safetensors_header
+from jaxrl.files import at_home, safetensors_header
 from jaxrl.json_fields import read_json
 from jaxrl.models import config_json, decoder
 from jaxrl.models.decoder import Cache, Config, Params, Spec
@@ -63,7 +63,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
       InputError: if it is neither.
     """
-    folder = Path(path).expanduser()
+    folder = at_home(path)
     if folder.is_dir():
         return folder
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import socket
 import struct
 import time
@@ -57,6 +59,8 @@ class JsonLines:
         with writing(self._path):
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "it was deleted while the run wrote to it")
 
     def close(self) -> None:
         with suppress(OSError):  # `log` has flushed, or raised

@@ -334,8 +334,9 @@ def test_a_judge_that_cannot_be_started_costs_no_grades(
     program: str, message: str, base: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["eval", base, "--benchmarks", mine, "--out", tmp_path, "--samples", 2, *OPTIONS]
-    cli.main(list(map(str, [*command, "--judge", base, "--sampler.vllm", program])))
-    assert message in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"2|75"):
+        cli.main(list(map(str, [*command, "--judge", base, "--sampler.vllm", program])))
+    assert message in (said := capsys.readouterr().err) and "grades by rule are kept" in said
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["judge"] is None and results["benchmarks"]["digits"]["rule"]["pass@1"] >= 0
     assert results["benchmarks"]["digits"]["rule+model"] is None

@@ -575,3 +575,7 @@ def test_real_weights(tmp_path: Path) -> None:
     assert_same_bits(models.load(tmp_path).params, model.params)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
     np.testing.assert_array_equal(reference_logits(saved, tokens), expected)
+
+
+def test_a_home_folder_that_is_not_there_is_named() -> None:
+    assert "~nobody-here/model: no such model folder" in one_line(lambda: hf.resolve("~nobody-here/model"))

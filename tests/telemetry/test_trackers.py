@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from faults import largest_file
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, RunError
 from jaxrl.telemetry.trackers import TensorBoard, finite, open_trackers, read_metrics
 
 
@@ -82,6 +83,14 @@ def test_a_full_disk_under_the_metrics_ends_the_run(tmp_path: Path) -> None:
             tracker.log(step, {})
     steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == list(range(len(steps))) and steps
+
+
+def test_metrics_that_are_deleted_end_the_run_at_the_next_step(tmp_path: Path) -> None:
+    with open_trackers(tmp_path / "run", 0, tensorboard=False) as (tracker,):
+        tracker.log(0, {})
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written .it was deleted"):
+            tracker.log(1, {})
 
 
 def test_other_processes_have_no_trackers(tmp_path: Path) -> None:
