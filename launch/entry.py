@@ -85,6 +85,12 @@ OPTIONS: dict[str, tuple[int, int, int, str]] = {  # default, least, most
     "--port": (8100, 1, LAST_PORT, "of the coordinator; servers have those after it"),
     "--deadline": (900, 1, 10**6, "seconds for servers to get ready"),
     "--grace": (900, 1, 10**6, "seconds for a step to end and be saved"),
+    "--add-to-failure": (
+        0,
+        0,
+        200,
+        "to exit statuses that want no other try: srun reports the highest of all hosts",
+    ),
 }
 
 
@@ -563,9 +569,10 @@ def main(argv: Sequence[str], stop: Stop) -> int:
         try:
             if args.remote:
                 follow_stdin()
-            return run_parts(assign(args), args, argv, stop)
+            code = run_parts(assign(args), args, argv, stop)
         except (InputError, RunError) as error:
-            return report(error, f"launch: {args.here}")
+            code = report(error, f"launch: {args.here}")
+    return code + (args.add_to_failure if 0 < code < 56 else 0)  # an exit status is a byte
 
 
 def report(error: InputError | RunError, prefix: str) -> int:

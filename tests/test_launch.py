@@ -359,6 +359,7 @@ def stub(folder: Path, **programs: str) -> str:
 
 SLURM = {
     "SLURM_JOB_ID": "1234567",
+    "SLURM_JOB_ID_HET_GROUP_1": "1234568",
     "SLURM_JOB_NODELIST_HET_GROUP_0": "a[1-8]",
     "SLURM_JOB_NODELIST_HET_GROUP_1": "b[1-8]",
 }
@@ -378,8 +379,13 @@ def test_sixteen_hosts_by_slurm(folder: Path) -> None:
     assert lines == expected and len(lines) == 40
 
 
+SCANCEL = """
+echo scancel "$@" >> {0}/calls
+kill $(cat {0}/srun1 $([ $2 = 1234568 ] || echo {0}/srun0))
+"""
 SRUN = """
 echo "$@" >> {0}/calls
+echo $$ > {0}/srun${{5#--het-group=}}
 trap 'echo ${{5}} TERM >> {0}/calls; {2}' TERM
 case $5 in --het-group=0) {1};; *) {3};; esac
 """
@@ -394,6 +400,9 @@ case $5 in --het-group=0) {1};; *) {3};; esac
         ("kill -9 $$", "", "sleep 30 & wait", 75, True),
         ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 2", 2, False),
         ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 75", 75, True),
+        # one host of a component says 2
+        ("exit 202", "", "sleep 30 & wait", 2, False),
+        ("sleep 30 & wait; wait", "exit 75", "sleep 0.5; exit 202", 2, False),
         # preempted
         ("sleep 0.5; kill $PPID; sleep 30 & wait", "sleep 1; exit 75", "sleep 30 & wait", 75, True),
     ],
@@ -401,10 +410,10 @@ case $5 in --het-group=0) {1};; *) {3};; esac
 def test_slurm_starts_again_what_was_stopped(
     folder: Path, trainers: str, on_signal: str, samplers: str, status: int, again: bool
 ) -> None:
-    """With a stand-in for srun that runs these lines; there is no Slurm here."""
+    """With stand-ins that run these lines; see tests/launch for a real Slurm."""
     srun = SRUN.format(folder, trainers, on_signal or "exit 75", samplers)
-    path = stub(folder, scontrol=SCONTROL, srun=srun)
-    environment = {**os.environ, "PATH": path, **SLURM}
+    path = stub(folder, scontrol=SCONTROL, srun=srun, scancel=SCANCEL.format(folder))
+    environment = {**os.environ, "PATH": path, "SECONDS": "10", **SLURM}
     command = ["launch/slurm.sbatch", "r.toml"]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=20)
     calls = (folder / "calls").read_text()
