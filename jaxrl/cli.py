@@ -84,16 +84,20 @@ def _of_a_file(error: OSError) -> InputError | RunError:
     raise error
 
 
+def _source(thing: object) -> str:
+    """The file of a coroutine's code."""
+    return getattr(getattr(thing, "cr_code", None), "co_filename", "")
+
+
 def _quieten_orbax() -> None:
-    """Leaves out what Orbax prints of a failed write: all that matters is raised as well."""
+    """Leaves out what Orbax prints of a failed write or read: all that matters is raised as well."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     show = sys.unraisablehook
 
     def show_others(error: sys.UnraisableHookArgs) -> None:
-        if (
-            str(error.exc_value) != "Event loop is closed"
-        ):  # its threads end after the loop that waited for them
+        # its threads end after the loop that they wake, and coroutines of a failed read end when they are collected
+        if str(error.exc_value) != "Event loop is closed" and "orbax" not in _source(error.object):
             show(error)
 
     sys.unraisablehook = show_others

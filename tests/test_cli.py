@@ -6,8 +6,12 @@ import json
 import re
 import shutil
 import signal
+import sys
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,3 +190,23 @@ def test_a_file_that_may_not_be_used_is_one_line(tmp_path: Path, capsys: pytest.
     with permissions_bind():
         error = refused(capsys, "check", tmp_path)
     assert f"{tmp_path}/checkpoints: cannot be read (Permission denied); put that right" in error
+
+
+@types.coroutine
+def pause() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(("file", "shown"), [("orbax/serialization.py", False), ("ours.py", True)])
+def test_only_orbaxs_coroutines_fail_in_silence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str, shown: bool
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    cli._quieten_orbax()
+    code = "async def read():\n try: await pause()\n except GeneratorExit: raise ValueError('late') from None"
+    names: dict[str, Any] = {"pause": pause}
+    exec(compile(code, file, "exec"), names)
+    coroutine = names["read"]()
+    coroutine.send(None)
+    del coroutine
+    assert ("ValueError: late" in capsys.readouterr().err) == shown
