@@ -41,7 +41,7 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
     """
     devices = choose_devices(recipe.sampler.servers, trains=True)  # before JAX looks for GPUs
     processes.start(say)  # JAX takes SIGTERM for itself, so this comes before graceful_stop
-    with graceful_stop(say) as stop, processes.lookout(say):
+    with graceful_stop(say) as stop, processes.lookout(say, stop):
         say = say if processes.chief() else silent
         if processes.chief():
             require_startable(recipe, devices)

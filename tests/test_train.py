@@ -19,7 +19,7 @@ from evals import in_training
 from jaxrl import config
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.errors import TRY_AGAIN, InputError
-from jaxrl.parallel.signals import graceful_stop
+from jaxrl.parallel.signals import PEER, graceful_stop
 from jaxrl.run import LoadEvaluation, Run, Setup
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.train import train
@@ -260,6 +260,21 @@ def test_a_torn_last_checkpoint_is_said_and_the_one_before_it_used(
     said = tiny_run.finish("train", recipe)
     assert f"{newest} is damaged" in said and "going on from step 2" in said
     assert optimizer_bytes(tmp_path / "run") == optimizer_bytes(uninterrupted)
+
+
+def test_a_stop_of_another_process_does_not_make_the_next_signal_the_second(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    with graceful_stop(print) as stop:
+        stop.arm()
+        os.kill(os.getpid(), PEER)
+        assert stop.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), PEER)
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), PEER)  # one that is late ends nothing
+    assert capsys.readouterr().out.count("finishing this step") == 1
 
 
 def test_an_interrupt_where_nothing_can_be_raised_is_raised_later(capsys: pytest.CaptureFixture) -> None:

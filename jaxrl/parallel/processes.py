@@ -6,7 +6,9 @@ import contextlib
 import ipaddress
 import itertools
 import os
+import queue
 import re
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrl.errors import TRY_AGAIN, InputError, RunError
+from jaxrl.parallel.signals import PEER, Stop
 from jaxrl.types import Say
 
 LEFT = "left"
@@ -83,36 +86,54 @@ def chief() -> bool:
 
 
 def barrier(name: str, seconds: float) -> None:
-    """Waits on the host for all processes; a collective would wait forever.
+    """Waits on the host for all processes; a collective would wait forever. Signals are handled meanwhile.
 
     Raises:
       RunError: naming the processes that did not come in time.
     """
     if jax.process_count() == 1:
         return
-    try:
-        _client().wait_at_barrier(f"jaxrl/{name}", int(1000 * seconds))
-    except jax.errors.JaxRuntimeError as error:
+    client, outcome = _client(), queue.SimpleQueue[jax.errors.JaxRuntimeError | None]()
+
+    def wait() -> None:
+        try:
+            client.wait_at_barrier(f"jaxrl/{name}", int(1000 * seconds))
+            outcome.put(None)
+        except jax.errors.JaxRuntimeError as error:
+            outcome.put(error)
+
+    threading.Thread(target=wait, name="barrier", daemon=True).start()  # Python handles no signal in C++
+    if error := outcome.get():
         late = re.findall(r"^\d+$", str(error).partition("timed out task names:")[2], re.MULTILINE)
         raise RunError(f"{name}: {_names(map(int, late))} did not come within {seconds:.0f} s") from None
 
 
 @contextmanager
-def lookout(say: Say, silence: float = 20.0) -> Iterator[None]:
+def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
     """Ends this process with TRY_AGAIN when another one has not been heard of for `silence` seconds.
 
-    A collective would wait for it forever, and JAX's own heartbeat does not say which process is missing.
+    A collective would wait for it forever, and JAX's own heartbeat does not say which process is missing. A process
+    that is asked to stop asks the others.
     """
     if jax.process_count() == 1:
         yield
         return
     leaving, me, client = threading.Event(), jax.process_index(), _client()
+    main = threading.main_thread().ident
+    assert main
+
+    def tell() -> None:
+        if stop.asked:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                client.key_value_set(f"jaxrl/stop/{me}", "", allow_overwrite=True)
 
     def watch() -> None:
         heard = dict.fromkeys(range(jax.process_count()), ("", time.monotonic()))
         for beat in itertools.count():
             try:
                 client.key_value_set(f"jaxrl/alive/{me}", str(beat), allow_overwrite=True)
+                if not stop.asked and client.key_value_dir_get("jaxrl/stop/"):
+                    signal.pthread_kill(main, PEER)
                 alive = client.key_value_dir_get("jaxrl/alive/")
                 beats = {int(key.rpartition("/")[2]): value for key, value in alive}
             except jax.errors.JaxRuntimeError:  # process 0 keeps them, so it is the one that is gone
@@ -130,6 +151,7 @@ def lookout(say: Say, silence: float = 20.0) -> Iterator[None]:
                 )
                 sys.stdout.flush()
                 os._exit(TRY_AGAIN)
+            tell()
             if leaving.wait(2):
                 return
 
@@ -144,6 +166,7 @@ def lookout(say: Say, silence: float = 20.0) -> Iterator[None]:
         raise
     finally:
         leaving.set()
+        tell()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.key_value_set(f"jaxrl/alive/{me}", LEFT, allow_overwrite=True)
 

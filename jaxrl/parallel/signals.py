@@ -11,17 +11,20 @@ from types import FrameType
 from jaxrl.errors import TRY_AGAIN
 from jaxrl.types import Say
 
+PEER = signal.SIGRTMIN  # what a process sends itself when another process of the run was asked to stop
+
 
 class Stop:
     """Whether the run is to end after this step, and with which exception.
 
     Attributes:
       armed: whether a step is under way that can be finished and saved; before, a signal stops at once.
-      asked: whether a signal has come.
+      asked: whether a signal has come, to this process or to another one of the run.
+      signaled: whether one has come to this process; the next one stops at once.
       reason: what to raise; SystemExit(TRY_AGAIN) has schedulers start the run again.
     """
 
-    armed = asked = False
+    armed = asked = signaled = False
     reason: BaseException = SystemExit(TRY_AGAIN)
 
     def ask(self, reason: BaseException) -> None:
@@ -60,21 +63,27 @@ def graceful_stop(say: Say) -> Iterator[Stop]:
     stop = Stop()
 
     def ask(number: int, _: FrameType | None) -> None:
-        at_once, stop.asked = stop.asked or not stop.armed, True
+        first, stop.asked = not stop.asked, True
+        at_once = not stop.armed
+        if number != PEER:
+            at_once, stop.signaled = at_once or stop.signaled, True
         if number == signal.SIGINT:
             stop.reason = KeyboardInterrupt()
         if at_once:
             raise stop.reason
-        say("finishing this step and saving it; again to stop at once (the last checkpoint is kept)")
+        if first:
+            say("finishing this step and saving it; again to stop at once (the last checkpoint is kept)")
 
     def unraisable(error: sys.UnraisableHookArgs) -> None:
         if error.exc_value is not stop.reason:  # where it cannot be raised, `arm` raises it later
             hook(error)
 
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
-    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers = [signal.SIGINT, signal.SIGTERM, PEER]
     numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    before = {number: signal.signal(number, ask) for number in numbers}
+    before = {number: signal.signal(number, ask) for number in numbers} | {
+        PEER: signal.SIG_IGN
+    }  # one may be late
     try:
         yield stop
     finally:

@@ -70,9 +70,9 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def benchmark(folder: Path) -> dict[str, Any]:
+def benchmark(folder: Path, samples: int = 8) -> dict[str, Any]:
     """What has a recipe evaluate on a benchmark at its beginning and end."""
-    (folder / "mine.toml").write_text(f'[digits]\npath = "{folder}/problems.jsonl"\nsamples = 8\n')
+    (folder / "mine.toml").write_text(f'[digits]\npath = "{folder}/problems.jsonl"\nsamples = {samples}\n')
     return {"eval.benchmarks": str(folder / "mine.toml"), "eval.every": 100}
 
 
@@ -126,6 +126,23 @@ def test_sigterm_saves_and_asks_to_be_started_again(undisturbed: Path, base: Pat
     assert "stopped after step" in said[0]
     assert "going on from step" in complete(recipe)
     assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sigterm_to_one_in_an_evaluation_ends_both_there(asked: int, base: Path, tmp_path: Path) -> None:
+    more = {"eval.every": 1, "rollout.slots": 2, "checkpoint.every": 100, "run.steps": 100}
+    recipe = tiny_run.write_recipe(tmp_path, base, **benchmark(tmp_path, samples=1500) | more)
+    processes, run = start(recipe), tmp_path / "run"
+    deadline = time.monotonic() + 240
+    while not (run / "checkpoints" / "1").exists():  # written before the evaluation
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(1)
+    processes[asked].send_signal(signal.SIGTERM)
+    said = outputs(processes, limit=25)
+    assert [process.returncode for process in processes] == [TRY_AGAIN] * 2, said
+    assert len(tiny_run.metrics(run)) == 1
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize(
