@@ -379,14 +379,10 @@ def test_sixteen_hosts_by_slurm(folder: Path) -> None:
     assert lines == expected and len(lines) == 40
 
 
-SCANCEL = """
-echo scancel "$@" >> {0}/calls
-kill $(cat {0}/srun1 $([ $2 = 1234568 ] || echo {0}/srun0))
-"""
 SRUN = """
 echo "$@" >> {0}/calls
-echo $$ > {0}/srun${{5#--het-group=}}
 trap 'echo ${{5}} TERM >> {0}/calls; {2}' TERM
+while read -r line; do [ $line != SIGTERM ] || kill $$; done <&0 &
 case $5 in --het-group=0) {1};; *) {3};; esac
 """
 
@@ -412,7 +408,7 @@ def test_slurm_starts_again_what_was_stopped(
 ) -> None:
     """With stand-ins that run these lines; see tests/launch for a real Slurm."""
     srun = SRUN.format(folder, trainers, on_signal or "exit 75", samplers)
-    path = stub(folder, scontrol=SCONTROL, srun=srun, scancel=SCANCEL.format(folder))
+    path = stub(folder, scontrol=SCONTROL, srun=srun)
     environment = {**os.environ, "PATH": path, "SECONDS": "10", **SLURM}
     command = ["launch/slurm.sbatch", "r.toml"]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=20)
