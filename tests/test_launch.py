@@ -635,7 +635,7 @@ def with_marker(marker: str) -> list[str]:
 TRIES = 40
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_signals_at_random_moments_leave_nothing(folder: Path) -> None:
     """Also in the first second, while servers get ready, and through ssh; SEED= chooses the moments."""
     random = Random(int(os.environ.get("SEED", "1")))

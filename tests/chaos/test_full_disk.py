@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 from jaxrl.errors import BAD_INPUT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture

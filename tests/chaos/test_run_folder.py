@@ -111,7 +111,7 @@ def damage(finished: Path, to: Path, file: str, how: str) -> tuple[Path, Path]:
     return run, found
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_file_costs_no_history_silently(
