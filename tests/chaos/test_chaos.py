@@ -159,7 +159,7 @@ def disturb(
         flip(rng, run / "checkpoints" / str(newest(run)))
     second = pair[1:] if fault.name == SECOND else []
     pids = [nursery.start(*train, calls=calls) for nursery in [*second, pair[0]]]
-    wait = rng.uniform(0, 2 * usual) if fault.signal else 2.5 * usual
+    wait = rng.uniform(0, 2 * usual) if fault.signal else LONGEST if second else 2.5 * usual
     end = time.monotonic() + wait
     while all(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.02)
