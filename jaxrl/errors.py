@@ -14,6 +14,12 @@ NOT_ALLOWED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
 }  # fmt: skip
 
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}  # what disks and shared file systems have their moments with
+
 
 class InputError(ValueError):
     """Bad input: one line that names the field or file and the remedy. Exits with BAD_INPUT."""
@@ -38,6 +44,13 @@ def file_error(path: Path | str, use: str, number: int | None, why: str) -> Inpu
     if number in NOT_ALLOWED:
         return InputError(f"{failed}; put that right, and give the same command again")
     return RunError(f"{failed}; the same command tries again")
+
+
+def read_error(path: Path | str, error: Exception, remedy: str) -> InputError | RunError:
+    """The error for an input that cannot be read: it is bad, with a remedy, unless the disk fails."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return file_error(path, "read", error.errno, error.strerror or "")
+    return InputError(f"{path}: cannot be read ({first_line(error)}); {remedy}")
 
 
 def first_line(error: BaseException) -> str:

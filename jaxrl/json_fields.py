@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, read_error
 from jaxrl.types import JsonObject
 
 LARGEST_FILE = 16 << 20  # bytes; a config or an index of tensors is far smaller
@@ -34,7 +34,7 @@ def read_json(path: Path) -> JsonObject:
     except FileNotFoundError:
         raise InputError(f"{path}: missing; a Hugging Face folder has one") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise read_error(path, error, "let this user read it") from None
     except RecursionError:
         raise InputError(f"{path}: not valid JSON: nested too deeply") from None
     except InputError:

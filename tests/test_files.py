@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from faults import largest_file
-from jaxrl.errors import InputError, RunError
+from jaxrl.errors import InputError, RunError, read_error
 from jaxrl.files import reading, write_atomically, writing
 
 
@@ -30,6 +30,14 @@ def test_a_write_that_may_pass_is_tried_again(number: int) -> None:
 def test_a_read_that_fails_names_the_file() -> None:
     with pytest.raises(RunError, match=r"^here: cannot be read \(Stale file handle"), reading(Path("here")):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_an_input_on_a_failing_disk_is_not_called_bad() -> None:
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "here")
+    assert isinstance(read_error("here", stale, "get it again"), RunError)
+    assert str(read_error("here", EOFError("too short"), "get it again")) == (
+        "here: cannot be read (too short); get it again"
+    )
 
 
 def test_without_room_the_old_file_stays(tmp_path: Path) -> None:

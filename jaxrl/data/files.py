@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxrl.errors import InputError, first_line
+from jaxrl.errors import InputError, first_line, read_error
 from jaxrl.types import JsonObject
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
@@ -101,7 +101,7 @@ def _mode(path: str) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: a NUL character
-        raise InputError(f"{path!r}: cannot be read ({first_line(error)}); give another path") from None
+        raise read_error(repr(path), error, "give another path") from None
 
 
 def _regular(file: Path) -> Path:
@@ -141,7 +141,7 @@ def _walk(folder: Path) -> Iterator[str]:
     """Names of the files beneath a folder, without hidden ones."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); give another folder")
+        raise read_error(error.filename, error, "give another folder")
 
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] not in "._"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrl.data.files import LINES, WHOLE, format_of
-from jaxrl.errors import InputError, first_line
+from jaxrl.errors import InputError, first_line, read_error
 from jaxrl.types import JsonObject
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _opened(file: Path) -> Iterator[BufferedReader | gzip.GzipFile]:
         with gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb") as opened:
             yield opened
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{file}: cannot be read ({first_line(error)}); get it again") from None
+        raise read_error(file, error, "get it again") from None
 
 
 def _parsed(text: bytes, where: str) -> object:

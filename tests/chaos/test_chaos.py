@@ -50,11 +50,10 @@ def kinds() -> Iterator[Fault]:
     yield Fault("SIGTERM", 75, signal.SIGTERM)
     yield Fault("SIGHUP", 75, signal.SIGHUP)
     yield Fault("Ctrl-C", 130, signal.SIGINT)
-    for part in ("checkpoints/", "metrics.jsonl", "rollouts/", "recipe.toml"):
+    for part in ("checkpoints/", "metrics.jsonl", "rollouts/", "recipe.toml", "run/lock"):
         yield Fault(f"disk full: {part}", 2, call=("fault_file", part, errno.ENOSPC, 1, ALWAYS))
         yield Fault(f"write fails: {part}", 75, call=("fault_file", part, errno.EIO, 1, ALWAYS))
-    for part in ("events.out", "run/lock"):
-        yield Fault(f"disk full: {part}", None, call=("fault_file", part, errno.ENOSPC, 1, ALWAYS))
+    yield Fault("disk full: events.out", None, call=("fault_file", "events.out", errno.ENOSPC, 1, ALWAYS))
     for part in ("checkpoints/", "model.safetensors", "problems.jsonl", "metrics.jsonl"):
         yield Fault(f"stale file handle: {part}", 75, call=("fault_file", part, errno.ESTALE, 0, ALWAYS))
     yield Fault(
