@@ -42,7 +42,7 @@ class InTraining:
         """
         setup, own = run.setup, self._identity(run.setup)
         params = held_out.evaluation_params(run.recipe, setup.sampling.stop_ids)
-        for out in self._missing(setup, steps):
+        for out in self._missing(setup, steps, own):
             if processes.chief() and out.exists():
                 aside = set_aside(out, out.parent / "other")
                 run.say(f"{out} is of another run or other settings, and now {aside}")
@@ -54,12 +54,12 @@ class InTraining:
 
     def missing(self, setup: Setup, steps: int) -> bool:
         """Whether a result of this run after so many steps is missing."""
-        return bool(self._missing(setup, steps))
+        return bool(self._missing(setup, steps, self._identity(setup)))
 
-    def _missing(self, setup: Setup, steps: int) -> list[Path]:
+    def _missing(self, setup: Setup, steps: int, own: str) -> list[Path]:
         folder, name = setup.directory / "eval", f"step_{steps:06d}.json"
         wanted = [folder / name] * bool(self.problems) + [folder / "benchmarks" / name] * bool(self.tasks)
-        return [out for out in wanted if not _is_of(out, self._identity(setup))]
+        return [out for out in wanted if not _is_of(out, own)]
 
     def _identity(self, setup: Setup) -> str:
         """A digest of the run and of how it is evaluated, on what."""

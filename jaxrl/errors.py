@@ -13,12 +13,8 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
 }  # fmt: skip
-
-PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}  # what disks and shared file systems have their moments with
+# What disks and shared file systems have their moments with.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 
 
 class InputError(ValueError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from jaxrl import config, data
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.errors import InputError, RunError
-from jaxrl.files import write_atomically, writing
+from jaxrl.files import at_home, write_atomically, writing
 from jaxrl.grpo.update import TrainState
 from jaxrl.marking import make_marker
 from jaxrl.metrics import Record, step_metrics
@@ -183,19 +182,8 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
       InputError: for whatever cannot be used.
     """
     began = time.monotonic()
-    cache = os.path.expanduser(recipe.run.compilation_cache)  # noqa: PTH111
-    if cache.startswith("~"):  # as Path.expanduser raises
-        say(
-            "this user has no home directory, so programs are compiled anew; set run.compilation_cache to keep them"
-        )
-    elif cache:
-        try:
-            Path(cache).mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", cache)
-        except OSError as error:
-            say(
-                f"run.compilation_cache = {cache} cannot be made ({error.strerror}), so programs are compiled anew"
-            )
+    if recipe.run.compilation_cache:
+        _keep_programs(at_home(recipe.run.compilation_cache), say)
     compilations = Compilations()
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     folder = hf.resolve(recipe.model.path)
@@ -234,6 +222,23 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         compilations=compilations,
         began=began,
     )
+
+
+def _keep_programs(cache: Path, say: Say) -> None:
+    """Has JAX keep compiled programs in a folder, where that can be."""
+    if str(cache).startswith("~"):
+        say(
+            "this user has no home directory, so programs are compiled anew; set run.compilation_cache to keep them"
+        )
+        return
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        say(
+            f"run.compilation_cache = {cache} cannot be made ({error.strerror}), so programs are compiled anew"
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def resume(

@@ -67,7 +67,6 @@ LOOK = 5.0  # seconds from one look at the servers to the next
 AT_ONCE = 20.0  # seconds that are left after the second signal
 KNOWN = 60.0  # seconds for this host's name to be known; those of pods that just started come late
 LOST = 255  # ssh's status where it has no connection
-LAST_PORT = 65535
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SENT = ("JAX_", "XLA_", "TF_", "NCCL_", "HF_", "OMP_", "PYTHONPATH")  # environment that goes to all hosts
 HOST = re.compile(
@@ -82,15 +81,10 @@ OPTIONS: dict[str, tuple[int, int, int, str]] = {  # default, least, most
     "--sampler-gpus": (0, 0, 1024, "of each sampler host, after those of trainers; 0: its CPU"),
     "--tensor-parallel": (1, 1, 1024, "GPUs of one vLLM server"),
     "--samplers": (0, 0, 1024, "vLLM servers on each sampler host; 0: as many as its GPUs allow, or one"),
-    "--port": (8100, 1, LAST_PORT, "of the coordinator; servers have those after it"),
+    "--port": (8100, 1, servers.LAST_PORT, "of the coordinator; servers have those after it"),
     "--deadline": (900, 1, 10**6, "seconds for servers to get ready"),
     "--grace": (900, 1, 10**6, "seconds for a step to end and be saved"),
-    "--add-to-failure": (
-        0,
-        0,
-        200,
-        "to exit statuses that want no other try: srun reports the highest of all hosts",
-    ),
+    "--add-to-failure": (0, 0, 200, "to statuses that want no other try: srun reports the highest one"),
 }
 
 
@@ -204,7 +198,7 @@ def require_possible(args: argparse.Namespace, per_host: int) -> None:
     if args.sampler_hosts and (gpus or tensor > 1) and gpus < per_host * tensor:
         raise InputError(f"--samplers {per_host} of --tensor-parallel {tensor} need more than {gpus} GPUs")
     last = args.port + (per_host if args.sampler_hosts else 0)
-    if last > LAST_PORT:
+    if last > servers.LAST_PORT:
         raise InputError(f"--port {args.port}: the last server would have port {last}; choose a lower one")
     if args.ssh is not None and not shutil.which(args.ssh[0] if args.ssh else ""):
         raise InputError(f"--ssh {shlex.join(args.ssh)}: no such program here")

@@ -39,3 +39,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_run
 
     return tiny_run.make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run that nothing happened to; see `tiny_run.write_recipe`."""
+    import tiny_run
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    tiny_run.finish("train", tiny_run.write_recipe(folder, base))
+    return folder / "run"

@@ -35,13 +35,6 @@ def optimizer_bytes(run: Path) -> dict[str, list[float]]:
     return {str(path): np.asarray(x).tolist() for path, x in jax.tree_util.tree_leaves_with_path(read)}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    tiny_run.finish("train", tiny_run.write_recipe(folder, base))
-    return folder / "run"
-
-
 def test_learns_and_leaves_a_complete_run_folder(uninterrupted: Path) -> None:
     rows = tiny_run.metrics(uninterrupted)
     assert [row["step"] for row in rows] == list(range(6))

@@ -81,9 +81,8 @@ def graceful_stop(say: Say) -> Iterator[Stop]:
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
     numbers = [signal.SIGINT, signal.SIGTERM, PEER]
     numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    before = {number: signal.signal(number, ask) for number in numbers} | {
-        PEER: signal.SIG_IGN
-    }  # one may be late
+    before = {number: signal.signal(number, ask) for number in numbers}
+    before[PEER] = signal.SIG_IGN  # one may be late
     try:
         yield stop
     finally:

@@ -16,6 +16,7 @@ from jaxrl.sampling.vllm_plugin import OWNER, RUN
 from jaxrl.types import JsonObject
 
 SUPPORTED = "0.32"  # the minor version of vLLM whose routes these are
+PROCESSED = "processed_logprobs"  # vLLM's name of those at the sampling temperature
 CONNECT = 10.0  # seconds
 REFUSALS = (400, 413)  # HTTP statuses that are about the request
 PASSING = (408, 425, 429)  # those after which the same request may succeed

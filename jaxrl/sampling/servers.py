@@ -22,7 +22,7 @@ import httpx
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
-from jaxrl.sampling.client import SUPPORTED, api_key
+from jaxrl.sampling.client import PROCESSED, SUPPORTED, api_key
 from jaxrl.sampling.process_group import ProcessGroup, kill
 from jaxrl.sampling.vllm_plugin import IDENTITY, OWNER
 from jaxrl.types import Say
@@ -142,7 +142,7 @@ def command(settings: Settings, host: str, port: int, on_cpu: bool) -> list[str]
         options += ["--max-model-len", str(settings.max_tokens)]
     options += ["--generation-config", "vllm"]  # sampling parameters are the request's
     if not settings.chat:
-        options += ["--logprobs-mode", "processed_logprobs"]  # at the sampling temperature
+        options += ["--logprobs-mode", PROCESSED]
         options += ["--weight-transfer-config", json.dumps({"backend": settings.backend})]
     # vLLM's own key guards only some routes
     options += ["--middleware", "jaxrl.sampling.vllm_plugin.Guard"]

@@ -20,9 +20,11 @@ from typing import TypeVar
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
 from jaxrl.json_fields import LARGEST, shown
+from jaxrl.lock import BEAT
 from jaxrl.models.decoder import Params
 from jaxrl.sampling.answers import Needs, read_answer
 from jaxrl.sampling.client import (
+    PROCESSED,
     SUPPORTED,
     BadAnswer,
     Client,
@@ -40,11 +42,9 @@ from jaxrl.sampling.vllm_plugin import SILENCE
 from jaxrl.types import JsonObject, OnRollout, OnUpdate, Prompt, Rollout, SamplingParams, Say
 
 PAUSE: dict[OnUpdate, str] = {"keep": "keep", "drain": "wait"}  # vLLM's names for them
-PROCESSED = "processed_logprobs"
 RAW = f"gives log-probs from before sampling; start it with --logprobs-mode {PROCESSED}"
 ANYTHING = Needs()
 JUST_BACK = 5.0  # seconds for which a server that was found well is not asked again
-BEAT = 10.0  # seconds from one sign of life at the servers to the next
 
 T = TypeVar("T")
 # (server, seconds that it has been unwell) to whether it was restarted
@@ -364,9 +364,8 @@ class VLLMSampler:
             reason: Exception = error
             while clock() < began + patience and not self._stopping():
                 try:
-                    if self._current[url] is None or await self._weights_of(url) != version_name(
-                        self._version
-                    ):
+                    newest = version_name(self._version)
+                    if self._current[url] is None or await self._weights_of(url) != newest:
                         # to its end, even if the batch ends without this server: it must not stay paused
                         failed = await asyncio.shield(self._load([url]))
                         if failed:
@@ -387,9 +386,8 @@ class VLLMSampler:
 
     async def _claim_all(self) -> None:
         for url in self._urls:
-            with contextlib.suppress(
-                ServerError
-            ):  # of no Guard; what else may be wrong is found by the inspection
+            # it may have no Guard; what else may be wrong is found by the inspection
+            with contextlib.suppress(ServerError):
                 await self._claim(url)
                 self._claimed.append(url)
         self._beating = asyncio.create_task(self._beat())

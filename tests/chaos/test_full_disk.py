@@ -28,13 +28,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", path], check=True)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    tiny_run.finish("train", tiny_run.write_recipe(folder, base))
-    return folder / "run"
-
-
 @pytest.mark.parametrize(
     "first", ["size=8k", "size=40k", "size=300k", "size=450k", "nr_inodes=6", "nr_inodes=40"]
 )

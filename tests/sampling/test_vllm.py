@@ -122,7 +122,7 @@ def assert_from(
 ) -> None:
     for rollout in [rollout for group in groups for rollout in group]:
         expected = logprobs_of(model, params, rollout, temperature)
-        np.testing.assert_allclose(rollout.logprobs, expected, atol=atol)
+        np.testing.assert_allclose(rollout.logprobs, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
