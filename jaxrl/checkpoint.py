@@ -58,6 +58,8 @@ FIXED = ("sampler.correction", "sampler.max_staleness")
 SHOWN = 200  # characters of another library's error that are shown
 PAUSES = (1.0, 5.0)  # seconds before a checkpoint that could not be read is tried again
 BARRIER = 300.0  # seconds
+# The system's errors where a file is missing, or a folder is in its place, or the other way around.
+MISSHAPEN = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 ITEMS = ("params", "optimizer")
 PIECE = 1 << 24  # bytes read at a time
 
@@ -443,7 +445,7 @@ def _verdict(folder: Path, error: Exception) -> tuple[str, str]:
     chain = list(_chain(error))
     numbers = {number for each in chain for number in _system_errors(each)}
     no_memory = any(isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED" in str(each) for each in chain)
-    if no_memory or numbers - {errno.ENOENT}:
+    if no_memory or numbers - MISSHAPEN:
         return "run", f"{folder}: cannot be read ({_root(error)[:SHOWN]}); the same command tries again"
     return "damaged", _root(error)[:SHOWN]
 

@@ -38,7 +38,7 @@ from jaxrl.sampling.client import (
 from jaxrl.sampling.lanes import RETRY, share_out
 from jaxrl.sampling.sampler import unchanged
 from jaxrl.sampling.transports.base import Transport
-from jaxrl.sampling.vllm_plugin import SILENCE
+from jaxrl.sampling.vllm_plugin import OWNER, SILENCE
 from jaxrl.types import JsonObject, OnRollout, OnUpdate, Prompt, Rollout, SamplingParams, Say
 
 PAUSE: dict[OnUpdate, str] = {"keep": "keep", "drain": "wait"}  # vLLM's names for them
@@ -400,8 +400,10 @@ class VLLMSampler:
           ServerError: if it does not keep runs apart.
         """
         before, silent = "", -1.0
-        while (answer := await self._client.owner(url))["owner"] != this_run():
-            owner, silence = str(answer["owner"]), float(answer["silent"])
+        while (answer := await self._client.owner(url)).get("owner") != this_run():
+            owner, silence = str(answer.get("owner")), answer.get("silent")
+            if not isinstance(silence, int | float):
+                raise BadAnswer(f"{OWNER} answered {shown(answer)}")
             if owner == before and silence < silent:
                 raise taken(url, owner)
             if owner != before:

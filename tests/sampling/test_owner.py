@@ -13,7 +13,8 @@ import pytest
 
 from jaxrl.errors import InputError
 from jaxrl.sampling import vllm
-from jaxrl.sampling.client import this_run
+from jaxrl.sampling.client import BadAnswer, Client, this_run
+from jaxrl.sampling.transports.nccl import NCCL
 from jaxrl.sampling.vllm import VLLMSampler
 from jaxrl.sampling.vllm_plugin import IDENTITY, OWNER, RUN, SILENCE, Guard, Receive, Scope, Send
 from json_server import JsonHandler, serving
@@ -123,3 +124,30 @@ def test_an_owner_that_lives_is_named_and_one_that_has_crashed_is_waited_for(oth
         sampler.close()
         assert other.given_back.is_set()
     assert said == [f"{url}: process 2 on there has not given it back; watching for 35 s whether it lives"]
+
+
+ODD = ({}, {"owner": ONE}, {"owner": ONE, "silent": "x"}, {"owner": None, "silent": []}, {"world_size": "2"})
+
+
+class Odd(JsonHandler):
+    asked = 0
+
+    def do_GET(self) -> None:
+        self.reply(200, ODD[Odd.asked % len(ODD)])
+        Odd.asked += 1
+
+    do_DELETE = do_GET
+
+
+def test_odd_answers_of_a_server_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def inspect(self: VLLMSampler) -> None: ...
+
+    monkeypatch.setattr(VLLMSampler, "_inspect_all", inspect)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Odd)) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        for _ in ODD:
+            VLLMSampler([url], None).close()  # type: ignore[arg-type]  # not one of them is its owner
+        assert Odd.asked >= len(ODD)
+        for _ in ODD:
+            with pytest.raises(BadAnswer, match="/get_world_size answered {"):
+                asyncio.run(NCCL(None).greet(Client(), url))  # type: ignore[arg-type]

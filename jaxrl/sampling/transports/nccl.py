@@ -19,9 +19,10 @@ from typing import TypeVar
 import jax
 
 from jaxrl.errors import InputError, RunError
+from jaxrl.json_fields import LARGEST, shown
 from jaxrl.models import hf
 from jaxrl.models.decoder import Config, Params
-from jaxrl.sampling.client import Client, Failures, ServerError, ask_all
+from jaxrl.sampling.client import BadAnswer, Client, Failures, ServerError, ask_all
 from jaxrl.sampling.transports.base import cast, require_shapes
 from jaxrl.types import JsonObject
 
@@ -59,7 +60,11 @@ class NCCL:
             pass
 
     async def greet(self, client: Client, url: str) -> None:
-        self._workers[url] = int((await client.get(url, "/get_world_size"))["world_size"])
+        answer = await client.get(url, "/get_world_size")
+        workers = answer.get("world_size")
+        if type(workers) is not int or not 1 <= workers <= LARGEST:
+            raise BadAnswer(f"/get_world_size answered {shown(answer)}")
+        self._workers[url] = workers
 
     async def connect(self, client: Client, urls: Sequence[str], failed: Failures) -> None:
         """Makes a communicator of these servers' workers, unless there is one.
