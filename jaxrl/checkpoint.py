@@ -7,6 +7,7 @@ on disk.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -244,19 +245,34 @@ class Checkpoints:
         """Reads and verifies the parameters alone, a third of the bytes; `like` has their shapes and shardings.
 
         Raises:
-          InputError: if one is not what was written, or cannot be read.
+          InputError, RunError: see `alone`.
         """
         items = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-        try:
+        with self.alone(step):
             read = self._manager.restore(step, args=items)
             self._require_intact(step, dict(read))
+        return read["params"]
+
+    @contextlib.contextmanager
+    def alone(self, step: int) -> Iterator[None]:
+        """Names what a failed read of a checkpoint amounts to, where no other one is taken for it.
+
+        Raises:
+          InputError: if it is not what was written, or may not be read.
+          RunError: if it cannot be read now.
+        """
+        folder = self.directory / str(step)
+        try:
+            yield
+        except InputError:
+            raise
         except Exception as error:  # a torn file raises whatever its format's reader does
+            kind, why = _verdict(folder, error)
+            if kind != "damaged":
+                raise (InputError if kind == "input" else RunError)(why) from error
             older = [each for each in self.steps() if each < step]
             remedy = f"take {self.directory / str(max(older))}" if older else "there is no older one"
-            raise InputError(
-                f"{self.directory / str(step)} cannot be read ({_root(error)[:SHOWN]}); {remedy}"
-            ) from error
-        return read["params"]
+            raise InputError(f"{folder} is damaged ({why}); {remedy}") from error
 
     def _require_intact(self, step: int, read: PyTree[jax.Array]) -> None:
         """Raises Damaged if an array is not what was written."""
@@ -284,10 +300,10 @@ class Checkpoints:
         """Reads a whole checkpoint on this machine's devices, an item at a time; returns a line on what it holds.
 
         Raises:
-          InputError: if something in it is not what was written, or cannot be read.
+          InputError, RunError: see `alone`.
         """
         folder = self.directory / str(step)
-        try:
+        with self.alone(step):
             self.recipe(step)
             manifest, found, mesh = self.manifest(step), dict[str, str](), make_mesh()
             for item in ITEMS:
@@ -295,15 +311,12 @@ class Checkpoints:
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
                 args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_sharded(like, mesh))})
                 found |= _described(dict(self._manager.restore(step, args=args)))
-        except InputError:
-            raise
-        except Exception as error:  # a torn file raises whatever its format's reader does
-            raise InputError(f"{folder}: {_verdict(folder, error)[1]}") from error
+            wanted = manifest["arrays"] if manifest else found
+            for name in sorted(wanted.keys() | found.keys()):
+                if wanted.get(name) != found.get(name):
+                    raise Damaged(f"{name} has changed since it was written")
         if manifest is None:
             return f"{folder}: {len(found)} arrays can be read; it has no manifest to compare them with"
-        for name in sorted(manifest["arrays"].keys() | found.keys()):
-            if manifest["arrays"].get(name) != found.get(name):
-                raise InputError(f"{folder}: {name} has changed since it was written")
         return f"{folder}: {len(found)} arrays and the recipe are what was written"
 
     def require_same_recipe(

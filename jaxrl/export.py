@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxrl.checkpoint import Checkpoints, Damaged
+from jaxrl.checkpoint import Checkpoints
 from jaxrl.errors import InputError
 from jaxrl.models import decoder, hf
 from jaxrl.parallel.mesh import abstract_sharded, make_mesh
@@ -34,17 +34,17 @@ def export(source: Path, out: Path, dtype: Dtype = "bfloat16", say: Say = print)
       say: prints a line.
 
     Raises:
-      InputError: if there is no checkpoint, or the model folder that the run began with cannot be read.
+      InputError: if there is no checkpoint, it is damaged, or the model folder that the run began with cannot be read.
+      RunError: if a disk fails.
     """
     run, step = run_of(source)
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)
     step = step if step is not None else checkpoints.latest()
     if step is None:
         raise InputError(f"{run}: has no checkpoint yet; train until the first one is written")
-    try:
-        folder = hf.resolve(checkpoints.recipe(step).model.path)
-    except Damaged as error:
-        raise InputError(f"{run / 'checkpoints' / str(step)}: {error}; take an older one") from None
+    with checkpoints.alone(step):
+        recipe = checkpoints.recipe(step)
+    folder = hf.resolve(recipe.model.path)
     model = hf.read_config(folder)
     like = abstract_sharded(decoder.abstract_params(model), make_mesh())
     params = checkpoints.restore_params(step, like)

@@ -233,8 +233,40 @@ def test_check_names_what_is_not_what_was_written(folder: Path, capsys: pytest.C
     with pytest.raises(SystemExit, match="2"):
         cli.main(["check", str(folder / "run")])
     printed = capsys.readouterr()
-    assert printed.out.count("are what was written") == 1 and "checkpoints/4: " in printed.err
+    assert printed.out.count("are what was written") == 1 and "checkpoints/4 is damaged (" in printed.err
     cli.main(["check", str(folder / "run/checkpoints/2")])
+
+
+def refusal(status: int, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a command that ends with a status."""
+    with pytest.raises(SystemExit, match=str(status)):
+        cli.main([str(argument) for argument in arguments])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxrl:")]
+    return line
+
+
+@pytest.mark.parametrize("file", ["recipe/metadata", "manifest/metadata", "params/_METADATA"])
+@pytest.mark.parametrize("a_folder", [False, True])
+def test_one_damaged_checkpoint_is_named_with_an_older_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], file: str, a_folder: bool
+) -> None:
+    newest = folder / "run" / "checkpoints" / "4"
+    (newest / file).unlink()
+    (newest / file).mkdir() if a_folder else (newest / file).touch()
+    for arguments in (("check", newest), ("export", newest, folder / "hf")):
+        line = refusal(2, capsys, *arguments)
+        assert f"{newest} is damaged (" in line and line.endswith("checkpoints/2")
+
+
+def test_a_checkpoint_on_a_failing_disk_is_not_called_damaged(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object, **__: object) -> object:
+        raise ValueError("Error reading local file: [OS error 116: ESTALE Stale file handle]")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", stale)
+    for arguments in (("check", folder / "run/checkpoints/4"), ("export", folder / "run", folder / "hf")):
+        assert "ESTALE" in refusal(75, capsys, *arguments)
 
 
 # --- what a recipe points at

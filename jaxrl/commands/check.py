@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxrl.errors import InputError
+from jaxrl.errors import InputError, RunError
 
 HELP = "verify that a run's checkpoints are what was written"
 
@@ -20,11 +20,12 @@ def run(args: argparse.Namespace, _: list[str]) -> None:
 
     folder, step = run_of(args.run_or_checkpoint)
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    bad = list[str]()
+    bad = list[InputError | RunError]()
     for each in checkpoints.steps() if step is None else [step]:
         try:
             print(checkpoints.verify(each), flush=True)
-        except InputError as error:  # the others are verified too
-            bad.append(str(error))
+        except (InputError, RunError) as error:  # the others are verified too
+            bad.append(error)
     if bad:
-        raise InputError("\n".join(bad))
+        kind = InputError if any(isinstance(error, InputError) for error in bad) else RunError
+        raise kind("\n".join(map(str, bad)))

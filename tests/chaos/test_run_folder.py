@@ -121,7 +121,9 @@ def test_a_damaged_file_costs_no_history_silently(
     before, name = dict(contents(run)), str(damaged.relative_to(run))
     train = ("train", finished / "recipe.toml", "--run.directory", run, "--run.steps", 5)
     said = dict[str, tuple[int, str]]()
-    for command in (("check", run), ("report", run, "--out", tmp_path / "out"), train):
+    report = ("report", run, "--out", tmp_path / "out")
+    held_out = ("eval", run, "--out", tmp_path / "result.json")
+    for command in (("check", run), report, ("export", run, tmp_path / "hf"), held_out, train):
         said[command[0]] = status, output = outcome(capsys, *command)
         errors = [line for line in output.splitlines() if line.startswith("jaxrl:")]
         assert (status in (2, 75)) == bool(errors) and len(errors) <= 1, output
