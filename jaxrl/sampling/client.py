@@ -20,6 +20,7 @@ PROCESSED = "processed_logprobs"  # vLLM's name of those at the sampling tempera
 CONNECT = 10.0  # seconds
 REFUSALS = (400, 413)  # HTTP statuses that are about the request
 PASSING = (408, 425, 429)  # those after which the same request may succeed
+LARGEST = 1 << 30  # bytes of an answer; 16 completions of 32,768 tokens have less than a tenth of that
 EXCERPT = 300  # characters that are shown of a server's error
 KEY = "JAXRL_API_KEY"
 WRONG_KEY = f"it wants another API key; {KEY} here has to be what VLLM_API_KEY is there"
@@ -141,8 +142,13 @@ class Client:
         try:
             # httpx has limits for each part that arrives, and none for the whole
             async with asyncio.timeout(limit + CONNECT):
-                timeout = httpx.Timeout(limit, connect=CONNECT)
-                answer = await self._http.request(method, url, json=body, timeout=timeout)
+                timeout, content = httpx.Timeout(limit, connect=CONNECT), bytearray()
+                async with self._http.stream(method, url, json=body, timeout=timeout) as streamed:
+                    async for piece in streamed.aiter_bytes():
+                        content += piece
+                        if len(content) > LARGEST:
+                            raise BadAnswer(f"answered with more than {LARGEST >> 20} MiB")
+                answer = httpx.Response(streamed.status_code, content=bytes(content))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise ServerError(f"no answer ({type(error).__name__})") from None
         if answer.status_code == 401:

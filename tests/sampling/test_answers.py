@@ -233,24 +233,31 @@ def test_samples_come_in_the_order_of_their_indices_with_the_oldest_of_their_ver
         read_answer(answer, PROMPTS[0], 2, SAMPLING, VOCABULARY, {"6": 6, "7": 7})
 
 
-def test_an_answer_that_drips_for_ever_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte comes in time, and all of them never."""
+@pytest.mark.parametrize(
+    ("piece", "pause", "reason"),
+    [(b" ", 0.05, r"no answer \(TimeoutError\)"), (b" " * 2**16, 0.0, "answered with more than 1 MiB")],
+)
+def test_an_answer_without_end_is_none(
+    monkeypatch: pytest.MonkeyPatch, piece: bytes, pause: float, reason: str
+) -> None:
+    """Each byte comes in time, and all of them never, or more than memory holds."""
     monkeypatch.setattr("jaxrl.sampling.client.CONNECT", 0.2)
+    monkeypatch.setattr("jaxrl.sampling.client.LARGEST", 1 << 20)
 
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             while True:
-                writer.write(b" ")
+                writer.write(piece)
                 await writer.drain()
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(pause)
 
     async def ask() -> None:
         client = Client()
         async with await asyncio.start_server(drip, "127.0.0.1") as server:
             port = server.sockets[0].getsockname()[1]
-            with pytest.raises(ServerError, match=r"no answer \(TimeoutError\)"):
-                await client.post(f"http://127.0.0.1:{port}", "/inference/v1/generate", {}, 0.3)
+            with pytest.raises(ServerError, match=reason):
+                await client.post(f"http://127.0.0.1:{port}", "/inference/v1/generate", {}, 0.8)
             await client.close()
 
     asyncio.run(asyncio.wait_for(ask(), 20))
