@@ -99,7 +99,6 @@ class VLLMSampler:
         self._settings, self._needs, self._stopping = section or config.Sampler(), needs, stopping
         self._version: int | None = None  # newest, published or being published
         self._current: dict[str, int | None] = dict.fromkeys(urls)  # what each has, where that is known
-        self._named: dict[str, str] = {}  # how each server called its weights when it was last in order
         self._instances: dict[str, object] = {}  # of each server: a number that each start of vLLM draws
         self._wrong: dict[str, InputError] = {}  # servers that came back other than they have to be
         self._back: dict[str, float] = {}  # when each server was last found to be well
@@ -315,7 +314,7 @@ class VLLMSampler:
         async def resume(url: str) -> None:
             await order(url, "/finish_weight_update", {"weight_version": version_name(version)})
             await order(url, "/resume", None)
-            self._current[url], self._named[url] = version, version_name(version)
+            self._current[url] = version
 
         async with self._loading:
             version = self._version
@@ -334,10 +333,11 @@ class VLLMSampler:
           InputError, ServerError: see `_inspect`.
         """
         found = await self._weights_of(url)
-        if url not in self._wrong and found == self._named[url]:
+        has = self._current[url]  # before the first publication all weights are called "default"
+        if has is not None and url not in self._wrong and found == version_name(has):
             return
         try:
-            if self._current[url] is not None and is_foreign(found):
+            if has is not None and is_foreign(found):
                 raise taken(url, "")
             await self._inspect(url)
         except InputError as error:
@@ -444,7 +444,6 @@ class VLLMSampler:
         await self._transport.greet(self._client, url)
         if not await self._paused(url):
             await self._require_processed(url)
-        self._named[url] = await self._weights_of(url)
 
     def _require_settings(self, url: str, served: JsonObject) -> None:
         """Rejects a server by the settings that it reports. Raises: InputError."""

@@ -95,13 +95,15 @@ def test_a_server_that_a_killed_run_left_waiting_is_not_waited_for(servers: list
     sampler.close()
 
 
+@pytest.mark.parametrize("published", [False, True])
 def test_a_server_that_was_started_anew_unseen_is_inspected_before_it_gets_weights(
-    servers: list[Server],
+    servers: list[Server], published: bool
 ) -> None:
-    """Between two batches, with other options; it is left out until it is right."""
+    """Before the first batch or between two, with other options; it is left out until it is right."""
     sampler, (one, other) = Sampler(servers), servers
-    sampler.publish(None, 0)
-    assert sampler.served() == {one.url, other.url}
+    if published:
+        sampler.publish(None, 0)
+        assert sampler.served() == {one.url, other.url}
     one.start_anew(mode="raw_logprobs")
     for version in (1, 2):
         sampler.publish(None, version)
