@@ -13,6 +13,7 @@ from pathlib import Path
 
 from evals.task import Task
 from jaxrl.errors import InputError
+from jaxrl.files import append
 from jaxrl.sampling.sampler import Sampler, unchanged
 from jaxrl.types import Detokenize, FinishReason, OnRollout, Rollout, SamplingParams
 
@@ -113,9 +114,7 @@ def generate(
         row = _row(rollout, detokenize)
         line = json.dumps(dataclasses.asdict(row), ensure_ascii=True) + "\n"
         with one_at_a_time:
-            # Opened for each row: after an error of one call, the others write what they still get.
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            append(path, line)  # after an error of one call, the others write what they still get
             found[row.problem, row.sample] = row
             return on_rollout(rollout)
 

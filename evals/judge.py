@@ -20,6 +20,7 @@ import httpx
 
 from jaxrl import config
 from jaxrl.errors import InputError
+from jaxrl.files import append
 from jaxrl.results import JudgeSettings
 from jaxrl.sampling import servers
 from jaxrl.types import JsonObject
@@ -205,8 +206,7 @@ class Judge:
         with self._lock:
             if key not in self._replies:
                 self._replies[key] = reply
-                with self._cache.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                append(self._cache, json.dumps({"key": key, "reply": reply}) + "\n")
 
 
 @contextlib.contextmanager

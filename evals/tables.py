@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 import numpy as np
 
 from evals.grade import undecided_note
+from jaxrl.files import writing
 from jaxrl.report.markdown import table
 from jaxrl.report.panels import COLORS
 from jaxrl.results import Average, BenchmarkResult, BenchmarksResult, Grading, Measures
@@ -151,7 +152,8 @@ def plot(results: BenchmarksResult, titles: Mapping[str, str], path: Path) -> No
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        figure.savefig(path, dpi=130)
 
 
 def _bars(axes: Axes, i: int, grading: Grading, results: Sequence[BenchmarkResult]) -> None:

@@ -65,6 +65,16 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
 
 
+def append(path: Path, text: str) -> None:
+    """Adds text to a file, which is made if it is missing.
+
+    Raises:
+      InputError, RunError: see `writing`.
+    """
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def set_aside(path: Path, folder: Path) -> Path:
     """Moves a file or folder into `folder`, made if missing, under its name or a numbered one; returns where.
 

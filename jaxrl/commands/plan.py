@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from jaxrl import config
+from jaxrl.files import write_atomically
 
 HELP = "predict memory and step time of a recipe, without its hardware"
 TAKES_OVERRIDES = True
@@ -39,5 +40,4 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     result = plan.plan(recipe, plan.Assumptions(**given))
     plan.show(result)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        write_atomically(args.json, json.dumps(result, indent=2))

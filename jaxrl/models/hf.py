@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from jaxtyping import Float32
 from numpy.typing import ArrayLike
 
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import at_home, safetensors_header
+from jaxrl.files import at_home, reading, safetensors_header, writing
 from jaxrl.json_fields import read_json
 from jaxrl.models import config_json, decoder
 from jaxrl.models.decoder import Cache, Config, Params, Spec
@@ -131,14 +130,18 @@ def save(model: Model, path: str | Path, dtype: str | None = None) -> None:
       dtype: of the parameters on disk, "float32" or "bfloat16"; their own where None.
 
     Raises:
-      InputError: if the older one's index of weights cannot be read, or the config.json of `model.folder`.
+      InputError: if the older one's index of weights cannot be read, or the config.json of `model.folder`, or there is
+        no room.
+      RunError: if a disk fails.
     """
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or str(jax.tree.leaves(model.params)[0].dtype)
     stale, config = _stale_weights(folder), folder / "config.json"
     new_config, new_weights = config.with_suffix(".json.tmp"), folder / f"{WHOLE}.tmp"
-    new_config.write_text(json.dumps(_config_json(model, dtype), indent=2), encoding="utf-8")
+    with writing(new_config):
+        new_config.write_text(json.dumps(_config_json(model, dtype), indent=2), encoding="utf-8")
     _write_safetensors(new_weights, model, np.dtype(dtype))
     config.unlink(missing_ok=True)
     for file in stale:
@@ -148,7 +151,10 @@ def save(model: Model, path: str | Path, dtype: str | None = None) -> None:
         for pattern in _COMPANIONS:
             for file in model.folder.glob(pattern):
                 if file.is_file() and not file.name.endswith(".safetensors"):
-                    shutil.copyfile(file, folder / file.name)
+                    with reading(file):
+                        content = file.read_bytes()
+                    with writing(folder / file.name):
+                        (folder / file.name).write_bytes(content)
     new_config.replace(config)
 
 
@@ -181,7 +187,7 @@ def _names(spec: Spec, config: Config) -> list[str]:
 
 
 def _write_safetensors(path: Path, model: Model, dtype: np.dtype) -> None:
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         file.write(safetensors_header(manifest(model.config), dtype.name, {"format": "pt"}))
         for _, array in named_tensors(model.config, model.params):
             file.write(np.asarray(array).astype(dtype).tobytes())

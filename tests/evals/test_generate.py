@@ -14,6 +14,7 @@ import pytest
 
 from evals.generate import generate, read, runs
 from evals.task import Task
+from faults import largest_file
 from jaxrl.errors import InputError
 from jaxrl.sampling.sampler import unchanged
 from jaxrl.types import OnRollout, Prompt, Rollout, SamplingParams
@@ -133,6 +134,15 @@ def test_an_answer_that_comes_after_the_error_of_another_call_is_written(tmp_pat
     sampler.close()
     assert pair_of(path.read_text().splitlines()[-1]) == (6, 4) and sampler.made == 1
     assert answers(Sampler(limit=1), path) == whole
+
+
+def test_without_room_for_a_row_it_ends_and_with_room_it_goes_on(tmp_path: Path) -> None:
+    expected, path = answers(Sampler(), tmp_path / "whole.jsonl"), tmp_path / "full.jsonl"
+    for size in range(100, 1500, 77):
+        refused = pytest.raises(InputError, match=r"full\.jsonl: cannot be written \(File too large")
+        with largest_file(size), refused:
+            answers(Sampler(), path)
+    assert answers(Sampler(), path) == expected
 
 
 def test_rows_of_many_calls_are_whole_and_the_callback_needs_no_lock(tmp_path: Path) -> None:
