@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ipaddress
 import itertools
@@ -13,19 +14,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrl.errors import TRY_AGAIN, InputError, RunError
+from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError
 from jaxrl.parallel.signals import PEER, Stop
 from jaxrl.types import Say
 
-LEFT = "left"
+# What is kept of a process in place of its beat when it is over; after FAILED come the exit status and the error.
+LEFT, FAILED = "left", "failed"
 _hosts: list[str] = []
 
 
@@ -110,10 +112,10 @@ def barrier(name: str, seconds: float) -> None:
 
 @contextmanager
 def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
-    """Ends this process with TRY_AGAIN when another one has not been heard of for `silence` seconds.
+    """Ends this process when another one has failed, as that one does, or with TRY_AGAIN when it is not heard of.
 
-    A collective would wait for it forever, and JAX's own heartbeat does not say which process is missing. A process
-    that is asked to stop asks the others.
+    After `silence` seconds: it may be on its way out too. A collective would wait forever for the other one, and JAX's
+    own heartbeat does not say which process is missing. A process that is asked to stop asks the others.
     """
     if jax.process_count() == 1:
         yield
@@ -121,6 +123,25 @@ def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
     leaving, me, client = threading.Event(), jax.process_index(), _client()
     main = threading.main_thread().ident
     assert main
+
+    def keep(value: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"jaxrl/alive/{me}", value, allow_overwrite=True)
+
+    def beats() -> dict[int, str]:
+        return {int(key.rpartition("/")[2]): beat for key, beat in client.key_value_dir_get("jaxrl/alive/")}
+
+    def leave(status: int, gone: Sequence[int] = ()) -> NoReturn:
+        """Ends this process, the chief after the others: JAX's own exit waits for all, and then aborts."""
+        end = time.monotonic() + silence + 10
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while chief() and time.monotonic() < end:
+                if all(i in (me, *gone) or beat.startswith((LEFT, FAILED)) for i, beat in beats().items()):
+                    break
+                time.sleep(0.5)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
     def tell() -> None:
         if stop.asked:
@@ -134,27 +155,30 @@ def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
                 client.key_value_set(f"jaxrl/alive/{me}", str(beat), allow_overwrite=True)
                 if not stop.asked and client.key_value_dir_get("jaxrl/stop/"):
                     signal.pthread_kill(main, PEER)
-                alive = client.key_value_dir_get("jaxrl/alive/")
-                beats = {int(key.rpartition("/")[2]): value for key, value in alive}
+                kept = beats()
             except jax.errors.JaxRuntimeError:  # process 0 keeps them, so it is the one that is gone
-                beats = dict.fromkeys(range(1, jax.process_count()), LEFT)
+                kept = dict.fromkeys(range(1, jax.process_count()), LEFT)
             now = time.monotonic()
             heard = {
-                i: last if beats.get(i, last[0]) == last[0] != LEFT else (beats.get(i, LEFT), now)
+                i: last if kept.get(i, last[0]) == last[0] != LEFT else (kept.get(i, LEFT), now)
                 for i, last in heard.items()
             }
             gone = [i for i, (_, when) in heard.items() if i != me and now - when > silence]
             if gone:
-                say(
-                    f"{_names(gone)} has not been heard of for {silence:.0f} s, and this run ends. "
-                    "The same command goes on from the last checkpoint"
-                )
-                sys.stdout.flush()
-                os._exit(TRY_AGAIN)
+                line, status = f"has not been heard of for {silence:.0f} s, and this run ends", TRY_AGAIN
+                line += ". The same command goes on from the last checkpoint"
+                for i in gone:
+                    if heard[i][0].startswith(FAILED):
+                        gone, (_, number, line) = [i], heard[i][0].split(" ", 2)
+                        line, status = f"failed: {line}", int(number)
+                say(f"{_names(gone)} {line}")
+                keep(LEFT)
+                leave(status, gone)
             tell()
             if leaving.wait(2):
                 return
 
+    over = LEFT
     thread = threading.Thread(target=watch, name="lookout", daemon=True)
     thread.start()
     try:
@@ -164,11 +188,16 @@ def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
     ):  # a collective failed because a peer is gone; `watch` will report which one
         thread.join(silence + 10)
         raise
+    except (InputError, RunError) as error:
+        status = BAD_INPUT if isinstance(error, InputError) else TRY_AGAIN
+        over = f"{FAILED} {status} {error}"
+        atexit.register(leave, status)  # after the error was printed
+        raise
     finally:
         leaving.set()
+        thread.join(5)
         tell()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.key_value_set(f"jaxrl/alive/{me}", LEFT, allow_overwrite=True)
+        keep(over)
 
 
 def _names(processes: Iterable[int]) -> str:

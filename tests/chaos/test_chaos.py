@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -112,8 +113,13 @@ def alive(pid: int) -> bool:
     state = Path(f"/proc/{pid}/stat")
     try:
         return state.read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, number)
 
 
 def newest(run: Path) -> int:
@@ -164,12 +170,12 @@ def disturb(
         time.sleep(0.02)
     by_itself = not all(map(alive, pids))
     for pid in filter(alive, pids):
-        os.kill(pid, fault.signal or signal.SIGTERM)
+        send(pid, fault.signal or signal.SIGTERM)
     end = time.monotonic() + LONGEST
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.02)
     for pid in filter(alive, pids):  # it hangs
-        os.kill(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
     ended = [nursery.wait() for nursery in [*second, pair[0]]]
     status, output = max(ended)
     if second:  # the later of the two was refused, whichever that is
@@ -213,6 +219,7 @@ def test_a_run_survives(base: Path, tmp_path: Path, pytestconfig: pytest.Config)
             unexpected.append(
                 f"--- try {n}: {fault.name}: {lost} steps lost, {outcome[:3]}\n{outcome.output}"
             )
+        print(f"{n + 1}/{tries} {fault.name}: {outcome.status}", flush=True)
         outcomes[
             f"{fault.name}{', not met' if 'fault_file' in fault.call and not outcome.hits else ''}: {outcome.status}"
         ] += 1

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import tiny_run
-from jaxrl.errors import TRY_AGAIN
+from jaxrl.errors import BAD_INPUT, TRY_AGAIN
+from jaxrl.lock import alone
 from jaxrl.parallel import processes
 from jaxrl.sampling.servers import free_port
 from jaxrl.types import Gather
@@ -163,6 +164,25 @@ def test_the_coordinator_listens_where_it_is_called(
     known = {coordinator.rpartition(":")[0].strip("[]"): [(0, 0, 0, "", (address, 0))]}
     monkeypatch.setattr(processes.socket, "getaddrinfo", lambda host, port: known[host])
     assert processes._bind_address(coordinator) == bound
+
+
+def test_a_run_folder_of_a_host_that_crashed_is_waited_for_by_both(
+    undisturbed: Path, base: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_text("process 1 on another host\n7\n")
+    assert "process 1 on another host did not end its training there; watching" in complete(recipe)
+    assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
+
+
+def test_a_run_folder_that_is_taken_ends_both(base: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base)
+    with alone(tmp_path / "run", "training"):
+        started = start(recipe)
+        said = outputs(started)
+    assert [process.returncode for process in started] == [BAD_INPUT] * 2
+    assert all("is at work there" in each and "Traceback" not in each for each in said)
 
 
 def test_one_that_does_not_come(base: Path, tmp_path: Path) -> None:
