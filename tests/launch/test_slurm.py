@@ -128,7 +128,7 @@ def test_what_fails_again_is_not_requeued(slurm: Cluster, base: Path, tmp_path: 
 def test_trainers_and_samplers_on_nodes_of_their_own(slurm: Cluster, tmp_path: Path) -> None:
     """Real vLLM. The job is asked to stop, and goes on to its end."""
     base = tiny_run.make_base(tmp_path / "base", head_dim=32)
-    values = {"run.steps": 30, "rollout.engine": "vllm", "sampler.vllm": str(Path(VLLM).absolute())}
+    values = {"run.steps": 30, "sampler.vllm": str(Path(VLLM).absolute())}
     values |= {"sampler.folder": str(tmp_path / "weights"), "checkpoint.every": 1000}
     job = slurm.submit(SCRIPT, recipe(tmp_path, base, **values), **ON_CPU)
     slurm.wait_for(job, "step 3/", 900)

@@ -185,6 +185,17 @@ def test_a_run_folder_that_is_taken_ends_both(base: Path, tmp_path: Path) -> Non
     assert all("is at work there" in each and "Traceback" not in each for each in said)
 
 
+def test_an_error_of_one_in_a_step_ends_both(base: Path, tmp_path: Path) -> None:
+    """The first one alone writes rollouts."""
+    recipe = tiny_run.write_recipe(tmp_path, base)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rollouts").touch()
+    started = start(recipe)
+    said = outputs(started)
+    assert [process.returncode for process in started] == [BAD_INPUT] * 2, said
+    assert all("run/rollouts" in each and "Traceback" not in each for each in said), said
+
+
 def test_one_that_does_not_come(base: Path, tmp_path: Path) -> None:
     process = tiny_run.jaxrl(
         "train", tiny_run.write_recipe(tmp_path, base), JAXRL_COORDINATOR="here", JAXRL_PROCESS="0"
