@@ -69,7 +69,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST)
 
 test-slow: $(VENV)/.installed-test smollm2
-	$(BIN)/python -m pytest -m slow --ignore tests/launch $(PYTEST)
+	$(BIN)/python -m pytest -m "slow and not vllm" --ignore tests/launch $(PYTEST)
 
 TRIES ?= 200
 

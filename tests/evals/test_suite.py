@@ -303,6 +303,7 @@ def test_two_evaluations_do_not_share_a_folder(
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_servers_give_the_answers_of_the_local_sampler(mine: Path, tmp_path: Path) -> None:
     """Killed and gone on, several calls at one time; greedy answers are those of the in-process sampler."""
     base = tiny_run.make_base(tmp_path / "base", head_dim=32)  # vLLM on a CPU has no smaller one
@@ -343,6 +344,7 @@ def test_a_judge_that_cannot_be_started_costs_no_grades(
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_a_judge_is_started_from_its_weights(base: Path, mine: Path, tmp_path: Path) -> None:
     """The judge is a tiny model too: its replies have no label, but it is asked, in its own words, and replies."""
     model = tiny_run.make_base(tmp_path / "judge", head_dim=32)

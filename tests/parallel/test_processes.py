@@ -23,8 +23,6 @@ from jaxrl.parallel import processes
 from jaxrl.sampling.servers import free_port
 from jaxrl.types import Gather
 
-pytestmark = pytest.mark.slow
-
 
 def start(recipe: Path) -> list[subprocess.Popen[str]]:
     shared = {
@@ -77,6 +75,7 @@ def benchmark(folder: Path, samples: int = 8) -> dict[str, Any]:
     return {"eval.benchmarks": str(folder / "mine.toml"), "eval.every": 100}
 
 
+@pytest.mark.slow
 def test_two_processes_sample_and_train_as_one(undisturbed: Path, base: Path, tmp_path: Path) -> None:
     recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2} | benchmark(tmp_path))
     outputs([tiny_run.jaxrl("train", recipe, JAX_NUM_CPU_DEVICES="4")])
@@ -93,6 +92,7 @@ def test_two_processes_sample_and_train_as_one(undisturbed: Path, base: Path, tm
     assert scores[0] == scores[1] and scores[0]["benchmarks"]["digits"]["samples"] == 8
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("killed", [0, 1])
 def test_kill_9_of_a_process_is_noticed_and_changes_no_bit(
     killed: int, undisturbed: Path, base: Path, tmp_path: Path
@@ -117,6 +117,7 @@ def test_kill_9_of_a_process_is_noticed_and_changes_no_bit(
     assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_asks_to_be_started_again(undisturbed: Path, base: Path, tmp_path: Path) -> None:
     recipe = tiny_run.write_recipe(tmp_path, base, **{"checkpoint.every": 100})
     processes = start(recipe)
@@ -129,6 +130,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(undisturbed: Path, base: Pat
     assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("asked", [0, 1])
 def test_sigterm_to_one_in_an_evaluation_ends_both_there(asked: int, base: Path, tmp_path: Path) -> None:
     more = {"eval.every": 1, "rollout.slots": 2, "checkpoint.every": 100, "run.steps": 100}
@@ -166,6 +168,7 @@ def test_the_coordinator_listens_where_it_is_called(
     assert processes._bind_address(coordinator) == bound
 
 
+@pytest.mark.chaos
 def test_a_run_folder_of_a_host_that_crashed_is_waited_for_by_both(
     undisturbed: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_run_folder_of_a_host_that_crashed_is_waited_for_by_both(
     assert_same_weights(tmp_path / "run", undisturbed, tmp_path)
 
 
+@pytest.mark.chaos
 def test_a_run_folder_that_is_taken_ends_both(base: Path, tmp_path: Path) -> None:
     recipe = tiny_run.write_recipe(tmp_path, base)
     with alone(tmp_path / "run", "training"):
@@ -185,6 +189,7 @@ def test_a_run_folder_that_is_taken_ends_both(base: Path, tmp_path: Path) -> Non
     assert all("is at work there" in each and "Traceback" not in each for each in said)
 
 
+@pytest.mark.chaos
 def test_an_error_of_one_in_a_step_ends_both(base: Path, tmp_path: Path) -> None:
     """The first one alone writes rollouts."""
     recipe = tiny_run.write_recipe(tmp_path, base)
@@ -204,6 +209,7 @@ def test_one_that_does_not_come(base: Path, tmp_path: Path) -> None:
     assert process.returncode == 2 and "JAXRL_PROCESSES=''" in said and "give all three" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gather", get_args(Gather))
 def test_a_checkpoint_is_resumed_on_every_mesh(base: Path, tmp_path: Path, gather: str) -> None:
     """Written by two processes of two devices and read by them, by one with 2 and with 1; and the other way.

@@ -147,8 +147,11 @@ LINEAR = RopeScaling("linear", 4.0)
 
 @pytest.mark.parametrize(
     ("family", "scaling"),
-    [("llama", LLAMA3), ("qwen3", YARN), ("qwen2", LINEAR)],
-    ids=["llama3", "yarn", "linear"],
+    [
+        pytest.param("llama", LLAMA3, marks=pytest.mark.slow, id="llama3"),
+        pytest.param("qwen3", YARN, id="yarn"),
+        pytest.param("qwen2", LINEAR, marks=pytest.mark.slow, id="linear"),
+    ],
 )
 def test_logprobs_are_the_trainers_with_scaled_rope(
     family: str, scaling: RopeScaling, model: tuple[Path, Model], tmp_path: Path
