@@ -245,16 +245,16 @@ class Checkpoints:
         """Reads and verifies the parameters alone, a third of the bytes; `like` has their shapes and shardings.
 
         Raises:
-          InputError, RunError: see `alone`.
+          InputError, RunError: see `explaining`.
         """
         items = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-        with self.alone(step):
+        with self.explaining(step):
             read = self._manager.restore(step, args=items)
             self._require_intact(step, dict(read))
         return read["params"]
 
     @contextlib.contextmanager
-    def alone(self, step: int) -> Iterator[None]:
+    def explaining(self, step: int) -> Iterator[None]:
         """Names what a failed read of a checkpoint amounts to, where no other one is taken for it.
 
         Raises:
@@ -300,10 +300,10 @@ class Checkpoints:
         """Reads a whole checkpoint on this machine's devices, an item at a time; returns a line on what it holds.
 
         Raises:
-          InputError, RunError: see `alone`.
+          InputError, RunError: see `explaining`.
         """
         folder = self.directory / str(step)
-        with self.alone(step):
+        with self.explaining(step):
             self.recipe(step)
             manifest, found, mesh = self.manifest(step), dict[str, str](), make_mesh()
             for item in ITEMS:

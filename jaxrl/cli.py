@@ -11,13 +11,10 @@ import signal
 import sys
 import threading
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import Protocol, TextIO
 
 from jaxrl import __version__
-from jaxrl.errors import BAD_INPUT, NO_ROOM, TRY_AGAIN, InputError, RunError, file_error
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from jaxrl.errors import NO_ROOM, InputError, RunError, file_error
 
 _DESCRIPTION = "GRPO for reasoning models in JAX."
 _EPILOG = """Any value of a recipe is an option: jaxrl train recipes/demo.toml --run.steps 10 --rollout.samples 4.
@@ -48,12 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     except (InputError, RunError, OSError) as raised:
         error = _of_a_file(raised) if isinstance(raised, OSError) else raised
         print("\n".join(f"jaxrl: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        status = BAD_INPUT if isinstance(error, InputError) else TRY_AGAIN
         others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
         if argv is None and others:  # Orbax's wait ten minutes for a folder that could not be made
             sys.stdout.flush()
-            os._exit(status)
-        raise SystemExit(status) from None
+            os._exit(error.status)
+        raise SystemExit(error.status) from None
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the exit short
         print("jaxrl: interrupted", file=sys.stderr)
@@ -63,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 class _Unfailing(io.FileIO):
     """A file that loses what cannot be written."""
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: object, /) -> int:
+        assert isinstance(data, bytes | bytearray | memoryview)
         try:
             return super().write(data)
         except OSError:

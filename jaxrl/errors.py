@@ -20,9 +20,13 @@ PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 class InputError(ValueError):
     """Bad input: one line that names the field or file and the remedy. Exits with BAD_INPUT."""
 
+    status = BAD_INPUT
+
 
 class RunError(RuntimeError):
     """The world failed (a host, a server, a disk): one line that says what. Exits with TRY_AGAIN."""
+
+    status = TRY_AGAIN
 
 
 def file_error(path: Path | str, use: str, number: int | None, why: str) -> InputError | RunError:

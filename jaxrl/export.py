@@ -42,7 +42,7 @@ def export(source: Path, out: Path, dtype: Dtype = "bfloat16", say: Say = print)
     step = step if step is not None else checkpoints.latest()
     if step is None:
         raise InputError(f"{run}: has no checkpoint yet; train until the first one is written")
-    with checkpoints.alone(step):
+    with checkpoints.explaining(step):
         recipe = checkpoints.recipe(step)
     folder = hf.resolve(recipe.model.path)
     model = hf.read_config(folder)

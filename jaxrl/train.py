@@ -47,9 +47,8 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
             require_startable(recipe, devices)
         setup = load(recipe, evaluation, say)
         with alone(setup.directory, "training", say) if processes.chief() else nullcontext():
-            processes.barrier(
-                "taking the run folder", BARRIER
-            )  # a collective would not wait for its last owner
+            # a collective would not wait as long as the first process may for the folder's last owner
+            processes.barrier("taking the run folder", BARRIER)
             checkpoints = open_checkpoints(recipe)
             start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
             if start and start >= recipe.run.steps and not setup.owes(start):

@@ -57,7 +57,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's jaxrl, also where it is not ins
 
 from jaxrl import config  # noqa: E402
 from jaxrl.commands.options import sampler_overrides  # noqa: E402
-from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError  # noqa: E402
+from jaxrl.errors import TRY_AGAIN, InputError, RunError  # noqa: E402
 from jaxrl.sampling import process_group, servers  # noqa: E402
 from jaxrl.sampling.client import KEY, api_key  # noqa: E402
 from jaxrl.sampling.process_group import ProcessGroup  # noqa: E402
@@ -572,7 +572,7 @@ def main(argv: Sequence[str], stop: Stop) -> int:
 def report(error: InputError | RunError, prefix: str) -> int:
     """Prints the error; returns the exit status."""
     say("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()))
-    return BAD_INPUT if isinstance(error, InputError) else TRY_AGAIN
+    return error.status
 
 
 def run_parts(hosts: dict[str, Part], args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrl.errors import BAD_INPUT, TRY_AGAIN, InputError, RunError
+from jaxrl.errors import TRY_AGAIN, InputError, RunError
 from jaxrl.parallel.signals import PEER, Stop
 from jaxrl.types import Say
 
@@ -164,16 +164,19 @@ def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
                 for i, last in heard.items()
             }
             gone = [i for i, (_, when) in heard.items() if i != me and now - when > silence]
-            if gone:
-                line, status = f"has not been heard of for {silence:.0f} s, and this run ends", TRY_AGAIN
-                line += ". The same command goes on from the last checkpoint"
-                for i in gone:
-                    if heard[i][0].startswith(FAILED):
-                        gone, (_, number, line) = [i], heard[i][0].split(" ", 2)
-                        line, status = f"failed: {line}", int(number)
-                say(f"{_names(gone)} {line}")
+            failed = [i for i in gone if heard[i][0].startswith(FAILED)]
+            if failed:
+                _, status, line = heard[failed[0]][0].split(" ", 2)
+                say(f"{_names(failed[:1])} failed: {line}")
                 keep(LEFT)
-                leave(status, gone)
+                leave(int(status), gone)
+            if gone:
+                say(
+                    f"{_names(gone)} has not been heard of for {silence:.0f} s, and this run ends. "
+                    "The same command goes on from the last checkpoint"
+                )
+                keep(LEFT)
+                leave(TRY_AGAIN, gone)
             tell()
             if leaving.wait(2):
                 return
@@ -183,15 +186,13 @@ def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except (
-        jax.errors.JaxRuntimeError
-    ):  # a collective failed because a peer is gone; `watch` will report which one
+    except jax.errors.JaxRuntimeError:
+        # a collective failed because a peer is gone; `watch` will report which one
         thread.join(silence + 10)
         raise
     except (InputError, RunError) as error:
-        status = BAD_INPUT if isinstance(error, InputError) else TRY_AGAIN
-        over = f"{FAILED} {status} {error}"
-        atexit.register(leave, status)  # after the error was printed
+        over = f"{FAILED} {error.status} {error}"
+        atexit.register(leave, error.status)  # after the error was printed
         raise
     finally:
         leaving.set()
