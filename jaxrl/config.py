@@ -348,7 +348,7 @@ class Packing(Section):
     """Most sequences in one stream (ours)."""
     bucket_tokens: Positive = 512
     """Attention runs at segment lengths rounded up to this many tokens (ours)."""
-    logprob_chunk: Positive = 1024
+    logprob_chunk: Positive = 2048
     """Tokens whose logits exist at one time (ours)."""
 
 

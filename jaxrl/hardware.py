@@ -15,6 +15,11 @@ class Hardware:
     nvlink: float  # bytes/s in each direction to the other devices of a node of 8
     network: float  # bytes/s in each direction to other nodes, in its vendor's 8-device systems
 
+    @property
+    def vector_flops(self) -> float:
+        """Elementwise operations/s: A100's and H100's float32 rates outside of tensor cores, a FMA being one."""
+        return self.flops / 32
+
 
 # Sources: docs/planning.md.
 HARDWARE = {

@@ -25,12 +25,11 @@ from jaxrl.files import at_home
 from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
 from jaxrl.models.decoder import Config, forward_flops
-from jaxrl.parallel.mesh import BATCH_AXES, mesh_over
-from jaxrl.types import JsonObject, Prompt, Rollout
+from jaxrl.parallel.mesh import mesh_over
+from jaxrl.types import JsonObject
 
 if TYPE_CHECKING:
-    from jaxrl.grpo.packing import PackedBatch
-    from jaxrl.programs import Programs
+    pass
 
 Lengths = Int[np.ndarray, " N"]  # of responses or whole sequences, in tokens
 
@@ -275,7 +274,7 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
     recipe = dataclasses.replace(recipe, model=model, packing=packing)
     programs = build_programs(recipe, c, mesh)
     state = programs.abstract_state()
-    batch = _longest_batch(recipe, programs)
+    batch = programs.abstract_batch(programs.layout.streams[-1])
     training = _temporary_bytes(programs.update.lower(state, batch))
     scoring = _temporary_bytes(programs.logprobs.lower(state.params, batch))
     activations = min(estimated_bytes(recipe, c, trainers)["activations"], training)
@@ -294,20 +293,6 @@ def _temporary_bytes(lowered: jax.stages.Lowered) -> int:
     analysis = lowered.compile(fast).memory_analysis()
     assert analysis  # the CPU backend has one
     return analysis.temp_size_in_bytes
-
-
-def _longest_batch(recipe: config.Recipe, programs: Programs) -> PackedBatch:
-    """An abstract mini-batch of the longest sequences that the recipe allows."""
-    from jaxrl.prepare import minibatches
-
-    prompt = Prompt("", np.zeros(recipe.data.max_prompt_tokens, np.int32), "")
-    response = np.zeros(recipe.rollout.max_tokens, np.int32)
-    group = [Rollout(prompt, response, response.astype(np.float32), "length", 0)] * recipe.rollout.samples
-    groups = [group] * recipe.optimizer.minibatch_prompts
-    advantages = np.ones((len(groups), len(group)), np.float32)
-    full = next(iter(minibatches(recipe, programs, groups, advantages)))
-    per_device = jax.sharding.NamedSharding(programs.mesh, jax.sharding.PartitionSpec(BATCH_AXES))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=per_device), full)
 
 
 def _shard_bytes(tree: object) -> float:

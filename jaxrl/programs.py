@@ -6,13 +6,14 @@ import dataclasses
 import math
 
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl import config
 from jaxrl.grpo import packing
 from jaxrl.grpo import update as grpo
 from jaxrl.grpo.objective import Objective
 from jaxrl.models import attention, decoder
+from jaxrl.parallel.mesh import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +22,16 @@ class Programs:
 
     model: decoder.Config
     mesh: Mesh
+    sequences: int  # of a mini-batch
     layout: packing.Layout
     optimizer: optax.GradientTransformation
     update: grpo.Update
     logprobs: grpo.Logprobs
+
+    def abstract_batch(self, stream: int) -> packing.PackedBatch:
+        """Shapes, dtypes and shardings of mini-batches in streams of that many tokens."""
+        per_device = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        return packing.abstract_batch(self.sequences, stream, self.layout, per_device)
 
     def init_state(self, params: decoder.Params) -> grpo.TrainState:
         """The state at step 0. Takes `params` over."""
@@ -50,7 +57,7 @@ def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh) -> 
     numerics = grpo.Numerics(
         dtype=recipe.model.dtype,
         remat=recipe.model.remat,
-        backend=attention.choose_backend(recipe.model.attention, recipe.model.dtype),
+        backend=attention.choose_backend(recipe.model.attention, recipe.model.dtype, mesh.devices.flat[0]),
         gather=recipe.mesh.gather,
         logprob_chunk=recipe.packing.logprob_chunk,
     )
@@ -58,7 +65,8 @@ def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh) -> 
     objective = Objective(loss.clip_low, loss.clip_high, loss.dual_clip, recipe.rollout.temperature)
     optimizer = grpo.make_optimizer(recipe.optimizer, recipe.updates_per_step)
     functions = grpo.make_update(model, optimizer, mesh, layout, numerics, objective)
-    return Programs(model, mesh, layout, optimizer, *functions)
+    sequences = recipe.optimizer.minibatch_prompts * recipe.rollout.samples
+    return Programs(model, mesh, sequences, layout, optimizer, *functions)
 
 
 def layout_of(recipe: config.Recipe, model: decoder.Config) -> packing.Layout:

@@ -24,8 +24,8 @@ OnUpdate = Literal["keep", "drain"]
 Truncation = Literal["truncated", "masked"]  # of importance weights
 Correction = Literal["none", Truncation]
 Dtype = Literal["bfloat16", "float32"]
-Backend = Literal["xla", "cudnn", "cudnn_packed"]  # of packed attention
-Remat = Literal["full", "attention", "none"]
+Backend = Literal["xla", "cudnn"]  # of packed attention
+Remat = Literal["full", "attention", "projections", "products", "none"]
 Gather = Literal["step", "layer"]
 
 FinishReason = Literal["stop", "length"]

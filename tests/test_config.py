@@ -246,8 +246,8 @@ def test_each_of_several_problems_has_a_line(tmp_path: Path) -> None:
 IMPOSSIBLE = {
     "stream_too_short": (
         {"rollout": {"max_tokens": 31_745}},
-        ("packing.stream_tokens", "data.max_prompt_tokens", "rollout.max_tokens", "raise it to 33792"),
-        {"packing": {"stream_tokens": 33_792}},
+        ("packing.stream_tokens", "data.max_prompt_tokens", "rollout.max_tokens", "raise it to 34816"),
+        {"packing": {"stream_tokens": 34_816}},
     ),
     "stream_not_in_buckets": (
         {"packing": {"bucket_tokens": 3000, "logprob_chunk": 512}},
@@ -257,7 +257,7 @@ IMPOSSIBLE = {
     "chunk_does_not_divide": (
         {"packing": {"logprob_chunk": 1000}},
         ("packing.stream_tokens", "packing.logprob_chunk", "use a divisor"),
-        {"packing": {"logprob_chunk": 2048}},
+        {"packing": {"logprob_chunk": 1024}},
     ),
     "nothing_is_forgotten": (
         {"mesh": {"gather": "layer"}, "model": {"remat": "none"}},

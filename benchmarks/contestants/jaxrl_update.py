@@ -34,7 +34,7 @@ packed = packing.pack(rollouts, batch["advantages"], 1, layout)
 executed = int(packed.micro_batches.sum()) * packed.tokens.shape[2]
 packed = to_devices(packed.replace(old_logprobs=packed.sampler_logprobs), mesh)
 optimizer = grpo.make_optimizer(config.Optimizer(learning_rate=1e-6, warmup_steps=0), updates_per_step=1)
-backend = attention.choose_backend(settings["backend"], settings["dtype"])
+backend = attention.choose_backend(settings["backend"], settings["dtype"], jax.devices()[0])
 numerics = grpo.Numerics(settings["dtype"], settings["remat"], backend, logprob_chunk=chunk)
 objective = Objective(clip_low=0.2, clip_high=0.28, dual_clip=1e9)
 update, logprobs = grpo.make_update(model.config, optimizer, mesh, layout, numerics, objective)

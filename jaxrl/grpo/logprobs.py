@@ -6,6 +6,7 @@ Shape letters: N tokens of a stream, D width of the model, V vocabulary.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -17,7 +18,7 @@ from jaxrl.arrays import Array
 
 def token_logprobs(
     hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
+    head: Float32[Array, "V D"],
     targets: Int[Array, " N"],
     *,
     temperature: float,
@@ -27,28 +28,115 @@ def token_logprobs(
 
     Args:
       hidden: in the compute dtype.
-      head: in float32: cast chunk by chunk, so that its gradient is summed over chunks in float32.
+      head: in float32, in which its gradient is summed over chunks.
       targets: token ids.
       temperature: of sampling; the policy is the distribution that was sampled from.
-      chunk: tokens whose [chunk, V] logits exist at one time, recomputed in the backward pass; divides N.
+      chunk: tokens whose [chunk, V] logits exist at one time, computed again in the backward pass; divides N.
 
     Returns:
       log-probabilities and entropies in nats. The entropy carries no gradient.
     """
     chex.assert_rank([hidden, head, targets], [2, 2, 1])
     chex.assert_is_divisible(hidden.shape[0], chunk)
+    with jax.named_scope("lm_head"):
+        logprobs, entropy = _token_logprobs(hidden, head, targets, temperature, chunk)
+    return logprobs, jax.lax.stop_gradient(entropy)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+
+class Residuals(NamedTuple):
+    """What the backward pass needs."""
+
+    hidden: Float[jax.Array, "chunks chunk D"]
+    head: Float[jax.Array, "V D"]  # in the compute dtype
+    targets: Int[jax.Array, "chunks chunk"]
+    log_z: Float32[jax.Array, "chunks chunk"]  # of the softmax
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_logprobs(
+    hidden: Float[Array, "N D"],
+    head: Float32[Array, "V D"],
+    targets: Int[Array, " N"],
+    temperature: float,
+    chunk: int,
+) -> tuple[Float32[jax.Array, " N"], Float32[jax.Array, " N"]]:
+    return _forward(hidden, head, targets, temperature, chunk)[0]
+
+
+def _forward(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    temperature: float,
+    chunk: int,
+) -> tuple[tuple[Float32[jax.Array, " N"], Float32[jax.Array, " N"]], Residuals]:
+    head = jnp.asarray(head, hidden.dtype)
+
+    def of_chunk(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
         h, target = x
-        logits = jnp.einsum("nd,vd->nv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
-        logits = logits / temperature
-        log_z = jax.nn.logsumexp(logits, axis=-1)
+        logits = _logits(h, head, temperature)
+        log_z, mean = jax.lax.platform_dependent(logits, cpu=_two_passes, default=_one_pass)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        fixed = jax.lax.stop_gradient(logits)
-        entropy = log_z - jnp.sum(jnp.exp(fixed - log_z[:, None]) * fixed, axis=-1)
-        return None, (chosen - log_z, jax.lax.stop_gradient(entropy))
+        return None, (chosen - log_z, log_z - mean, log_z)
 
-    chunks = (hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk))
-    _, (logprobs, entropy) = jax.lax.scan(of_chunk, None, chunks)
-    return logprobs.reshape(-1), entropy.reshape(-1)
+    chunks = (jnp.reshape(hidden, (-1, chunk, hidden.shape[-1])), jnp.reshape(targets, (-1, chunk)))
+    _, (logprobs, entropy, log_z) = jax.lax.scan(of_chunk, None, chunks)
+    return (logprobs.reshape(-1), entropy.reshape(-1)), Residuals(chunks[0], head, chunks[1], log_z)
+
+
+def _backward(
+    temperature: float, _: int, residuals: Residuals, gradients: tuple[jax.Array, jax.Array]
+) -> tuple[Float[jax.Array, "N D"], Float32[jax.Array, "V D"], None]:
+    """d logits = (onehot - softmax) g / temperature. Products take it in the compute dtype and sum in float32.
+
+    The entropy's own gradient is not here: it would be one term more of d logits.
+    """
+    hidden, head, targets, log_z = residuals
+    words = jnp.arange(len(head))[None]
+
+    def of_chunk(
+        d_head: Float32[jax.Array, "V D"], x: tuple[jax.Array, ...]
+    ) -> tuple[Float32[jax.Array, "V D"], Float[jax.Array, "chunk D"]]:
+        h, target, z, g = (y[:, None] if y.ndim == 1 else y for y in x)
+        softmax = jnp.exp(_logits(h, head, temperature) - z)
+        d_logits = (((words == target) - softmax) * (g / temperature)).astype(h.dtype)
+        d_hidden = jnp.einsum("nv,vd->nd", d_logits, head).astype(h.dtype)
+        return d_head + jnp.einsum("nv,nd->vd", d_logits, h, preferred_element_type=jnp.float32), d_hidden
+
+    chunks = (hidden, targets, log_z, gradients[0].reshape(log_z.shape))
+    d_head, d_hidden = jax.lax.scan(of_chunk, jnp.zeros(head.shape, jnp.float32), chunks)
+    return d_hidden.reshape(-1, hidden.shape[-1]), d_head, None
+
+
+_token_logprobs.defvjp(_forward, _backward)
+
+
+Normalizer = tuple[Float32[jax.Array, " chunk"], Float32[jax.Array, " chunk"]]
+
+
+def _two_passes(logits: Float32[jax.Array, "chunk V"]) -> Normalizer:
+    """log sum exp(logits), and the mean of the logits under their softmax."""
+    most = logits.max(axis=-1)
+    weights = jnp.exp(logits - most[:, None])
+    total = weights.sum(axis=-1)
+    return most + jnp.log(total), jnp.sum(weights * logits, axis=-1) / total
+
+
+def _one_pass(logits: Float32[jax.Array, "chunk V"]) -> Normalizer:
+    """The same, read once (arXiv 1805.02867, algorithm 3): memory is what an accelerator waits for."""
+
+    def merge(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        most = jnp.maximum(x[0], y[0])
+        a, b = jnp.exp(x[0] - most), jnp.exp(y[0] - most)
+        return most, x[1] * a + y[1] * b, x[2] * a + y[2] * b
+
+    lowest = jnp.finfo(jnp.float32).min
+    start = tuple(jnp.float32(x) for x in (lowest, 0, 0))
+    most, total, weighted = jax.lax.reduce((logits, jnp.ones_like(logits), logits), start, merge, (1,))
+    return most + jnp.log(total), weighted / total
+
+
+def _logits(
+    h: Float[Array, "chunk D"], head: Float[Array, "V D"], temperature: float
+) -> Float32[jax.Array, "chunk V"]:
+    return jnp.einsum("nd,vd->nv", h, head, preferred_element_type=jnp.float32) / temperature

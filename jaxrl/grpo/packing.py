@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import chex
 import flax.struct
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
@@ -180,8 +181,7 @@ def lay_out(
     used = np.zeros(devices, np.int32)
     for place in placed:
         used[place.device] = max(used[place.device], place.micro_batch + 1)
-    most = -(-len(prompts) // (devices * min(layout.segments, stream // layout.buckets[-1])))
-    rows = max(most, int(used.max(initial=1)))
+    rows = max(most_streams(len(prompts), devices, stream, layout), int(used.max(initial=1)))
     starts = np.zeros((devices, rows, layout.segments), np.int32)
     buckets = np.full((devices, rows, layout.segments), -1, np.int32)
     filled = np.zeros((devices, rows), int)
@@ -193,6 +193,45 @@ def lay_out(
     places = dict(zip(chosen, placed, strict=True))
     shape = (devices, rows, stream)
     return Placement(places, np.array(prompts, int), np.array(responses, int), shape, starts, buckets, used)
+
+
+def most_streams(sequences: int, devices: int, stream: int, layout: Layout) -> int:
+    """M, the streams of a device that the longest sequences would take, in streams of that length."""
+    return -(-sequences // (devices * min(layout.segments, stream // layout.buckets[-1])))
+
+
+def abstract_batch(
+    sequences: int, stream: int, layout: Layout, sharding: jax.sharding.NamedSharding
+) -> PackedBatch:
+    """Shapes, dtypes and shardings of mini-batches in streams of one length.
+
+    Args:
+      sequences: B.
+      stream: N, one of the layout's.
+      layout: see `Layout`.
+      sharding: of all arrays, along G.
+    """
+    devices = sharding.mesh.size
+    streams = (devices, most_streams(sequences, devices, stream, layout))
+
+    def array(dtype: type[np.generic], *shape: int) -> Array:
+        return cast(Array, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+
+    tokens, values = array(np.int32, *streams, stream), array(np.float32, *streams, stream)
+    segments = array(np.int32, *streams, layout.segments)
+    return PackedBatch(
+        tokens=tokens,
+        positions=tokens,
+        starts=segments,
+        buckets=segments,
+        weights=values,
+        advantages=values,
+        old_logprobs=values,
+        sampler_logprobs=values,
+        micro_batches=array(np.int32, devices),
+        on_policy=array(np.bool_, devices),
+        response_tokens=array(np.float32, devices),
+    )
 
 
 def fill(

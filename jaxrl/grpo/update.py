@@ -51,7 +51,7 @@ class Numerics:
     remat: Remat = "none"
     backend: Backend = "xla"
     gather: Gather = "step"
-    logprob_chunk: int = 1024  # tokens whose logits exist at one time; divides the stream's
+    logprob_chunk: int = 2048  # tokens whose logits exist at one time; divides the stream's
 
 
 class Update(Protocol):
@@ -157,15 +157,16 @@ def make_update(
 
     def update(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
         grads, totals = on_mesh(device.gradients, out_specs=(specs, P()))(state.params, batch)
-        norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(norm)
-        keep = functools.partial(jax.tree.map, functools.partial(jnp.where, finite))
-        new = TrainState(
-            step=state.step + 1,
-            params=keep(optax.apply_updates(state.params, updates), state.params),
-            opt_state=keep(opt_state, state.opt_state),
-        )
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            finite = jnp.isfinite(norm)
+            keep = functools.partial(jax.tree.map, functools.partial(jnp.where, finite))
+            new = TrainState(
+                step=state.step + 1,
+                params=keep(optax.apply_updates(state.params, updates), state.params),
+                opt_state=keep(opt_state, state.opt_state),
+            )
         return new, _averages(totals, batch.response_tokens[0]) | {"grad_norm": norm, "skipped": ~finite}
 
     def logprobs(params: decoder.Params, batch: PackedBatch) -> Float32[Array, "G M N"]:
@@ -198,7 +199,8 @@ class _OnDevice:
         def accumulate(m: Int[Array, ""], carry: Carry) -> Carry:
             total, sums, peaks = carry
             grads, metrics = gradient_of(held, _micro_batch(own, m))
-            total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
+            with jax.named_scope("accumulate"):
+                total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
             return (
                 total,
                 jax.tree.map(jnp.add, sums, metrics["sums"]),

@@ -1,20 +1,21 @@
 """Causal attention over packed tokens.
 
-A stream is `[N]` tokens of several sequences, one after another. The backends "xla" and "cudnn" visit the segments
-in order, each at its length rounded up to a bucket, so that a handful of static shapes serve every stream and no
-`[N, N]` mask exists. A bucket may overrun its segment: causality keeps the overrun out of the segment's own outputs,
-the next segment overwrites what it left there, and the backward pass masks the incoming gradient. "cudnn_packed"
-hands the whole stream to cuDNN's packed layout.
+A stream is `[N]` tokens of several sequences, one after another. Segments of about one length are attended to in a loop
+of their own, padded to a static length, so that a handful of shapes serve every stream and no `[N, N]` mask exists. On
+a GPU every trip of a loop costs a wait for the host, and a branch inside it two copies of the stream: so there are few
+lengths, no branches, and a trip takes as many segments as fill TRIP tokens. What a trip computes past the end of a
+segment is never written.
 
 For the backward pass every backend keeps its output and the log-sum-exp of the scores, both named "attention": a
 remat policy that saves this name never runs attention forward twice.
 
-Shape letters: N tokens of a stream, S segments, L tokens of a bucket, H query heads, K key/value heads, D size of a
-head, R = L H / K queries that read one key head, M keys.
+Shape letters: N tokens of a stream, S segments, B segments of a trip, L tokens that each is padded to, H query heads,
+K key/value heads, D size of a head, R = L H / K queries that read one key head, M keys.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from jaxrl.types import Backend
 
 ROWS = 128  # queries that "xla" scores at one time
 PARTS = 8  # of a sequence, each with the keys up to its own end: 1 / PARTS more scores than the causal half
+TRIP = 8192  # tokens that "cudnn" attends to in one trip
 LARGE_LSE = 1e30  # finite, and exp(score - LARGE_LSE) is 0
 
 Carry = TypeVar("Carry")  # pytrees of arrays
@@ -45,28 +47,25 @@ class Segments(NamedTuple):
     buckets: Int32[Array, " S"]  # index into the bucket lengths; -1 past the last segment
 
 
-def choose_backend(requested: Literal["auto", Backend], dtype: str) -> Backend:
+def choose_backend(requested: Literal["auto", Backend], dtype: str, device: jax.Device) -> Backend:
     """Chooses cuDNN where it runs (NVIDIA Ampere and later, half precision), XLA elsewhere.
 
+    Args:
+      requested: by the recipe.
+      dtype: of the computation.
+      device: that the program is for, which need not be this machine's.
+
     Raises:
-      InputError: for a backend that cannot run here.
+      InputError: for a backend that cannot run there.
     """
-    gpu = jax.default_backend() == "gpu"
-    capability = float(getattr(jax.local_devices()[0], "compute_capability", 0)) if gpu else 0.0
+    capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
     fits = capability >= 8 and dtype == "bfloat16"
-    if requested == "auto":
-        return "cudnn" if fits else "xla"
-    if requested.startswith("cudnn") and not fits:
+    if requested == "cudnn" and not fits:
         raise InputError(
-            f"model.attention = {requested} needs model.dtype = bfloat16 and an NVIDIA GPU of the Ampere generation or "
-            "later; set it to auto"
+            "model.attention = cudnn needs model.dtype = bfloat16 and an NVIDIA GPU of the Ampere generation or later; "
+            "set it to auto"
         )
-    if requested == "cudnn_packed" and (capability < 9 or jax.__version_info__ < (0, 11, 1)):
-        raise InputError(
-            "model.attention = cudnn_packed needs a Hopper GPU or later and jax 0.11.1 or later, before which grouped "
-            "heads come out wrong; set it to cudnn"
-        )
-    return requested
+    return ("cudnn" if fits else "xla") if requested == "auto" else requested
 
 
 def packed_attention(
@@ -83,15 +82,14 @@ def packed_attention(
       q, k, v: queries, keys and values; K divides H.
       segments: starts and buckets.
       lengths: bucket lengths in tokens, ascending; static.
-      backend: "xla", "cudnn" or "cudnn_packed".
+      backend: "xla" or "cudnn".
 
     Returns:
       [N, H, D]; tokens outside all segments get anything finite. The gradient that comes back must be zero there.
     """
     chex.assert_rank([q, k, v], 3)
     chex.assert_equal_shape([k, v])
-    run = _whole_stream if backend == "cudnn_packed" else _by_segment
-    return run(QKV(q, k, v), segments, lengths, backend)
+    return _attend(QKV(q, k, v), segments, lengths, backend)
 
 
 class QKV(NamedTuple):
@@ -105,15 +103,16 @@ class QKV(NamedTuple):
 class Attended(NamedTuple):
     """Attention's output, and the log-sum-exp of each query's scores."""
 
-    out: Float[Array, "L H D"]
-    lse: Float32[Array, "L H"]
+    out: Float[Array, "*B L H D"]
+    lse: Float32[Array, "*B L H"]
 
 
 class Kernel(NamedTuple):
-    """Causal attention of one sequence: q [L, H, D], k and v [L, K, D]."""
+    """Causal attention of the sequences of a trip: q [B, L, H, D], k and v [B, L, K, D]."""
 
-    forward: Callable[[Array, Array, Array], Attended]  # of q, k, v
-    backward: Callable[..., QKV]  # gradients from (q, k, v, out, lse, gradient of out)
+    forward: Callable[..., Attended]  # of q, k, v, lengths
+    backward: Callable[..., QKV]  # gradients from (q, k, v, out, lse, gradient of out, lengths)
+    trip: int  # tokens of a trip; 0 takes one segment at a time, at its bucket's length
 
 
 class Residuals(NamedTuple):
@@ -125,84 +124,141 @@ class Residuals(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _by_segment(
+def _attend(
     qkv: QKV, segments: Segments, lengths: tuple[int, ...], backend: Backend
 ) -> Float[Array, "N H D"]:
-    return _by_segment_forward(qkv, segments, lengths, backend)[0]
+    return _attend_forward(qkv, segments, lengths, backend)[0]
 
 
-def _by_segment_forward(
+def _attend_forward(
     qkv: QKV, segments: Segments, lengths: tuple[int, ...], backend: Backend
 ) -> tuple[Float[Array, "N H D"], Residuals]:
-    def attend(length: int, carry: Attended, start: Int[Array, ""], _: Int[Array, ""]) -> Attended:
-        new = _kernel(backend).forward(*(_slice(x, start, length) for x in qkv))
-        return jax.tree.map(functools.partial(_write, start=start), carry, new)
+    kernel = _kernel(backend)
+
+    def attend(carry: Attended, trip: Trip) -> Attended:
+        new = kernel.forward(*map(trip.read, qkv), trip.lengths)
+        return jax.tree.map(trip.write, carry, new)
 
     blank = Attended(jnp.zeros_like(qkv.q), jnp.zeros(qkv.q.shape[:2], jnp.float32))
-    attended = _for_each_segment(attend, blank, segments, lengths)
+    attended = _for_each_trip(attend, blank, segments, lengths, kernel.trip)
     attended = Attended(*(checkpoint_name(x, "attention") for x in attended))
     return attended.out, Residuals(qkv, attended, segments)
 
 
-def _by_segment_backward(
+def _attend_backward(
     lengths: tuple[int, ...], backend: Backend, residuals: Residuals, d_out: Float[Array, "N H D"]
 ) -> tuple[QKV, None]:
     qkv, (out, lse), segments = residuals
+    kernel = _kernel(backend)
 
-    def attend(length: int, grads: QKV, start: Int[Array, ""], end: Int[Array, ""]) -> QKV:
-        own = (start + jnp.arange(length) < end)[:, None]
+    def attend(grads: QKV, trip: Trip) -> QKV:
         # rows past the end are queries of the next segment: exp(their scores here - their lse there) may overflow
-        own_lse = jnp.where(own, _slice(lse, start, length), LARGE_LSE)
-        d = jnp.where(own[..., None], _slice(d_out, start, length), 0)
-        new = _kernel(backend).backward(*(_slice(x, start, length) for x in (*qkv, out)), own_lse, d)
-        # an overrun writes zeros, which the segments that own those tokens then overwrite
-        return jax.tree.map(functools.partial(_write, start=start), grads, new)
+        own_lse = jnp.where(trip.own[..., None], trip.read(lse), LARGE_LSE)
+        d = jnp.where(trip.own[..., None, None], trip.read(d_out), 0)
+        new = kernel.backward(*map(trip.read, (*qkv, out)), own_lse, d, trip.lengths)
+        return jax.tree.map(trip.write, grads, new)
 
     zeros = QKV(*map(jnp.zeros_like, qkv))
-    return _for_each_segment(attend, zeros, segments, lengths), None
+    return _for_each_trip(attend, zeros, segments, lengths, kernel.trip), None
 
 
-_by_segment.defvjp(_by_segment_forward, _by_segment_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _for_each_segment(
-    body: Callable[[int, Carry, Array, Array], Carry],
+@dataclasses.dataclass(frozen=True)
+class Trip:
+    """What one trip of a loop attends to."""
+
+    starts: Int32[Array, " B"]
+    lengths: Int32[Array, " B"]  # tokens; 0 where there is no segment
+    padded: int  # L
+    windows: bool  # B is 1, and starts + L lie inside the stream
+
+    @property
+    def own(self) -> Bool[Array, "B L"]:
+        """Which rows belong to their segment."""
+        return jnp.arange(self.padded)[None] < self.lengths[:, None]
+
+    def read(self, x: Shaped[Array, "N ..."]) -> Shaped[Array, "B L ..."]:
+        """The rows of each segment, and others past its end."""
+        if self.windows:
+            return lax.dynamic_slice_in_dim(x, self.starts[0], self.padded, 0)[None]
+        return jnp.take(x, self._rows, axis=0, mode="clip")
+
+    def write(self, x: Shaped[Array, "N ..."], new: Shaped[Array, "B L ..."]) -> Shaped[Array, "N ..."]:
+        """x with the segments' own rows replaced."""
+        if self.windows:
+            own = self.own.reshape(-1, *(1,) * (x.ndim - 1))
+            rows = jnp.where(own, new[0].astype(x.dtype), self.read(x)[0])
+            return lax.dynamic_update_slice_in_dim(x, rows, self.starts[0], 0)
+        past = len(x) + jnp.arange(self.own.size).reshape(self.own.shape)  # distinct, and dropped
+        rows = jnp.where(self.own, self._rows, past)
+        return x.at[rows].set(new.astype(x.dtype), mode="drop", unique_indices=True)
+
+    @property
+    def _rows(self) -> Int32[Array, "B L"]:
+        return self.starts[:, None] + jnp.arange(self.padded)[None]
+
+
+def _for_each_trip(
+    body: Callable[[Carry, Trip], Carry],
     carry: Carry,
     segments: Segments,
     lengths: tuple[int, ...],
+    trip: int,
 ) -> Carry:
-    """carry = body(length of i's bucket, carry, start of i, start of i + 1) for each segment i, in order."""
+    """carry = body(carry, trip) until every segment has had its trip; see `Kernel.trip`."""
     starts, buckets = segments
-    count = jnp.sum(buckets >= 0)
-    past = jnp.iinfo(jnp.int32).max
-    ends = jnp.where(jnp.arange(starts.size) + 1 < count, jnp.roll(starts, -1), past)
-    branches = [functools.partial(body, length) for length in lengths]
+    index, size = jnp.arange(starts.size), starts.size
+    padded = jnp.asarray(lengths, jnp.int32)[buckets]
+    # the last one's overrun counts as its own
+    ends = jnp.where(index + 1 < jnp.sum(buckets >= 0), jnp.roll(starts, -1), starts + padded)
+    shorter = 0
+    for length in padded_lengths(lengths, trip):
+        batch = max(1, min(trip // length, size))
+        chosen = (buckets >= 0) & (padded > shorter) & (padded <= length)
+        count, (members,) = chosen.sum(), jnp.nonzero(chosen, size=size, fill_value=0)
 
-    def step(i: Int[Array, ""], carry: Carry) -> Carry:
-        return lax.switch(buckets[i], branches, carry, starts[i], ends[i])
+        def step(
+            i: Int[Array, ""],
+            carry: Carry,
+            length: int = length,
+            batch: int = batch,
+            count: Int[Array, ""] = count,
+            members: Int[Array, " S"] = members,
+        ) -> Carry:
+            at = i * batch + jnp.arange(batch)
+            own = members[jnp.minimum(at, size - 1)]
+            live = jnp.where(at < count, ends[own] - starts[own], 0)
+            return body(carry, Trip(starts[own], live, length, windows=not trip))
 
-    return lax.fori_loop(0, count, step, carry)
+        with jax.named_scope(f"padded_{length}"):
+            carry = lax.fori_loop(0, -(-count // batch), step, carry)
+        shorter = length
+    return carry
 
 
-def _slice(x: Shaped[Array, "N ..."], start: Int[Array, ""], length: int) -> Shaped[Array, "L ..."]:
-    return lax.dynamic_slice_in_dim(x, start, length, 0)
-
-
-def _write(
-    x: Shaped[Array, "N ..."], part: Shaped[Array, "L ..."], start: Int[Array, ""]
-) -> Shaped[Array, "N ..."]:
-    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, 0)
+def padded_lengths(lengths: tuple[int, ...], trip: int) -> tuple[int, ...]:
+    """Lengths L that segments are padded to: the buckets, or where `trip` is set halves of the longest."""
+    if not trip:
+        return lengths
+    unit, halves = lengths[0], [lengths[-1]]
+    while halves[-1] > unit:
+        halves.append(unit * -(-halves[-1] // (2 * unit)))
+    return tuple(halves[::-1])
 
 
 def _kernel(backend: Backend) -> Kernel:
     if backend == "xla":
-        return Kernel(_xla_forward, _xla_backward)
-    return Kernel(_cudnn_forward, _cudnn_backward)
+        return Kernel(_xla_forward, _xla_backward, 0)
+    return Kernel(_cudnn_forward, _cudnn_backward, TRIP)
 
 
-def _xla_forward(q: Float[Array, "L H D"], k: Float[Array, "L K D"], v: Float[Array, "L K D"]) -> Attended:
-    length, kv_heads, _ = k.shape
-    q, k, v = (_by_kv_head(x, kv_heads) for x in (q, k, v))
+def _xla_forward(
+    q: Float[Array, "1 L H D"], k: Float[Array, "1 L K D"], v: Float[Array, "1 L K D"], __: Int[Array, " 1"]
+) -> Attended:
+    length, kv_heads = k.shape[1:3]
+    q, k, v = (_by_kv_head(x[0], kv_heads) for x in (q, k, v))
 
     def attend(_: None, q: Array, at: Array, seen: int) -> tuple[None, tuple[Array, Array]]:
         scores = _scores(q, k[:, :seen], at)
@@ -213,19 +269,21 @@ def _xla_forward(q: Float[Array, "L H D"], k: Float[Array, "L K D"], v: Float[Ar
         return None, (out.astype(q.dtype), most + jnp.log(total))
 
     _, (out, lse) = _over_rows(attend, None, length, (q,))
-    return Attended(_by_head(out, length), _by_head(lse, length)[..., 0])
+    return Attended(_by_head(out, length)[None], _by_head(lse, length)[None, ..., 0])
 
 
 def _xla_backward(
-    q: Float[Array, "L H D"],
-    k: Float[Array, "L K D"],
-    v: Float[Array, "L K D"],
-    out: Float[Array, "L H D"],
-    lse: Float32[Array, "L H"],
-    d_out: Float[Array, "L H D"],
+    q: Float[Array, "1 L H D"],
+    k: Float[Array, "1 L K D"],
+    v: Float[Array, "1 L K D"],
+    out: Float[Array, "1 L H D"],
+    lse: Float32[Array, "1 L H"],
+    d_out: Float[Array, "1 L H D"],
+    _: Int[Array, " 1"],
 ) -> QKV:
     """From the log-sum-exp, a block of queries at a time (FlashAttention, arXiv 2205.14135, algorithm 4)."""
-    length, kv_heads, _ = k.shape
+    q, k, v, out, lse, d_out = (x[0] for x in (q, k, v, out, lse, d_out))
+    length, kv_heads = k.shape[:2]
     delta = _dot("nhd,nhd->nh", out, d_out)
     by_head = (q, k, v, d_out, lse[..., None], delta[..., None])
     q, k, v, d_out, lse, delta = (_by_kv_head(x, kv_heads) for x in by_head)
@@ -245,7 +303,7 @@ def _xla_backward(
     zeros = jnp.zeros((kv_heads, k.shape[2], length), jnp.float32)
     (dk, dv), dq = _over_rows(attend, (zeros, zeros), length, (q, d_out, lse, delta))
     dk, dv = jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2)
-    return QKV(*(_by_head(x, length).astype(q.dtype) for x in (dq, dk, dv)))
+    return QKV(*(_by_head(x, length).astype(q.dtype)[None] for x in (dq, dk, dv)))
 
 
 def _over_rows(
@@ -306,103 +364,43 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _cudnn(
-    q: Float[Array, "B L H D"], k: Float[Array, "B L K D"], v: Float[Array, "B L K D"]
+    q: Float[Array, "B L H D"],
+    k: Float[Array, "B L K D"],
+    v: Float[Array, "B L K D"],
+    lengths: Int32[Array, " B"],
 ) -> Float[Array, "B L H D"]:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    """Tiles past a sequence's own length are skipped."""
+    return jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, is_causal=True, implementation="cudnn"
+    )
 
 
-def _cudnn_forward(q: Float[Array, "L H D"], k: Float[Array, "L K D"], v: Float[Array, "L K D"]) -> Attended:
-    out, vjp = jax.vjp(_cudnn, q[None], k[None], v[None])
+def _cudnn_forward(
+    q: Float[Array, "B L H D"],
+    k: Float[Array, "B L K D"],
+    v: Float[Array, "B L K D"],
+    lengths: Int32[Array, " B"],
+) -> Attended:
+    out, vjp = jax.vjp(functools.partial(_cudnn, lengths=jnp.maximum(lengths, 1)), q, k, v)
     lse = jax.tree.leaves(vjp)[-2]  # see _cudnn_backward; the public residual is rounded to bfloat16
-    chex.assert_shape(lse, (1, q.shape[1], q.shape[0]))
-    return Attended(out[0], lse[0].T)
+    chex.assert_shape(lse, (*q.shape[:1], q.shape[2], q.shape[1]))
+    return Attended(out, jnp.swapaxes(lse, 1, 2))
 
 
 def _cudnn_backward(
-    q: Float[Array, "L H D"],
-    k: Float[Array, "L K D"],
-    v: Float[Array, "L K D"],
-    out: Float[Array, "L H D"],
-    lse: Float32[Array, "L H"],
-    d_out: Float[Array, "L H D"],
+    q: Float[Array, "B L H D"],
+    k: Float[Array, "B L K D"],
+    v: Float[Array, "B L K D"],
+    out: Float[Array, "B L H D"],
+    lse: Float32[Array, "B L H"],
+    d_out: Float[Array, "B L H D"],
+    lengths: Int32[Array, " B"],
 ) -> QKV:
-    """`jax.vjp` without its forward run: its closure holds q, k, v, what is not used here, log-sum-exp and out."""
-    batch = tuple(x[None] for x in (q, k, v, lse.T, out))
-    closure = jax.eval_shape(lambda *qkv: jax.vjp(_cudnn, *qkv)[1], *batch[:3])
+    """`jax.vjp` without its forward run: its closure holds q, k, v, lengths and what is not used, log-sum-exp and out."""
+    lengths = jnp.maximum(lengths, 1)
+    closure = jax.eval_shape(lambda *x: jax.vjp(functools.partial(_cudnn, lengths=x[3]), *x[:3])[1], q, k, v, lengths)
     leaves, structure = jax.tree.flatten(closure)
-    unused = [jnp.zeros(x.shape, x.dtype) for x in leaves[3:-2]]
-    filled = [*batch[:3], *unused, *batch[3:]]
+    others = [lengths if x.shape == lengths.shape else jnp.zeros(x.shape, x.dtype) for x in leaves[3:-2]]
+    filled = [q, k, v, *others, jnp.swapaxes(lse, 1, 2), out]
     chex.assert_trees_all_equal_shapes_and_dtypes(leaves, [jax.typeof(x) for x in filled])
-    return QKV(*(grad[0] for grad in jax.tree.unflatten(structure, filled)(d_out[None])))
-
-
-class StreamResiduals(NamedTuple):
-    """What the backward pass of a whole stream needs of its forward pass."""
-
-    vjp: Callable[[Float[Array, "1 N H D"]], tuple[Array, Array, Array]]
-    inside: Bool[Array, "N 1 1"]  # tokens up to the end of the last segment's bucket
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _whole_stream(
-    qkv: QKV, segments: Segments, lengths: tuple[int, ...], backend: Backend
-) -> Float[Array, "N H D"]:
-    return _whole_stream_forward(qkv, segments, lengths, backend)[0]
-
-
-def _whole_stream_forward(
-    qkv: QKV, segments: Segments, lengths: tuple[int, ...], _: Backend
-) -> tuple[Float[Array, "N H D"], StreamResiduals]:
-    starts, buckets = segments
-    count = jnp.sum(buckets >= 0)
-    # of the last segment, overrun included
-    end = starts[count - 1] + jnp.asarray(lengths, jnp.int32)[buckets[count - 1]]
-    live = jnp.arange(starts.size) < count
-    ends = jnp.where(jnp.arange(starts.size) + 1 < count, jnp.roll(starts, -1), end)
-    offsets = jnp.where(jnp.arange(starts.size + 1) < count, jnp.append(starts, 0), -1).at[count].set(end)
-
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        return _cudnn_packed(q, k, v, jnp.where(live, ends - starts, -1)[None], offsets[None])
-
-    out, vjp = jax.vjp(attend, *(x[None] for x in qkv))
-    leaves, structure = jax.tree.flatten(vjp)
-    leaves[-2:] = [checkpoint_name(x, "attention") for x in leaves[-2:]]  # log-sum-exp and out
-    inside = (jnp.arange(len(qkv.q)) < jnp.where(count > 0, end, 0))[:, None, None]
-    # cuDNN writes nothing past the last segment, and nothing may be NaN
-    out = checkpoint_name(jnp.where(inside, out[0], 0), "attention")
-    return out, StreamResiduals(jax.tree.unflatten(structure, leaves), inside)
-
-
-def _whole_stream_backward(
-    _: tuple[int, ...], __: Backend, residuals: StreamResiduals, d_out: Float[Array, "N H D"]
-) -> tuple[QKV, None]:
-    vjp, inside = residuals
-    grads = vjp(jnp.where(inside, d_out, 0)[None])
-    return QKV(*(jnp.where(inside, grad[0], 0) for grad in grads)), None
-
-
-_whole_stream.defvjp(_whole_stream_forward, _whole_stream_backward)
-
-
-def _cudnn_packed(
-    q: Float[Array, "1 N H D"],
-    k: Float[Array, "1 N K D"],
-    v: Float[Array, "1 N K D"],
-    lengths: Int[Array, "1 S"],
-    offsets: Int[Array, "1 S+1"],
-) -> Float[Array, "1 N H D"]:
-    """Attention in segments of these lengths at these offsets, -1 past the last; has no public name in JAX yet."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    return cudnn.dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=offsets,
-        kv_offsets=offsets,
-        scale=q.shape[-1] ** -0.5,
-        mask_type=cudnn.MaskType.PADDING_CAUSAL,
-        qkv_layout="BTNH",
-    )
+    return QKV(*jax.tree.unflatten(structure, filled)(d_out))

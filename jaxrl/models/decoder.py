@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, NotRequired, Protocol, TypedDict, Type
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Float32, Int, Shaped
 
 from jaxrl.arrays import Array
@@ -37,6 +38,13 @@ class ParamTree(TypedDict, Generic[Leaf]):
 
 Params = ParamTree[jax.Array]
 Layer = dict[str, jax.Array]  # the parameters of one layer
+# What is kept of each layer for the backward pass, beside its input; packed_attention names its output and its lse.
+KEPT: dict[Remat, tuple[str, ...]] = {
+    "full": (),
+    "attention": ("attention",),
+    "projections": ("attention", "qkv", "residual"),
+    "products": ("attention", "qkv", "residual", "mlp"),  # all matrix products
+}
 Cache = Any  # a pytree that only `attend` understands
 
 
@@ -223,22 +231,28 @@ def forward(
         w = jax.tree.map(lambda a: a.astype(dtype), fetch(w) if fetch else w)
         with jax.named_scope("attention"):
             x = rms_norm(h, w["attention_norm"], config.norm_epsilon)
-            q, k, v = _qkv(config, w, x, positions)
+            q, k, v = (_named(x, "qkv", 1 + i) for i, x in enumerate(_qkv(config, w, x, positions)))
             out, kept = attend(q, k, v, layer_cache)
-            h = h + _linear(out.reshape(*h.shape[:-1], -1), w["o"])
+            h = _named(h + _linear(out.reshape(*h.shape[:-1], -1), w["o"]), "residual", 1)
         with jax.named_scope("mlp"):
             x = rms_norm(h, w["mlp_norm"], config.norm_epsilon)
-            h = h + _linear(jax.nn.silu(_linear(x, w["gate"])) * _linear(x, w["up"]), w["down"])
+            gate, up = (_named(_linear(x, w[name]), "mlp", i) for i, name in enumerate(("gate", "up")))
+            h = h + _linear(jax.nn.silu(gate) * up, w["down"])
         return h, kept
 
     if remat != "none":
-        # packed_attention names what its backward pass needs beside q, k and v
-        policies = jax.checkpoint_policies
-        only_attention = policies.save_only_these_names("attention")
-        save = only_attention if remat == "attention" else policies.nothing_saveable
+        save = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
         layer = jax.checkpoint(layer, prevent_cse=False, policy=save)
     h, kept = jax.lax.scan(layer, params["embed"][tokens].astype(dtype), (params["layers"], cache))
     return rms_norm(h, params["norm"].astype(dtype), config.norm_epsilon), kept
+
+
+def _named(x: Float[jax.Array, " ..."], name: str, axes: int) -> Float[jax.Array, " ..."]:
+    """A `checkpoint_name` for x with so many axes more.
+
+    The scan over layers stacks what is kept. Of two stacks of one shape, XLA would fill one with zeros and copy it.
+    """
+    return checkpoint_name(x.reshape((1,) * axes + x.shape), name).reshape(x.shape)
 
 
 def dense_attend(

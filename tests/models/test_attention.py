@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -118,6 +119,58 @@ def layouts(draw: st.DrawFn) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def poisoned_past_the_end(kernel: attention.Kernel, trip: int) -> attention.Kernel:
+    """A kernel of trips as cuDNN's: rows past a sequence's length are never read, and hold NaN in the results."""
+
+    def mask(x: jax.Array, lengths: jax.Array) -> jax.Array:
+        own = jnp.arange(x.shape[1])[None] < lengths[:, None]
+        return jnp.where(own.reshape(*own.shape, *(1,) * (x.ndim - 2)), x, jnp.nan)
+
+    def one_by_one(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> list[jax.Array]:
+        *inputs, lengths = arrays
+        rows = [function(*(x[i : i + 1] for x in arrays)) for i in range(len(lengths))]
+        return [mask(jnp.concatenate(x), lengths) for x in zip(*rows, strict=True)]
+
+    return attention.Kernel(
+        lambda *x: attention.Attended(*one_by_one(kernel.forward, *x)),
+        lambda *x: attention.QKV(*one_by_one(kernel.backward, *x)),
+        trip,
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("trip", [1, 16, 32])
+def test_trips_of_several_segments_equal_dense_masking(
+    trip: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = poisoned_past_the_end(attention._kernel("xla"), trip)
+    monkeypatch.setattr(attention, "_kernel", lambda _: kernel)
+    lengths, qkv = LAYOUTS[name], random_qkv()
+    segments, d_out, used = layout(lengths), random_d_out(lengths), sum(lengths)
+
+    @jax.jit
+    def both(*qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        out, vjp = jax.vjp(lambda *x: packed_attention(*x, segments, LENGTHS, "cudnn"), *qkv)
+        return out, vjp(jnp.asarray(d_out))
+
+    out, grads = both(*qkv)
+    expected, *expected_grads = dense(*qkv, lengths, d_out)
+    # what follows the last segment is its own as far as its bucket reaches, and never an earlier one's
+    np.testing.assert_allclose(out[:used], expected[:used], atol=2e-6)
+    assert np.isfinite(out).all()
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, reference, atol=1e-5)
+
+
+def test_padded_lengths_are_halves_of_the_longest() -> None:
+    assert attention.padded_lengths((4, 8, 16), 0) == (4, 8, 16)
+    assert attention.padded_lengths(tuple(range(512, 16_385, 512)), 8192) == (
+        512, 1024, 2048, 4096, 8192, 16_384,
+    )  # fmt: skip
+    assert attention.padded_lengths((512, 1024, 1536), 8192) == (512, 1024, 1536)
+    assert attention.padded_lengths((512,), 8192) == (512,)
+
+
 @settings(deadline=None, max_examples=60)
 @given(layouts(), st.integers(0, 2**16))
 def test_equals_dense_masking_for_any_layout(lengths: tuple[int, ...], seed: int) -> None:
@@ -225,25 +278,43 @@ def test_no_length_is_scored_densely() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * length * length / 8
 
 
-def test_backend_is_chosen_by_hardware() -> None:
-    assert attention.choose_backend("auto", "float32") == "xla"
-    assert attention.choose_backend("xla", "bfloat16") == "xla"
-    for backend in ("cudnn", "cudnn_packed"):
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What `choose_backend` asks of one."""
+
+    platform: str
+    compute_capability: str = "0.0"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        (Device("cpu"), "bfloat16", "xla"),
+        (Device("tpu"), "bfloat16", "xla"),
+        (Device("gpu", "7.5"), "bfloat16", "xla"),
+        (Device("gpu", "8.0"), "bfloat16", "cudnn"),
+        (Device("gpu", "9.0"), "bfloat16", "cudnn"),
+        (Device("gpu", "9.0"), "float32", "xla"),
+    ],
+)
+def test_backend_is_chosen_by_the_device_that_the_program_is_for(
+    device: Device, dtype: str, expected: str
+) -> None:
+    assert attention.choose_backend("auto", dtype, device) == expected
+    assert attention.choose_backend("xla", dtype, device) == "xla"
+    if expected == "xla":
         with pytest.raises(InputError, match=r"model\.attention = cudnn"):
-            attention.choose_backend(backend, "bfloat16")
+            attention.choose_backend("cudnn", dtype, device)
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "cudnn_packed"])
-def test_cudnn_lowers_and_runs_forward_once(backend: Backend, cudnn_anywhere: None) -> None:
-    """The program for a GPU, which needs none to be lowered, has one forward and one backward call."""
-    if backend == "cudnn_packed" and jax.__version_info__ < (0, 11, 1):
-        pytest.skip("grouped heads are wrong before jax 0.11.1")
+def test_cudnn_lowers_and_runs_forward_once(cudnn_anywhere: None) -> None:
+    """The program for a GPU, which needs none to be lowered, has one forward and one backward call a length."""
     segments = Segments(jnp.array([0, 128, 0], jnp.int32), jnp.array([0, 0, -1], jnp.int32))
     shapes = [jax.ShapeDtypeStruct((512, h, 128), jnp.bfloat16) for h in (4, 2, 2)]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attention"))
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, segments, (128,), backend)
+        return packed_attention(q, k, v, segments, (128,), "cudnn")
 
     # what comes before attention is recomputed, attention is not
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -290,8 +361,8 @@ def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     plain = attention._kernel
 
     def kernel(backend: Backend) -> attention.Kernel:
-        forward, backward = plain(backend)
-        return attention.Kernel(lambda q, k, v: forward(counted(q), k, v), backward)
+        own = plain(backend)
+        return own._replace(forward=lambda q, k, v, lengths: own.forward(counted(q), k, v, lengths))
 
     monkeypatch.setattr(attention, "_kernel", kernel)
     return runs
@@ -315,7 +386,9 @@ def model_grads(remat: Remat, params: decoder.Params) -> decoder.Params:
 
 
 # A run is one segment of one layer.
-@pytest.mark.parametrize(("remat", "passes"), [("none", 1), ("attention", 1), ("full", 2)])
+@pytest.mark.parametrize(
+    ("remat", "passes"), [("none", 1), ("products", 1), ("projections", 1), ("attention", 1), ("full", 2)]
+)
 def test_what_is_recomputed(
     remat: Remat, passes: int, kernel_runs: list[int], random_params: Callable[..., decoder.Params]
 ) -> None:
@@ -327,6 +400,6 @@ def test_what_is_recomputed(
 def test_recomputation_changes_no_gradient(random_params: Callable[..., decoder.Params]) -> None:
     params = random_params(MODEL)
     plain = model_grads("none", params)
-    for remat in ("attention", "full"):
+    for remat in decoder.KEPT:
         for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(model_grads(remat, params)), strict=True):
             np.testing.assert_allclose(one, two, atol=1e-5 * float(jnp.abs(one).max()))
