@@ -310,11 +310,17 @@ def require_startable(recipe: config.Recipe, devices: Devices) -> None:
     """Rejects what would fail only once data and model are loaded: servers of this recipe that cannot start here.
 
     Raises:
-      InputError: for a program that is no vLLM that works with jaxrl, or GPUs that are not there.
+      InputError: for a program that is no vLLM that works with jaxrl, GPUs that are not there, or one GPU for both
+        ends of NCCL.
     """
     section = recipe.sampler
     if recipe.rollout.engine == "local" or not section.servers:
         return
+    if section.transport == "nccl" and (shared := set(devices.gpus) & set(gpus())):
+        raise InputError(
+            f'sampler.transport = "nccl" needs other GPUs for servers than this process has, and GPU {min(shared)} '
+            'would be for both; set it to "files", or start servers on other GPUs and name them in sampler.urls'
+        )
     version = vllm_version(section.vllm)
     if not version.startswith(f"{SUPPORTED}."):
         raise InputError(

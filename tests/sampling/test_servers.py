@@ -314,6 +314,28 @@ def test_servers_that_can_start_are_not_refused(tmp_path: Path, monkeypatch: pyt
         check_startable(tmp_path, "")
 
 
+@pytest.mark.parametrize(
+    ("visible", "count", "trains"), [("0", 1, True), ("0,1", 2, True), ("0,1", 1, False)]
+)
+def test_nccl_is_refused_where_a_server_would_share_this_process_gpu(
+    visible: str, count: int, trains: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "list_gpus", lambda: ["GPU 0", "GPU 1", "GPU 2"])
+
+    def start(visible: str, transport: str) -> None:
+        monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": visible, "PATH": os.environ["PATH"]})
+        gpus = tuple(servers.choose_devices(count, trains).gpus)
+        check_startable(tmp_path, CUDA_BUILD, gpus, servers=count, transport=transport)
+
+    with pytest.raises(
+        InputError, match=r'transport = "nccl" needs .* and GPU 0 would be for both; set it to "files"'
+    ):
+        start(visible, "nccl")
+    start(visible, "files")
+    if trains:
+        start("0,1,2", "nccl")
+
+
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_vllm_that_is_missing_is_said_before_anything_is_loaded(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
