@@ -141,6 +141,29 @@ def test_gpus_are_divided(
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.7"
 
 
+@pytest.mark.parametrize(
+    "visible, count, trains, share",
+    [
+        ("0,1", 1, True, "0.92"),  # servers have the other one
+        ("0,1", 0, True, "0.92"),
+        ("0", 1, True, "0.62"),
+        ("0", 1, False, None),
+        ("", 1, True, None),
+    ],
+)
+def test_the_trainers_share_of_memory_is_set_where_the_user_has_not(
+    visible: str, count: int, trains: bool, share: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"
+    monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": visible})
+    servers.choose_devices(count, trains)
+    assert os.environ.get(old) == share
+    for name in (old, new):
+        monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": visible, name: "0.5"})
+        servers.choose_devices(count, trains)
+        assert {os.environ.get(old), os.environ.get(new)} == {"0.5", None}  # JAX refuses both
+
+
 def test_gpus_are_those_that_the_driver_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = tmp_path / "nvidia-smi"
     listed = ["GPU 0: H100 (UUID: GPU-1)", "  MIG 1g", "GPU 1: H100 (UUID: GPU-2)"]
