@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -136,3 +137,16 @@ def test_a_worker_reports_the_library_that_vllm_loads(library: Path, monkeypatch
     assert describe_rank(worker) == {"version": OURS, "gpu": "of 3"}  # type: ignore[arg-type]
     worker.device = torch.device("cpu")
     assert describe_rank(worker) == {"version": 0, "gpu": ""}  # type: ignore[arg-type]
+
+
+def test_both_extras_pin_one_nccl_and_one_cudnn() -> None:
+    root = Path(nccl.__file__).parents[3]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    versions = [
+        sorted(name.replace(f"-cu{cuda}==", "==") for name in extras[extra] if name.startswith("nvidia-"))
+        for extra, cuda in (("cuda", 12), ("cuda13", 13))
+    ]
+    assert versions[0] == versions[1] and all("==" in name for name in versions[0])
+    cudnn, pinned = (name.partition("==")[2] for name in versions[0])
+    assert f"torch ({pinned})" in (root / "docs" / "vllm.md").read_text()
+    assert f"cuDNN to {cudnn}," in (root / "docs" / "performance.md").read_text()

@@ -90,7 +90,7 @@ class NCCL:
             answer = await client.order(url, "/collective_rpc", {"method": RANK}, self._limit)
         except ServerError as error:
             raise ServerError(f"{error}; it needs this version of jaxrl installed with its vLLM") from None
-        ranks = _read_ranks(answer)
+        ranks = _read_ranks(answer)  # of data-parallel engines, the first one's
         _require_version(url, ranks, here.version)
         self._gpus[url] = {rank.gpu for rank in ranks}
         _require_apart(url, {"this trainer": {here.gpu}} | self._gpus)
