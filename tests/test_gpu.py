@@ -285,6 +285,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None
     here = {
         "JAX_PLATFORMS": jax.default_backend().replace("gpu", "cuda"),
         "XLA_FLAGS": "--xla_gpu_deterministic_ops=true",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1",  # this process has its own share
     }
     runs = []
     for name, stops in (("whole", (6,)), ("stopped", (4, 6))):

@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
         self.completion, self.reason, self.fails = [7, 1], "stop", set[int]()
         self.asked: list[int] = []  # first token of each prompt
         self.broken = set[str]()  # routes that fail
+        self.ranks: object = []  # what its workers report of NCCL
         self.changed = threading.Condition()
         self.answer: Callable[[JsonObject, JsonObject], Reply] = lambda _, answer: answer
         super().__init__(("127.0.0.1", 0), Handler)
@@ -61,6 +62,7 @@ class Handler(JsonHandler):
             "/server_info": {"vllm_config": info | {"weight_transfer_config": {"backend": Nothing.backend}}},
             "/weight_info": {"weight_version": server.weights},
             "/is_paused": {"is_paused": server.paused},
+            "/get_world_size": {"world_size": 1},
         }
         route = self.path.partition("?")[0]
         self.reply(200 if route in known else 404, known.get(route, {}))
@@ -74,6 +76,8 @@ class Handler(JsonHandler):
             server.weights = body["weight_version"]
         if route in ("/pause", "/resume"):
             server.paused = route == "/pause"
+        if route == "/collective_rpc":
+            return self.reply(200, {"results": server.ranks})
         if "sampling_params" not in body:
             return self.reply(200, {})
         first = body["token_ids"][0]

@@ -45,7 +45,9 @@ CPU_OPTIONS = [
     "--no-enable-chunked-prefill",  # a seeded request whose prompt is cut kills the engine on a CPU
 ]
 FULL_MEMORY = 0.9  # share of a GPU that serves alone
-TRAINERS_MEMORY, SERVERS_MEMORY = 0.62, 0.3  # of one that trains too
+ALONE_MEMORY = 0.92  # of one that trains alone; JAX takes 0.75. The rest is CUDA's, its libraries' and NCCL's
+TRAINERS_MEMORY, SERVERS_MEMORY = 0.62, 0.3  # of one that does both
+POOL = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # JAX refuses both together
 UNWELL = 300.0  # seconds without an answer after which a server is restarted
 LET_GO = 3.0  # seconds that a program which was ended may take to let go of its port
 LAST_PORT = 65535
@@ -248,17 +250,18 @@ def choose_devices(count: int, trains: bool) -> Devices:
     """Chooses the last GPUs of this machine for `count` servers; a process that trains keeps the others to itself.
 
     Where there are too few, servers share them, with the trainer too, whose memory is then limited. Call it before JAX
-    looks for GPUs: it sets environment variables for that.
+    looks for GPUs: it sets environment variables for that. JAX's share of the memory stays as the user has set it.
     """
     names = gpus()
+    shares = len(names) <= count
+    if trains and names and not any(name in os.environ for name in POOL):
+        os.environ[POOL[0]] = str(TRAINERS_MEMORY if shares else ALONE_MEMORY)
     if not names or not count:
         return CPU
-    if trains and len(names) > count:
+    if trains and not shares:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[:-count])
         return Devices(names[-count:])
     share = SERVERS_MEMORY if trains else FULL_MEMORY
-    if trains:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(TRAINERS_MEMORY))
     on_one = -(-count // len(names))
     chosen = [names[i % len(names)] for i in range(count)]
     return Devices(chosen, ["--gpu-memory-utilization", f"{share / on_one:.3g}"])
@@ -310,11 +313,17 @@ def require_startable(recipe: config.Recipe, devices: Devices) -> None:
     """Rejects what would fail only once data and model are loaded: servers of this recipe that cannot start here.
 
     Raises:
-      InputError: for a program that is no vLLM that works with jaxrl, or GPUs that are not there.
+      InputError: for a program that is no vLLM that works with jaxrl, GPUs that are not there, or one GPU for both
+        ends of NCCL.
     """
     section = recipe.sampler
     if recipe.rollout.engine == "local" or not section.servers:
         return
+    if section.transport == "nccl" and (shared := set(devices.gpus) & set(gpus())):
+        raise InputError(
+            f'sampler.transport = "nccl" needs other GPUs for servers than this process has, and GPU {min(shared)} '
+            'would be for both; set it to "files", or start servers on other GPUs and name them in sampler.urls'
+        )
     version = vllm_version(section.vllm)
     if not version.startswith(f"{SUPPORTED}."):
         raise InputError(

@@ -8,6 +8,8 @@ under Hugging Face's names.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import hmac
 import json
@@ -22,21 +24,26 @@ from jaxrl.types import JsonObject
 
 if TYPE_CHECKING:
     import torch
+    from vllm.v1.worker.worker_base import WorkerBase
 
 OWNER = "/jaxrl/owner"  # route of Guard
 RUN = "jaxrl-run"  # header with the run's token, and who that is in words
 IDENTITY = "JAXRL_SERVER"  # variable of a server, by which whoever started it recognizes it
+RANK = "jaxrl_rank"  # method of vLLM's workers, for /collective_rpc: see `describe_rank`
 SILENCE = 35.0  # seconds without a request after which an owner counts as dead
 
 
 def register() -> None:
-    """Registers the backend "jaxrl_file"; vLLM calls it in each of its processes."""
+    """Registers the backend "jaxrl_file" and the method RANK; vLLM calls it in each of its processes."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
         WeightTransferInitInfo,
         WeightTransferUpdateInfo,
     )
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, RANK, describe_rank)
 
     @dataclasses.dataclass
     class Model(WeightTransferInitInfo):
@@ -78,6 +85,22 @@ def register() -> None:
             pass
 
     WeightTransferEngineFactory.register_engine("jaxrl_file", FileEngine)
+
+
+def describe_rank(worker: WorkerBase) -> JsonObject:
+    """What NCCL compares before ranks join: the version of the library that this worker loads, its GPU's UUID.
+
+    Without NCCL, as in a build for CPUs, the version is 0.
+    """
+    import torch
+    from vllm.utils.nccl import find_nccl_library
+
+    version, gpu = ctypes.c_int(), ""
+    with contextlib.suppress(ValueError, OSError):
+        ctypes.CDLL(find_nccl_library()).ncclGetVersion(ctypes.byref(version))
+    if worker.device.type == "cuda":
+        gpu = str(torch.cuda.get_device_properties(worker.device).uuid)
+    return {"version": version.value, "gpu": gpu}
 
 
 class Loads(Protocol):

@@ -141,6 +141,29 @@ def test_gpus_are_divided(
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.7"
 
 
+@pytest.mark.parametrize(
+    "visible, count, trains, share",
+    [
+        ("0,1", 1, True, "0.92"),  # servers have the other one
+        ("0,1", 0, True, "0.92"),
+        ("0", 1, True, "0.62"),
+        ("0", 1, False, None),
+        ("", 1, True, None),
+    ],
+)
+def test_the_trainers_share_of_memory_is_set_where_the_user_has_not(
+    visible: str, count: int, trains: bool, share: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"
+    monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": visible})
+    servers.choose_devices(count, trains)
+    assert os.environ.get(old) == share
+    for name in (old, new):
+        monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": visible, name: "0.5"})
+        servers.choose_devices(count, trains)
+        assert {os.environ.get(old), os.environ.get(new)} == {"0.5", None}  # JAX refuses both
+
+
 def test_gpus_are_those_that_the_driver_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = tmp_path / "nvidia-smi"
     listed = ["GPU 0: H100 (UUID: GPU-1)", "  MIG 1g", "GPU 1: H100 (UUID: GPU-2)"]
@@ -312,6 +335,28 @@ def test_servers_that_can_start_are_not_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(shutil, "which", lambda _: None)  # root may run everything
     with pytest.raises(InputError, match="vllm: may not be run; run make vllm"):
         check_startable(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "trains"), [("0", 1, True), ("0,1", 2, True), ("0,1", 1, False)]
+)
+def test_nccl_is_refused_where_a_server_would_share_this_process_gpu(
+    visible: str, count: int, trains: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "list_gpus", lambda: ["GPU 0", "GPU 1", "GPU 2"])
+
+    def start(visible: str, transport: str) -> None:
+        monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": visible, "PATH": os.environ["PATH"]})
+        gpus = tuple(servers.choose_devices(count, trains).gpus)
+        check_startable(tmp_path, CUDA_BUILD, gpus, servers=count, transport=transport)
+
+    with pytest.raises(
+        InputError, match=r'transport = "nccl" needs .* and GPU 0 would be for both; set it to "files"'
+    ):
+        start(visible, "nccl")
+    start(visible, "files")
+    if trains:
+        start("0,1,2", "nccl")
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

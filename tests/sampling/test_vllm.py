@@ -28,6 +28,7 @@ from jaxrl.sampling import servers
 from jaxrl.sampling.answers import Needs
 from jaxrl.sampling.client import api_key
 from jaxrl.sampling.prefetch import Prefetch, Sampled
+from jaxrl.sampling.transports import nccl
 from jaxrl.sampling.transports.files import Files
 from jaxrl.sampling.transports.nccl import NCCL, Communicator
 from jaxrl.sampling.vllm import Restart, VLLMSampler, never
@@ -495,9 +496,13 @@ def test_nccl_without_a_gpu(
     by_nccl: servers.Server, model: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All up to the collective: a server that cannot take part is named at once, though this side would wait."""
-    sampler = nccl_sampler(by_nccl.url, model[1])
     with pytest.raises(InputError, match=r"needs NVIDIA GPUs and jax\[cuda\]"):
-        sampler.publish(model[1].params, 0)
+        nccl_sampler(by_nccl.url, model[1])
+    monkeypatch.setattr(nccl, "_this_rank", lambda: nccl.Rank(22907, "GPU"))
+    with pytest.raises(InputError, match=f"{by_nccl.url} has no NCCL; it needs NVIDIA GPUs"):
+        nccl_sampler(by_nccl.url, model[1])
+    monkeypatch.setattr(nccl, "_require_version", lambda *_: None)
+    sampler = nccl_sampler(by_nccl.url, model[1])
     joined = []
 
     def join(self: Communicator, unique: bytes, world: int) -> None:

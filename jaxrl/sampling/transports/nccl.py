@@ -2,6 +2,10 @@
 
 vLLM's own "nccl" backend is the other end. Its workers and this process form one communicator, in which this process is
 rank 0. It is made from a unique id that travels over HTTP, so no torch is needed here.
+
+NCCL refuses ranks of different versions, down to the patch, and two ranks on one GPU (`initTransportsRank` in its
+src/init.cc), but only once all have come together, and without a reason. So both are compared before, by what vLLM's
+workers report.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ import ctypes
 import functools
 import itertools
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 
@@ -24,6 +29,7 @@ from jaxrl.models import hf
 from jaxrl.models.decoder import Config, Params
 from jaxrl.sampling.client import BadAnswer, Client, Failures, ServerError, ask_all
 from jaxrl.sampling.transports.base import cast, require_shapes
+from jaxrl.sampling.vllm_plugin import RANK
 from jaxrl.types import JsonObject
 
 TYPES = {"bfloat16": 9, "float32": 7}  # ncclDataType_t
@@ -31,6 +37,13 @@ SUM = 0  # ncclRedOp_t
 REMEDY = 'start the servers again and repeat the command, or set sampler.transport = "files"'
 
 T = TypeVar("T")
+
+
+class Rank(NamedTuple):
+    """What NCCL compares before ranks join."""
+
+    version: int  # ncclGetVersion's: 22907 is 2.29.7; 0 without NCCL
+    gpu: str  # UUID
 
 
 class NCCL:
@@ -47,6 +60,7 @@ class NCCL:
         """
         self._config, self._dtype, self._limit = config, dtype, limit
         self._workers: dict[str, int] = {}  # of each server
+        self._gpus: dict[str, set[str]] = {}  # their UUIDs
         self._members: list[str] = []  # servers of the communicator
         self._communicator: Communicator | None = None
         self._params: Params | None = None
@@ -60,11 +74,26 @@ class NCCL:
             pass
 
     async def greet(self, client: Client, url: str) -> None:
+        """Rejects a server that NCCL would refuse.
+
+        Raises:
+          InputError: if its NCCL has another version, or it shares a GPU; without NVIDIA GPUs or NCCL here.
+          ServerError: if it does not answer, or does not report them.
+        """
         answer = await client.get(url, "/get_world_size")
         workers = answer.get("world_size")
         if type(workers) is not int or not 1 <= workers <= LARGEST:
             raise BadAnswer(f"/get_world_size answered {shown(answer)}")
         self._workers[url] = workers
+        here = _this_rank()
+        try:
+            answer = await client.order(url, "/collective_rpc", {"method": RANK}, self._limit)
+        except ServerError as error:
+            raise ServerError(f"{error}; it needs this version of jaxrl installed with its vLLM") from None
+        ranks = _read_ranks(answer)  # of data-parallel engines, the first one's
+        _require_version(url, ranks, here.version)
+        self._gpus[url] = {rank.gpu for rank in ranks}
+        _require_apart(url, {"this trainer": {here.gpu}} | self._gpus)
 
     async def connect(self, client: Client, urls: Sequence[str], failed: Failures) -> None:
         """Makes a communicator of these servers' workers, unless there is one.
@@ -159,7 +188,7 @@ class Communicator:
     def __init__(self, unique: bytes, world: int) -> None:
         """Returns when all `world` ranks have joined."""
         self._device = jax.local_devices()[0]
-        self._nccl, self._cuda, self._comm = _library(), ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+        (self._nccl, self._cuda), self._comm = _libraries(), ctypes.c_void_p()
         self._enter()
         self._call("ncclCommInitRank", ctypes.byref(self._comm), world, _UniqueId.from_buffer_copy(unique), 0)
         # vLLM's workers begin with a sum of one number
@@ -171,7 +200,8 @@ class Communicator:
     @staticmethod
     def unique_id() -> bytes:
         unique = _UniqueId()
-        _require_success(_library(), _library().ncclGetUniqueId(ctypes.byref(unique)))
+        nccl, _ = _libraries()
+        _require_success(nccl, nccl.ncclGetUniqueId(ctypes.byref(unique)))
         return bytes(unique)
 
     def broadcast(self, array: jax.Array) -> None:
@@ -186,10 +216,8 @@ class Communicator:
 
     def _enter(self) -> None:
         """Makes the device's context this thread's."""
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        failed = self._cuda.cuInit(0)
-        failed = failed or self._cuda.cuDeviceGet(ctypes.byref(device), self._device.local_hardware_id)
-        failed = failed or self._cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        device, context = _cuda_device(self._cuda), ctypes.c_void_p()
+        failed = self._cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
         if failed or self._cuda.cuCtxSetCurrent(context):
             raise RunError(f"{self._device} cannot be used for NCCL")
 
@@ -206,23 +234,76 @@ class _UniqueId(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    """The NCCL that came with jax[cuda].
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """The NCCL that came with jax[cuda], and the driver.
 
     Raises:
-      InputError: without one.
+      InputError: if one is missing.
     """
     try:
         import nvidia.nccl
 
-        library = ctypes.CDLL(str(Path(nvidia.nccl.__path__[0]) / "lib" / "libnccl.so.2"))
+        nccl = ctypes.CDLL(str(Path(nvidia.nccl.__path__[0]) / "lib" / "libnccl.so.2"))
+        cuda = ctypes.CDLL("libcuda.so.1")
     except (ImportError, OSError) as error:
         raise InputError(
             f'sampler.transport = "nccl" needs NVIDIA GPUs and jax[cuda] ({error}); use "files"'
         ) from None
-    library.ncclGetErrorString.restype = ctypes.c_char_p
-    library.ncclCommInitRank.argtypes = [ctypes.c_void_p, ctypes.c_int, _UniqueId, ctypes.c_int]
-    return library
+    nccl.ncclGetErrorString.restype = ctypes.c_char_p
+    nccl.ncclCommInitRank.argtypes = [ctypes.c_void_p, ctypes.c_int, _UniqueId, ctypes.c_int]
+    return nccl, cuda
+
+
+@functools.cache
+def _this_rank() -> Rank:
+    """The library that this process really loads, and its first GPU. Raises: InputError, RunError."""
+    nccl, cuda = _libraries()
+    version, gpu = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    _require_success(nccl, nccl.ncclGetVersion(ctypes.byref(version)))
+    if cuda.cuDeviceGetUuid_v2(gpu, _cuda_device(cuda)):
+        raise RunError(f"{jax.local_devices()[0]} has no UUID")
+    return Rank(version.value, str(uuid.UUID(bytes=bytes(gpu))))
+
+
+def _read_ranks(answer: JsonObject) -> list[Rank]:
+    """Raises: BadAnswer."""
+    match answer.get("results"):
+        case [*found] if found and all(isinstance(rank, dict) for rank in found):
+            ranks = [Rank(rank.get("version"), rank.get("gpu")) for rank in found]
+            if all(type(rank.version) is int and type(rank.gpu) is str for rank in ranks):
+                return ranks
+    raise BadAnswer(f"/collective_rpc answered {shown(answer)}")
+
+
+def _require_version(url: str, ranks: Sequence[Rank], here: int) -> None:
+    """Raises: InputError unless the ranks have this version of NCCL."""
+    for version, _ in ranks:
+        if not version:
+            raise InputError(f'{url} has no NCCL; it needs NVIDIA GPUs, or set sampler.transport = "files"')
+        if version != here:
+            theirs, ours = (f"{v // 10000}.{v // 100 % 100}.{v % 100}" for v in (version, here))
+            raise InputError(
+                f"{url} has NCCL {theirs} and this trainer {ours}, and NCCL joins equal versions only; pip install "
+                f'nvidia-nccl-cu12=={theirs} here (cu13 with jax[cuda13]), or set sampler.transport = "files"'
+            )
+
+
+def _require_apart(url: str, gpus: Mapping[str, set[str]]) -> None:
+    """Raises: InputError if the server shares a GPU with one of the others."""
+    for other, theirs in gpus.items():
+        if other != url and (shared := gpus[url] & theirs):
+            raise InputError(
+                f"{url} and {other} are on one GPU ({shared.pop()}), which NCCL refuses; give each its own, or set "
+                'sampler.transport = "files"'
+            )
+
+
+def _cuda_device(cuda: ctypes.CDLL) -> ctypes.c_int:
+    """The driver's handle of this process's first device. Raises: RunError."""
+    device, first = ctypes.c_int(), jax.local_devices()[0]
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), first.local_hardware_id):
+        raise RunError(f"{first} cannot be used for NCCL")
+    return device
 
 
 def _require_success(library: ctypes.CDLL, code: int) -> None:
