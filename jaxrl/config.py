@@ -153,7 +153,7 @@ class Model(Section):
     dtype: Dtype = "bfloat16"
     """Compute dtype; parameters, moments, softmax, log-probs and gradients stay float32 (verl FSDP)."""
     attention: Literal["auto", Backend] = "auto"
-    """Kernel for packed attention; auto takes cudnn on NVIDIA GPUs with bfloat16, xla elsewhere (ours)."""
+    """Kernel for packed attention: auto is cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, else xla (ours)."""
     remat: Remat = "full"
     """What the backward pass recomputes: whole layers, all but attention's output, nothing (verl: full)."""
 

@@ -24,7 +24,7 @@ OnUpdate = Literal["keep", "drain"]
 Truncation = Literal["truncated", "masked"]  # of importance weights
 Correction = Literal["none", Truncation]
 Dtype = Literal["bfloat16", "float32"]
-Backend = Literal["xla", "cudnn"]  # of packed attention
+Backend = Literal["xla", "cudnn", "splash"]  # of packed attention
 Remat = Literal["full", "attention", "projections", "products", "none"]
 Gather = Literal["step", "layer"]
 

@@ -17,7 +17,7 @@ TAKES_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe")
-    add("--hardware", default="H100", help="A100, A800, H100, H200 or B200 (default: H100)")
+    add("--hardware", default="H100", help="A100, A800, H100, H200, B200, v5p or v6e (default: H100)")
     add("--trainers", type=int, default=0, help="devices that train; alone: they sample in turn")
     add("--samplers", type=int, default=0, help="other devices, which sample one step ahead")
     add("--devices", type=int, default=0, help="of both kinds: finds the best split")

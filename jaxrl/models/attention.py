@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from jaxrl.errors import InputError
+from jaxrl.models.splash import splash_attention
 from jaxrl.types import Backend
 
 ROWS = 128  # queries that "xla" scores at one time
@@ -48,7 +49,7 @@ class Segments(NamedTuple):
 
 
 def choose_backend(requested: Literal["auto", Backend], dtype: str, device: jax.Device) -> Backend:
-    """Chooses cuDNN where it runs (NVIDIA Ampere and later, half precision), XLA elsewhere.
+    """Chooses cuDNN where it runs (NVIDIA Ampere and later, half precision), splash on TPUs, XLA elsewhere.
 
     Args:
       requested: by the recipe.
@@ -59,13 +60,13 @@ def choose_backend(requested: Literal["auto", Backend], dtype: str, device: jax.
       InputError: for a backend that cannot run there.
     """
     capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
-    fits = capability >= 8 and dtype == "bfloat16"
-    if requested == "cudnn" and not fits:
-        raise InputError(
-            "model.attention = cudnn needs model.dtype = bfloat16 and an NVIDIA GPU of the Ampere generation or later; "
-            "set it to auto"
-        )
-    return ("cudnn" if fits else "xla") if requested == "auto" else requested
+    fits = {"xla": True, "cudnn": capability >= 8 and dtype == "bfloat16", "splash": device.platform == "tpu"}
+    if requested == "auto":
+        return next(name for name in ("cudnn", "splash", "xla") if fits[name])
+    if not fits[requested]:
+        needs = {"cudnn": "model.dtype = bfloat16 and an NVIDIA GPU of the Ampere generation or later", "splash": "a TPU"}
+        raise InputError(f"model.attention = {requested} needs {needs[requested]}; set it to auto")
+    return requested
 
 
 def packed_attention(
@@ -82,13 +83,15 @@ def packed_attention(
       q, k, v: queries, keys and values; K divides H.
       segments: starts and buckets.
       lengths: bucket lengths in tokens, ascending; static.
-      backend: "xla" or "cudnn".
+      backend: "xla", "cudnn" or "splash".
 
     Returns:
       [N, H, D]; tokens outside all segments get anything finite. The gradient that comes back must be zero there.
     """
     chex.assert_rank([q, k, v], 3)
     chex.assert_equal_shape([k, v])
+    if backend == "splash":
+        return splash_attention(q, k, v, *segments, lengths)
     return _attend(QKV(q, k, v), segments, lengths, backend)
 
 

@@ -290,7 +290,7 @@ class Device:
     ("device", "dtype", "expected"),
     [
         (Device("cpu"), "bfloat16", "xla"),
-        (Device("tpu"), "bfloat16", "xla"),
+        (Device("tpu"), "bfloat16", "splash"),
         (Device("gpu", "7.5"), "bfloat16", "xla"),
         (Device("gpu", "8.0"), "bfloat16", "cudnn"),
         (Device("gpu", "9.0"), "bfloat16", "cudnn"),
@@ -302,9 +302,9 @@ def test_backend_is_chosen_by_the_device_that_the_program_is_for(
 ) -> None:
     assert attention.choose_backend("auto", dtype, device) == expected
     assert attention.choose_backend("xla", dtype, device) == "xla"
-    if expected == "xla":
-        with pytest.raises(InputError, match=r"model\.attention = cudnn"):
-            attention.choose_backend("cudnn", dtype, device)
+    for other in {"cudnn", "splash"} - {expected}:
+        with pytest.raises(InputError, match=rf"model\.attention = {other} needs"):
+            attention.choose_backend(other, dtype, device)
 
 
 def test_cudnn_lowers_and_runs_forward_once(cudnn_anywhere: None) -> None:
