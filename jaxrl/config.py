@@ -154,8 +154,9 @@ class Model(Section):
     """Compute dtype; parameters, moments, softmax, log-probs and gradients stay float32 (verl FSDP)."""
     attention: Literal["auto", Backend] = "auto"
     """Kernel for packed attention: auto is cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, else xla (ours)."""
-    remat: Remat = "full"
-    """What the backward pass recomputes: whole layers, all but attention's output, nothing (verl: full)."""
+    remat: Literal["auto", Remat] = "auto"
+    """What the backward pass computes again: whole layers (full), all but attention, only the MLP (projections), only
+    elementwise operations (products), none; auto takes the least that fits the device (ours; verl: full)."""
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ def _attend_backward(
         new = kernel.backward(*map(trip.read, (*qkv, out)), own_lse, d, trip.lengths)
         return jax.tree.map(trip.write, grads, new)
 
-    zeros = QKV(*map(jnp.zeros_like, qkv))
+    # the zeros of keys and values are alike, and XLA would copy one to have the other
+    zeros = QKV(*(lax.optimization_barrier(jnp.zeros_like(x)) for x in qkv))
     return _for_each_trip(attend, zeros, segments, lengths, kernel.trip), None
 
 

@@ -8,6 +8,7 @@ and, once it has ended, with its exit status as `os.waitpid` gives it.
 import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -41,6 +42,7 @@ def main() -> None:
     import jaxrl.sampling.local
     import jaxrl.train  # noqa: F401
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which a run goes on, may have started the tests
     for line in sys.stdin:
         pid = os.fork()
         if not pid:

@@ -1,0 +1,141 @@
+"""The real programs as the GPU's own compiler leaves them: `make aot`, on any machine.
+
+R1-Distill-Qwen-1.5B in JustRL's recipe, whole: bytes, operands of matrix products, copies and collectives of the update
+and of the scoring pass. How long they take is benchmarks/update_aot.py's question.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import pytest
+
+from jaxrl import aot, config, hlo
+from jaxrl.hardware import HARDWARE
+from jaxrl.parallel.mesh import mesh_over
+from jaxrl.plan import KNOWN
+from jaxrl.programs import Programs, build_programs, peak_bytes
+from jaxrl.types import Gather, Remat
+
+pytestmark = pytest.mark.aot
+RECIPE = Path(__file__).parents[2] / "recipes" / "justrl-deepseek-1.5b.toml"
+MODEL = next(iter(KNOWN.values()))
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program, and the bytes that it may take of each device."""
+
+    most: float
+    hardware: str = "H100"
+    devices: int = 8
+    hosts: int = 1
+    remat: Remat = "products"
+    gather: Gather = "step"
+    stream: int = 32_768
+    scoring: bool = False
+
+
+CASES = {
+    "products": Case(72 * GB),
+    "score": Case(10 * GB, scoring=True),
+    "a100": Case(30 * GB, hardware="A100", remat="attention"),
+}
+SLOW = {
+    "a100_products": Case(72 * GB, hardware="A100"),
+    "a100_score": Case(10 * GB, hardware="A100", scoring=True),
+    "full": Case(27 * GB, remat="full"),
+    "attention": Case(30 * GB, remat="attention"),
+    "projections": Case(36 * GB, remat="projections"),
+    "none": Case(100 * GB, remat="none", stream=16_384),
+    "layer": Case(62 * GB, gather="layer"),
+    "one": Case(50 * GB, devices=1, remat="attention"),
+    "two_hosts": Case(72 * GB, devices=16, hosts=2),
+    "many": Case(72 * GB, devices=256, hosts=32),
+}
+ALL = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is left of a case once it is compiled."""
+
+    case: Case
+    bytes: int
+    size: int  # characters of the program
+    costs: list[hlo.Cost]  # every loop with a dynamic number of trips taken once
+
+
+@functools.cache
+def compiled(name: str) -> Compiled:
+    case = (CASES | SLOW)[name]
+    if not aot.available(case.hardware):
+        pytest.skip(f"no compiler for {case.hardware} here: make aot")
+    changes = ["--model.remat", case.remat, "--mesh.gather", case.gather, "--mesh.data", str(case.hosts)]
+    changes += ["--packing.stream_tokens", str(case.stream)]
+    recipe = config.load(RECIPE, changes)
+    mesh = mesh_over(aot.devices(case.hardware, case.devices, case.hosts), recipe.mesh.data)
+    programs: Programs = build_programs(recipe, MODEL, mesh)
+    state, batch = programs.abstract_state(), programs.abstract_batch(case.stream)
+    if case.scoring:
+        program = programs.logprobs.lower(state.params, batch).compile()
+    else:
+        program = programs.update.lower(state, batch).compile()
+    text = program.as_text()
+    costs = hlo.costs(hlo.parse(text), HARDWARE[case.hardware], lambda _: hlo.Loop(1))
+    return Compiled(case, peak_bytes(program), len(text), costs)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fits(name: str) -> None:
+    assert compiled(name).bytes < compiled(name).case.most
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_matrix_products_take_half_precision(name: str) -> None:
+    """All but tiny ones: tensor cores multiply float32 at half the rate or, to full precision, not at all."""
+    found = compiled(name)
+    assert sum(cost.flops.get("bf16", 0) for cost in found.costs) > 1e14
+    assert not [cost for cost in found.costs if cost.flops.get("f32", 0) / max(cost.times, 1) > 1e9]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_loop_copies_streams(name: str) -> None:
+    found = compiled(name)
+    stream = found.case.stream * MODEL.kv_heads * MODEL.head_dim  # elements of a stream's keys
+    copies = [c for c in found.costs if c.op == "copy" and c.times > 1 and c.arrays[0].size >= stream]
+    assert not copies
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logits_of_a_stream_never_exist(name: str) -> None:
+    found = compiled(name)
+    largest = max(
+        array.size for cost in found.costs for array in cost.arrays if MODEL.vocab_size in array.shape
+    )
+    assert largest < found.case.stream * MODEL.vocab_size / 8
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_collectives_are_where_the_design_has_them(name: str) -> None:
+    """Once an update with gather = "step"; with "layer" also in the scan over layers, forward and backward."""
+    found = compiled(name)
+    large = [cost for cost in found.costs if cost.sent / max(cost.times, 1) > 1e6]
+    if found.case.devices == 1:
+        assert not large
+        return
+    assert {cost.times for cost in large} == ({1, MODEL.layers} if found.case.gather == "layer" else {1})
+    kinds = {cost.op.removesuffix("-start") for cost in large}
+    assert kinds <= {"all-gather", "reduce-scatter", "all-reduce"}
+    assert ("all-reduce" in kinds) == (found.case.hosts > 1 and not found.case.scoring)
+
+
+@pytest.mark.slow
+def test_256_devices_take_no_more_than_16() -> None:
+    """Neither bytes on each device, nor a larger program to compile."""
+    many, few = compiled("many"), compiled("two_hosts")
+    assert many.bytes <= few.bytes
+    assert many.size < 1.1 * few.size
