@@ -16,7 +16,7 @@ VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 vllm test test-slow test-chaos test-golden test-all test-gpu gpu test-vllm test-launch lint docs clean
+.PHONY: help install demo smollm2 vllm test test-slow test-chaos test-golden test-all test-gpu gpu test-vllm test-launch aot lint docs clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learned (RUN=, SEED=)"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-all     all of these, test-vllm and test-launch; the golden ones where GOLDEN is set"
 	@echo "make test-gpu     what only a GPU can show, on this machine's"
 	@echo "make gpu          that, and the benchmarks of a GPU (vLLM's part after make vllm)"
+	@echo "make aot          the programs for H100, A100 and TPUs, by their compilers, without the devices"
 	@echo "make test-vllm    sampling by real vLLM servers"
 	@echo "make test-launch  runs started by a real sshd and a real Slurm (openssh-server, slurm-wlm and munge)"
 	@echo "make lint         ruff, mypy and shellcheck"
@@ -104,7 +105,7 @@ test-vllm: $(VENV)/.installed-test vllm
 test-launch: $(VENV)/.installed-test vllm
 	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m "slow or vllm" tests/launch $(PYTEST)
 
-test-all: test test-slow test-chaos test-vllm test-launch $(if $(GOLDEN),test-golden)
+test-all: test test-slow test-chaos test-vllm test-launch aot $(if $(GOLDEN),test-golden)
 
 # GPU_PYTHON=python3 takes one that has everything already, and installs nothing
 GPU_PYTHON ?=
@@ -113,6 +114,18 @@ ON_GPU      = $(or $(GPU_PYTHON),$(BIN)/python)
 $(VENV)/.installed-cuda: $(VENV)/.installed-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cuda]'
 	@touch $@
+
+# the GPU's and the TPU's compilers, in an environment of their own; cuDNN's graphs take a Python from 3.12 on
+AOT_VENV   ?= .venv-aot
+AOT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null) $(PYTHON))
+
+$(AOT_VENV)/.installed: requirements.txt requirements-aot.txt pyproject.toml
+	$(AOT_PYTHON) -m venv $(AOT_VENV)
+	$(AOT_VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements-aot.txt -e '.[cuda,tpu]'
+	@touch $@
+
+aot: $(AOT_VENV)/.installed
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -m aot tests/aot $(PYTEST)
 
 test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed-cuda)
 	$(ON_GPU) -m pytest -m gpu tests/test_gpu.py $(PYTEST)

@@ -154,16 +154,17 @@ def _attend_backward(
     qkv, (out, lse), segments = residuals
     kernel = _kernel(backend)
 
-    def attend(grads: QKV, trip: Trip) -> QKV:
+    def attend(grads: tuple[Array, Array], trip: Trip) -> tuple[Array, Array]:
         # rows past the end are queries of the next segment: exp(their scores here - their lse there) may overflow
         own_lse = jnp.where(trip.own[..., None], trip.read(lse), LARGE_LSE)
         d = jnp.where(trip.own[..., None, None], trip.read(d_out), 0)
         new = kernel.backward(*map(trip.read, (*qkv, out)), own_lse, d, trip.lengths)
-        return jax.tree.map(trip.write, grads, new)
+        return trip.write(grads[0], new.q), trip.write(grads[1], jnp.concatenate(new[1:], axis=2))
 
-    # the zeros of keys and values are alike, and XLA would copy one to have the other
-    zeros = QKV(*(lax.optimization_barrier(jnp.zeros_like(x)) for x in qkv))
-    return _for_each_trip(attend, zeros, segments, lengths, kernel.trip), None
+    # keys and values in one array: of two alike, XLA would copy the zeros of one to have the other
+    zeros = jnp.zeros_like(qkv.q), jnp.zeros_like(jnp.concatenate(qkv[1:], axis=1))
+    dq, dkv = _for_each_trip(attend, zeros, segments, lengths, kernel.trip)
+    return QKV(dq, *jnp.split(dkv, 2, axis=1)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -42,7 +42,9 @@ def main() -> None:
     import jaxrl.sampling.local
     import jaxrl.train  # noqa: F401
 
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which a run goes on, may have started the tests
+    signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # nohup, under which a run goes on, may have started the tests
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
