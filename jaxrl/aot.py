@@ -1,12 +1,13 @@
-"""Compiling for GPUs that this machine does not have.
+"""Compiling for GPUs and TPUs that this machine does not have.
 
-XLA's GPU compiler needs neither a driver nor a device, only a description of one. JAX has it where the `cuda` extra is
-installed; nothing is allocated, and what is compiled cannot run here.
+XLA's compilers need neither a driver nor a device, only a description of one. JAX has them where the extras `cuda` and
+`tpu` are installed; nothing is allocated, and what is compiled cannot run here.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import jax
 from jax.experimental import topologies
@@ -40,30 +41,41 @@ TARGETS = {
 }
 
 
+# Slices of eight chips, and what libtpu calls their shape.
+TPUS = {"v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
+
+
 def available(hardware: str) -> bool:
-    """Whether its compiler is installed, and XLA knows the device."""
-    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    return hardware in TARGETS and any(importlib.util.find_spec(name) for name in plugins)
+    """Whether its compiler is installed, and knows the device."""
+    needs = ("libtpu",) if hardware in TPUS else ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    return hardware in {*TARGETS, *TPUS} and any(importlib.util.find_spec(name) for name in needs)
 
 
 def devices(hardware: str, count: int, hosts: int = 1) -> list[jax.Device]:
     """Abstract devices, for meshes of abstract arrays.
 
     Args:
-      hardware: one of TARGETS.
-      count: of devices on all hosts together.
-      hosts: that they are evenly on.
+      hardware: one of TARGETS or TPUS.
+      count: of devices on all hosts together; of TPUs, up to eight.
+      hosts: that they are evenly on; of TPUs, one.
 
     Raises:
       InputError: if its compiler is not installed here.
     """
     if not available(hardware):
-        raise InputError(
-            f"no compiler for {hardware} here; pip install 'jaxrl[cuda]' brings those of {[*TARGETS]}"
-        )
-    target = (
-        _COMMON + TARGETS[hardware] + '\n}\nplatform_name: "CUDA"\ndnn_version_info { major: 9 minor: 10 }\n'
-    )
-    topology = f"1x{hosts}x{count // hosts}"
-    found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology)
-    return list(found.devices)
+        extra = "tpu" if hardware in TPUS else "cuda"
+        raise InputError(f"no compiler for {hardware} here; pip install 'jaxrl[{extra}]' brings it")
+    if hardware in TPUS:
+        # asks no metadata server which TPU this host has, and shares libtpu with other processes
+        alone = {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+        os.environ.update(alone)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[hardware])
+    else:
+        target = f'{_COMMON}{TARGETS[hardware]}\n}}\nplatform_name: "CUDA"\ndnn_version_info {{ major: 9 minor: 10 }}\n'
+        topology = f"1x{hosts}x{count // hosts}"
+        found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology)
+    return list(found.devices)[:count]
