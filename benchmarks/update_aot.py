@@ -18,6 +18,7 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -62,7 +63,7 @@ def main() -> None:
     show(rows, before)
     write_results(
         options.name or f"update_aot_{options.hardware}",
-        {k: str(v) for k, v in vars(options).items()} | {"changes": changes} | {"rows": rows},
+        {k: str(v) for k, v in vars(options).items()} | {"changes": changes, "jax": jax.__version__} | {"rows": rows},
     )
 
 
