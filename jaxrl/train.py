@@ -50,18 +50,19 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
             # a collective would not wait as long as the first process may for the folder's last owner
             processes.barrier("taking the run folder", BARRIER)
             checkpoints = open_checkpoints(recipe)
-            start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
-            if start and start >= recipe.run.steps and not setup.owes(start):
-                say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
-                return
-            with open_run(setup, checkpoints, start, devices, say, stop) as run:
-                try:
-                    done = run_steps(run, state, stop)
-                except RunError as error:
-                    if stop.asked:
-                        say(f"the step was not finished: {error}")
-                    stop.raise_if_asked()
-                    raise
+            with setup.compile_ahead(checkpoints.latest() or 0):
+                start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
+                if start and start >= recipe.run.steps and not setup.owes(start):
+                    say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
+                    return
+                with open_run(setup, checkpoints, start, devices, say, stop) as run:
+                    try:
+                        done = run_steps(run, state, stop)
+                    except RunError as error:
+                        if stop.asked:
+                            say(f"the step was not finished: {error}")
+                        stop.raise_if_asked()
+                        raise
         if done < recipe.run.steps:
             say(f"stopped after step {done}; the same command goes on from there")
             raise stop.reason
