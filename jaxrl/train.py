@@ -75,6 +75,7 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
         run.sampler.publish(state.params, run.start)
     run.evaluate(run.start)
     stop.arm()
+    processes.any_of(False)  # compiled before the first step
     with closing(Prefetch(run.sample, run.start, steps, recipe.sampler.max_staleness)) as batches:
         for step in range(run.start, steps):
             state, record = one_step(run, state, step, batches)
