@@ -63,7 +63,9 @@ def main() -> None:
     show(rows, before)
     write_results(
         options.name or f"update_aot_{options.hardware}",
-        {k: str(v) for k, v in vars(options).items()} | {"changes": changes, "jax": jax.__version__} | {"rows": rows},
+        {k: str(v) for k, v in vars(options).items()}
+        | {"changes": changes, "jax": jax.__version__}
+        | {"rows": rows},
     )
 
 

@@ -104,6 +104,10 @@ class Checkpoints:
         """The newest step, or None without a checkpoint."""
         return self._manager.latest_step()
 
+    def warm_up(self, state: TrainState) -> None:
+        """Runs what is compiled for `save`, which `resume` has run, so that no later step does."""
+        fingerprints(_items(state))
+
     def save(
         self,
         step: int,

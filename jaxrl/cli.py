@@ -13,7 +13,7 @@ import threading
 from importlib.metadata import entry_points
 from typing import Protocol, TextIO
 
-from jaxrl import __version__
+from jaxrl import __version__, background
 from jaxrl.errors import NO_ROOM, InputError, RunError, file_error
 
 _DESCRIPTION = "GRPO for reasoning models in JAX."
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         if argv is None and args.command == "train":
             sys.stdout = _unfailing(sys.stdout)
         command.run(args, overrides)
+        _leave_if_busy(argv, 0)
     except (InputError, RunError, OSError) as raised:
         error = _of_a_file(raised) if isinstance(raised, OSError) else raised
         print("\n".join(f"jaxrl: {line}" for line in str(error).splitlines()), file=sys.stderr)
@@ -49,11 +50,28 @@ def main(argv: list[str] | None = None) -> None:
         if argv is None and others:  # Orbax's wait ten minutes for a folder that could not be made
             sys.stdout.flush()
             os._exit(error.status)
+        _leave_if_busy(argv, error.status)
         raise SystemExit(error.status) from None
+    except SystemExit as stopped:
+        if isinstance(stopped.code, int):
+            _leave_if_busy(argv, stopped.code)
+        raise
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut the exit short
         print("jaxrl: interrupted", file=sys.stderr)
+        _leave_if_busy(argv, 130)
         raise SystemExit(130) from None
+
+
+def _leave_if_busy(argv: list[str] | None, status: int) -> None:
+    """Ends this process at once if XLA is compiling what nobody needs any more; its exit would wait for minutes.
+
+    Not one of several processes, whose exits wait for each other.
+    """
+    if argv is None and background.busy() and "JAXRL_PROCESSES" not in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 class _Unfailing(io.FileIO):

@@ -69,6 +69,12 @@ def divide(
         yield chosen, sequence_weights(response[chosen], loss.normalization, recipe.rollout.max_tokens)
 
 
+def needs_logprobs(recipe: config.Recipe) -> bool:
+    """Whether `with_old_logprobs` may call `programs.logprobs` for a batch of `minibatches`."""
+    first = not recipe.loss.skip_first_old_logprobs or recipe.sampler.correction != "none"
+    return first or recipe.updates_per_step > 1
+
+
 def with_old_logprobs(
     recipe: config.Recipe,
     programs: Programs,

@@ -5,19 +5,93 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import time
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Generic, Protocol, TypeVar
 
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl import config
+from jaxrl import background, config
+from jaxrl.background import Job
+from jaxrl.errors import InputError, first_line
 from jaxrl.grpo import packing
 from jaxrl.grpo import update as grpo
 from jaxrl.grpo.objective import Objective
 from jaxrl.models import attention, decoder
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import BATCH_AXES
-from jaxrl.types import Remat
+from jaxrl.types import Remat, Say, silent
+
+# Threads that compile ahead; where the devices are CPUs, the sampler needs them at the same time.
+THREADS, THREADS_ON_CPUS = 4, 1
+SHARE = 0.9  # of a device's memory for an update; a sampler's parameters may be there too
+Takes = TypeVar("Takes", contravariant=True)
+Gives = TypeVar("Gives", covariant=True)
+
+
+class Jitted(Protocol[Takes, Gives]):
+    """A jitted function of a state, or of parameters, and a mini-batch."""
+
+    def __call__(self, state: Takes, batch: packing.PackedBatch, /) -> Gives: ...
+
+    def lower(self, state: Takes, batch: packing.PackedBatch, /) -> jax.stages.Lowered: ...
+
+
+@dataclasses.dataclass
+class Program(Generic[Takes, Gives]):
+    """A jitted function, and executables of it that a call takes where the shape of its batch has one.
+
+    Attributes:
+      name: of the function.
+      function: compiles at the call for other shapes: what `lower().compile()` gives is not in its own cache.
+      executables: by shape [G, M, N]; they may still be compiling.
+      waited: seconds that calls waited for them.
+    """
+
+    name: str
+    function: Jitted[Takes, Gives]
+    executables: dict[tuple[int, ...], Future[jax.stages.Compiled]] = dataclasses.field(default_factory=dict)
+    waited: float = 0.0
+
+    def __call__(self, state: Takes, batch: packing.PackedBatch) -> Gives:
+        """Calls the function, once its executable is ready.
+
+        Raises:
+          InputError: if there was no memory to compile it.
+        """
+        shape = batch.tokens.shape
+        if shape not in self.executables:
+            return self.function(state, batch)
+        began = time.monotonic()
+        if self.executables[
+            shape
+        ].cancel():  # others come before it; in a thread, as signals wait for XLA here
+            del self.executables[shape]
+            background.start(self.expect(state, batch), threads=1)
+        try:
+            executable = self.executables[shape].result()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                f"compiling {self.name} for streams of {shape[-1]} tokens ran out of memory ({first_line(error)}); "
+                "lower packing.stream_tokens; jaxrl plan predicts what fits"
+            ) from None
+        self.waited += time.monotonic() - began
+        return executable(state, batch)
+
+    def lower(self, state: Takes, batch: packing.PackedBatch) -> jax.stages.Lowered:
+        return self.function.lower(state, batch)
+
+    def expect(self, state: Takes, batch: packing.PackedBatch) -> list[Job[jax.stages.Compiled]]:
+        """Has calls for this shape of (abstract) batch wait for the job that is returned; none where they have one."""
+        if batch.tokens.shape in self.executables:
+            return []
+        future = self.executables[batch.tokens.shape] = Future()
+        return [(future, lambda: self.lower(state, batch).compile())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +103,13 @@ class Programs:
     sequences: int  # of a mini-batch
     layout: packing.Layout
     optimizer: optax.GradientTransformation
-    update: grpo.Update
-    logprobs: grpo.Logprobs
+    update: Program[grpo.TrainState, tuple[grpo.TrainState, grpo.Metrics]]
+    logprobs: Program[decoder.Params, jax.Array]
 
     def abstract_batch(self, stream: int) -> packing.PackedBatch:
         """Shapes, dtypes and shardings of mini-batches in streams of that many tokens."""
         per_device = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         return packing.abstract_batch(self.sequences, stream, self.layout, per_device)
-
-    def compile_longest(self) -> jax.stages.Compiled:
-        """`update` for the longest streams, which takes the most memory."""
-        return self.update.lower(
-            self.abstract_state(), self.abstract_batch(self.layout.streams[-1])
-        ).compile()
 
     def init_state(self, params: decoder.Params) -> grpo.TrainState:
         """The state at step 0. Takes `params` over."""
@@ -51,30 +119,71 @@ class Programs:
         """Shapes, dtypes and shardings of the state, for a restore."""
         return grpo.abstract_state(decoder.abstract_params(self.model), self.optimizer, self.mesh)
 
+    def waited(self) -> float:
+        """Seconds that calls have waited for executables since this was last asked."""
+        seconds = self.update.waited + self.logprobs.waited
+        self.update.waited = self.logprobs.waited = 0.0
+        return seconds
 
-def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh) -> Programs:
-    """Builds the programs of a recipe; they are compiled when they first run.
+    def compile_ahead(self, logprobs: bool = True) -> AbstractContextManager[None]:
+        """Compiles the programs for every stream length in background threads, the longest first.
 
-    Where `model.remat` is "auto", `update` is compiled for the longest streams, with less and less kept for
-    the backward pass, until its bytes fit: those that JAX may use of a device, or a CPU device's part of the host's.
+        A call waits for its own executable alone, and raises its error. The end of the context gives up the rest; see
+        `background.working`.
+
+        Args:
+          logprobs: whether `logprobs` too; see `prepare.needs_logprobs`.
+        """
+        state, jobs = self.abstract_state(), list[Job[jax.stages.Compiled]]()
+        for stream in reversed(self.layout.streams):  # several processes have the same order
+            batch = self.abstract_batch(stream)
+            jobs += self.update.expect(state, batch)
+            jobs += self.logprobs.expect(state.params, batch) if logprobs else []
+        on_cpus = self.mesh.devices.flat[0].platform == "cpu"
+        return background.working(jobs, THREADS_ON_CPUS if on_cpus else THREADS)
+
+
+def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh, say: Say = silent) -> Programs:
+    """Builds the programs of a recipe; they are compiled when they first run, or see `Programs.compile_ahead`.
+
+    Where `model.remat` is "auto", `update` is compiled for the longest streams, with less and less kept for the
+    backward pass, until its bytes fit into SHARE of what JAX may use of a device, or of a CPU device's part of the host's.
 
     Args:
       recipe: what to compute.
       model: of the policy.
       mesh: over ("data", "fsdp").
+      say: prints what "auto" has chosen.
 
     Raises:
       InputError: for an attention backend that cannot run there.
     """
-    remat = recipe.model.remat
-    if remat != "auto":
-        return _build(recipe, model, mesh, remat)
-    room = device_bytes(mesh.local_devices[0])
-    for remat in reversed(decoder.KEPT):
+    if recipe.model.remat != "auto":
+        return _build(recipe, model, mesh, recipe.model.remat)
+    room, choices = SHARE * device_bytes(mesh.local_devices[0]), list(decoder.KEPT)
+    while True:
+        remat = choices.pop()
         programs = _build(recipe, model, mesh, remat)
-        if remat == "full" or not processes.any_of(peak_bytes(programs.compile_longest()) > room):
-            break
-    return programs
+        if not choices:
+            say(f"model.remat: {remat}, which takes the least memory")
+            return programs
+        needed = _bytes_of_update(programs)
+        if not processes.any_of(needed > room):
+            say(f"model.remat: {remat}, with which an update takes {needed / 1e9:.1f} of {room / 1e9:.1f} GB")
+            return programs
+
+
+def _bytes_of_update(programs: Programs) -> float:
+    """Bytes of `update` for the longest streams, whose executable it keeps; infinite where the compiler refuses."""
+    batch = programs.abstract_batch(programs.layout.streams[-1])
+    jobs = programs.update.expect(programs.abstract_state(), batch)
+    background.start(jobs, threads=1)
+    try:
+        return peak_bytes(jobs[0][0].result())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return math.inf
 
 
 def _build(recipe: config.Recipe, model: decoder.Config, mesh: Mesh, remat: Remat) -> Programs:
@@ -91,7 +200,8 @@ def _build(recipe: config.Recipe, model: decoder.Config, mesh: Mesh, remat: Rema
     optimizer = grpo.make_optimizer(recipe.optimizer, recipe.updates_per_step)
     functions = grpo.make_update(model, optimizer, mesh, layout, numerics, objective)
     sequences = recipe.optimizer.minibatch_prompts * recipe.rollout.samples
-    return Programs(model, mesh, sequences, layout, optimizer, *functions)
+    programs = Program("update", functions.update), Program("logprobs", functions.logprobs)
+    return Programs(model, mesh, sequences, layout, optimizer, *programs)
 
 
 def device_bytes(device: jax.Device) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 from blake3 import blake3
 from jax.sharding import Mesh
 
-from jaxrl import config, data
+from jaxrl import config, data, prepare
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.errors import InputError, RunError
 from jaxrl.files import at_home, write_atomically, writing
@@ -91,6 +91,12 @@ class Setup:
         """Whether an evaluation after so many steps is wanted and missing: a stop may have come before its end."""
         return self.evaluates(steps) and self.evaluation is not None and self.evaluation.missing(self, steps)
 
+    def compile_ahead(self, start: int) -> AbstractContextManager[None]:
+        """Compiles what steps from `start` on need, in background threads; see `Programs.compile_ahead`."""
+        if start >= self.recipe.run.steps:
+            return nullcontext()
+        return self.programs.compile_ahead(prepare.needs_logprobs(self.recipe))
+
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of a step, [P]: a function of the seed and the step alone."""
         r = self.recipe
@@ -111,6 +117,7 @@ class Run:
     profile: Profile
     say: Say
     differences: list[float]  # `agreement.METRIC` of the steps so far, where it is known
+    opening: dict[str, float]  # seconds before the first step, as metrics
 
     @property
     def recipe(self) -> config.Recipe:
@@ -138,14 +145,20 @@ class Run:
         with self.phase("report"):
             run, metrics = self.recipe.run, step_metrics(self.recipe, self.setup.model, step, record)
             metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
+            metrics["time/compilation_wait"] = self.setup.programs.waited()
             if step == self.start:
-                metrics["time/first_step"] = time.monotonic() - self.setup.began
+                metrics |= self.opening | {
+                    "time/compilation": self.setup.compilations.seconds,
+                    "time/first_step": time.monotonic() - self.setup.began,
+                }
             for tracker in self.trackers:
                 tracker.log(step, finite(metrics))
             if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
                 decode = self.setup.tokenizer.decode
                 write_rollouts(self.setup.directory, step, record.groups, decode, run.rollouts_keep)
         self.progress.step_done(step, metrics)
+        if step == self.start:
+            self.say(first_step_line(metrics))
         return self._disagreement(step, metrics[agreement.METRIC])
 
     def _disagreement(self, step: int, value: float) -> InputError | None:
@@ -168,6 +181,18 @@ class Run:
         if self.setup.evaluates(steps) and self.setup.evaluation:
             with self.timer("evaluation"):
                 self.setup.evaluation(self, steps)
+
+
+def first_step_line(metrics: Mapping[str, float]) -> str:
+    """A line that says what the time to the first step went into."""
+    first, load, start, step, wait, compiled = (
+        f"{metrics[f'time/{name}']:.1f} s"
+        for name in ("first_step", "load", "open", "step", "compilation_wait", "compilation")
+    )
+    return (
+        f"the first step ended after {first}: loading {load}, starting the sampler {start}, the step {step}, of which "
+        f"{wait} waited for programs; all compilations took {compiled}, the background's included"
+    )
 
 
 def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say) -> Setup:
@@ -210,7 +235,7 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         folder=folder,
         model=model,
         mesh=mesh,
-        programs=build_programs(recipe, model, mesh),
+        programs=build_programs(recipe, model, mesh, say),
         tokenizer=tokenizer,
         detokenize=detokenize,
         mark=make_marker(recipe, detokenize),
@@ -257,7 +282,9 @@ def resume(
       RunError: if the checkpoint cannot be read now.
     """
     if not checkpoints.latest():
-        return 0, setup.programs.init_state(hf.load(setup.folder, mesh=setup.mesh).params)
+        state = setup.programs.init_state(hf.load(setup.folder, mesh=setup.mesh).params)
+        checkpoints.warm_up(state)
+        return 0, state
     like = setup.programs.abstract_state()
     start, state = checkpoints.resume(setup.recipe, like, say, raise_if_stopped, setup.content)
     if start < setup.recipe.run.steps:
@@ -291,6 +318,7 @@ def open_run(
     recipe, directory, chief = setup.recipe, setup.directory, processes.chief()
     if chief:
         write_atomically(directory / "recipe.toml", config.to_toml(recipe))
+    loaded = time.monotonic()
     before = agreement.history(read_rows(directory / "metrics.jsonl")[0], start)
     timer = Timer()
     with (
@@ -303,7 +331,10 @@ def open_run(
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
         closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
-        yield Run(setup, start, sampler, checkpoints, trackers, progress, timer, profile, say, before)
+        opening = {"time/load": loaded - setup.began, "time/open": time.monotonic() - loaded}
+        yield Run(
+            setup, start, sampler, checkpoints, trackers, progress, timer, profile, say, before, opening
+        )
 
 
 @contextmanager

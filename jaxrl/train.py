@@ -50,18 +50,19 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
             # a collective would not wait as long as the first process may for the folder's last owner
             processes.barrier("taking the run folder", BARRIER)
             checkpoints = open_checkpoints(recipe)
-            start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
-            if start and start >= recipe.run.steps and not setup.owes(start):
-                say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
-                return
-            with open_run(setup, checkpoints, start, devices, say, stop) as run:
-                try:
-                    done = run_steps(run, state, stop)
-                except RunError as error:
-                    if stop.asked:
-                        say(f"the step was not finished: {error}")
-                    stop.raise_if_asked()
-                    raise
+            with setup.compile_ahead(checkpoints.latest() or 0):
+                start, state = resume(setup, checkpoints, say, stop.raise_if_asked)
+                if start and start >= recipe.run.steps and not setup.owes(start):
+                    say(f"{setup.directory} has its {start} steps; raise run.steps to go on")
+                    return
+                with open_run(setup, checkpoints, start, devices, say, stop) as run:
+                    try:
+                        done = run_steps(run, state, stop)
+                    except RunError as error:
+                        if stop.asked:
+                            say(f"the step was not finished: {error}")
+                        stop.raise_if_asked()
+                        raise
         if done < recipe.run.steps:
             say(f"stopped after step {done}; the same command goes on from there")
             raise stop.reason
@@ -74,6 +75,7 @@ def run_steps(run: Run, state: TrainState, stop: Stop) -> int:
         run.sampler.publish(state.params, run.start)
     run.evaluate(run.start)
     stop.arm()
+    processes.any_of(False)  # compiled before the first step
     with closing(Prefetch(run.sample, run.start, steps, recipe.sampler.max_staleness)) as batches:
         for step in range(run.start, steps):
             state, record = one_step(run, state, step, batches)

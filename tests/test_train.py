@@ -19,8 +19,12 @@ from evals import in_training
 from jaxrl import config
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.errors import TRY_AGAIN, InputError
+from jaxrl.grpo.packing import lay_out
+from jaxrl.models import hf
 from jaxrl.parallel.signals import PEER, graceful_stop
+from jaxrl.programs import layout_of
 from jaxrl.run import LoadEvaluation, Run, Setup
+from jaxrl.telemetry.rollouts import rollout_files
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.train import train
 
@@ -50,11 +54,38 @@ def test_learns_and_leaves_a_complete_run_folder(uninterrupted: Path) -> None:
         assert (uninterrupted / name).exists(), name
 
 
-def test_compiles_in_the_first_step_and_for_the_other_stream_length(uninterrupted: Path) -> None:
+def stream_lengths(run: Path) -> list[set[int]]:
+    """Lengths of the streams of each step's mini-batches on one device."""
+    recipe, steps = config.load(run / "recipe.toml"), []
+    layout = layout_of(recipe, hf.read_config(Path(recipe.model.path)))
+    for path in rollout_files(run):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        steps.append(set[int]())
+        for half in (rows[:32], rows[32:]):
+            groups = [{row["reward"] for row in half[i : i + 8]} for i in range(0, 32, 8)]
+            kept = [i for i in range(32) if len(groups[i // 8]) > 1]
+            placement = lay_out([3] * 32, [row["tokens"] for row in half], 1, layout, kept)
+            steps[-1].add(placement.shape[2])
+    return steps
+
+
+def test_nothing_is_compiled_after_the_first_step_though_streams_differ(uninterrupted: Path) -> None:
     rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
-    compilations = [row["perf/compilations"] for row in rows]
-    assert compilations[0] > 3 and sum(compilations[1:]) in (1, 3)  # fingerprints; update and logprobs
-    assert rows[0]["time/first_step"] >= rows[0]["time/step"]
+    compilations, lengths = [row["perf/compilations"] for row in rows], stream_lengths(uninterrupted)
+    assert compilations[0] > 3 and compilations[1:] == [0] * 5
+    assert len(lengths[0]) == 1 and set.union(*lengths) == {64, 128}
+
+
+def test_the_time_to_the_first_step_is_reported_by_part(base: Path, tmp_path: Path) -> None:
+    said = tiny_run.finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 2}))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    parts = [rows[0][f"time/{name}"] for name in ("load", "open", "step")]
+    assert min(parts) > 0 and 0.7 * rows[0]["time/first_step"] < sum(parts) < rows[0]["time/first_step"]
+    assert rows[0]["time/compilation"] > 0 and all(
+        row["time/compilation_wait"] < row["time/step"] for row in rows
+    )
+    assert not {"time/first_step", "time/load", "time/open", "time/compilation"} & set(rows[1])
+    assert said.count(f"the first step ended after {rows[0]['time/first_step']:.1f} s: loading") == 1
 
 
 def test_a_profile_has_the_phases(base: Path, tmp_path: Path) -> None:

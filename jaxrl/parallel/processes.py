@@ -28,6 +28,7 @@ from jaxrl.types import Say
 
 # What is kept of a process in place of its beat when it is over; after FAILED come the exit status and the error.
 LEFT, FAILED = "left", "failed"
+PIECE = 1 << 22  # bytes sent at a time: for another size, JAX compiles another program
 _hosts: list[str] = []
 
 
@@ -218,9 +219,13 @@ def exchange(mine: bytes) -> list[bytes]:
     sizes = multihost_utils.process_allgather(np.array(len(mine)))
     received = []
     for i, size in enumerate(sizes):
-        is_source = i == jax.process_index()
-        part = np.frombuffer(mine, np.uint8) if is_source else np.zeros(size, np.uint8)
-        received.append(np.asarray(multihost_utils.broadcast_one_to_all(part, is_source)).tobytes())
+        is_source, pieces = i == jax.process_index(), list[bytes]()
+        for first in range(0, int(size), PIECE):
+            piece = np.zeros(PIECE, np.uint8)
+            own = mine[first : first + PIECE] if is_source else b""
+            piece[: len(own)] = np.frombuffer(own, np.uint8)
+            pieces.append(np.asarray(multihost_utils.broadcast_one_to_all(piece, is_source)).tobytes())
+        received.append(b"".join(pieces)[: int(size)])
     return received
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import resource
+import threading
 from pathlib import Path
 
 import jax
 
+from jaxrl import background
 from jaxrl.telemetry.expendable import Expendable
 from jaxrl.types import Say
 
@@ -23,14 +25,20 @@ def resources() -> dict[str, float]:
 
 
 class Compilations:
-    """Counts the programs that this process compiled, or took from the compilation cache."""
+    """Counts the programs that this process compiled, or took from the compilation cache, not ahead of their use.
+
+    Attributes:
+      seconds: that all have taken, also those in background threads.
+    """
 
     def __init__(self) -> None:
-        self._count, self._seen = 0, 0
+        self._count, self._seen, self.seconds = 0, 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        self._count += event == "/jax/core/compile/backend_compile_duration"
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._count += threading.current_thread().name != background.NAME
+            self.seconds += duration_secs
 
     def new(self) -> int:
         """The number since the last call."""

@@ -90,6 +90,8 @@ def test_two_processes_sample_and_train_as_one(undisturbed: Path, base: Path, tm
         for run in (tmp_path / "run", undisturbed)
     ]
     assert scores[0] == scores[1] and scores[0]["benchmarks"]["digits"]["samples"] == 8
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["perf/compilations"] for row in rows[1:]] == [0] * 5
 
 
 @pytest.mark.chaos
