@@ -1,7 +1,8 @@
 """What a recipe costs before any hardware is rented: bytes on each device, and seconds of each phase of a step.
 
-Bytes are measured: the recipe's own `update` and log-prob pass, compiled for its mesh on virtual devices with
-abstract arrays. Seconds are a roofline model over a data sheet and five constants (docs/planning.md).
+Bytes are measured: the recipe's own `update` and log-prob pass, compiled for its mesh with abstract arrays, by the
+GPU's compiler where it is installed. Seconds are a roofline model over a data sheet and a few constants
+(docs/planning.md).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, TypedDict
+from typing import Literal, TypedDict
 
 import jax
 import numpy as np
@@ -19,17 +20,14 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl import config
+from jaxrl import aot, config
 from jaxrl.errors import InputError
 from jaxrl.files import at_home
 from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
-from jaxrl.models.decoder import Config, forward_flops
+from jaxrl.models.decoder import KEPT, Config, forward_flops
 from jaxrl.parallel.mesh import mesh_over
-from jaxrl.types import JsonObject
-
-if TYPE_CHECKING:
-    pass
+from jaxrl.types import JsonObject, Remat
 
 Lengths = Int[np.ndarray, " N"]  # of responses or whole sequences, in tokens
 
@@ -116,6 +114,11 @@ def response_lengths(w: Workload) -> Lengths:
 def parameters(c: Config) -> int:
     """The number of a model's parameters."""
     return sum(math.prod(decoder.stacked_shape(spec, c)) for spec in decoder.specs(c))
+
+
+def outside_layers(c: Config) -> int:
+    """The number of parameters of the embedding and of the LM head."""
+    return c.vocab_size * c.width * (1 if c.tied else 2)
 
 
 def sequence_flops(c: Config, lengths: Lengths | Float[np.ndarray, " N"]) -> float:
@@ -225,58 +228,79 @@ def best_split(
 
 
 def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
-    """Bytes on each trainer by arithmetic: the float32 state, and the arrays of one update."""
+    """Bytes on each trainer by arithmetic: the float32 state, and the arrays of one update at its fullest moment."""
     size, shards = parameters(c), trainers // recipe.mesh.data
-    stream, compute = recipe.packing.stream_tokens, jax.numpy.dtype(recipe.model.dtype).itemsize
-    outside = c.vocab_size * c.width * (1 if c.tied else 2)  # embedding and head
+    stream, chunk = recipe.packing.stream_tokens, recipe.packing.logprob_chunk
+    compute = jax.numpy.dtype(recipe.model.dtype).itemsize
+    head, outside = c.vocab_size * c.width, outside_layers(c)
+    layers = size - outside
+    # gathered in float32, where there is something to gather
+    held = 4.0 * outside if shards > 1 else 0.0
     if recipe.mesh.gather == "layer":
-        # one whole layer and its gradient, and the sum of gradients in shards
-        gathered = (compute + 4) * (size - outside) / c.layers + 4 * size / shards
+        # sums of gradients, of all micro-batches and of this one, in shards; a layer and its gradient, whole
+        held += 4 * size / shards
+        gradients = 4 * layers / shards + (compute + 4) * layers / c.layers
     else:
-        # all layers and one micro-batch's gradients, and the sum of gradients
-        gathered = 2 * compute * (size - outside) + 4 * size
-    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    layer = 4 * c.width + 2 * heads + 2 * kv + 3 * c.mlp_width  # values of a token, without recomputation
-    kept = {"full": c.width, "attention": c.width + heads, "none": layer}[recipe.model.remat]
-    whole = 2 * 4 * outside  # embedding and head in float32, and their gradients
-    recomputed = 2 * compute * stream * layer  # a layer in the backward pass, and its gradients
-    logits = 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size  # with their exponentials and gradients
+        # all layers, and sums of gradients; gradients of this micro-batch
+        held += compute * layers + 4 * size
+        gradients = compute * layers
+    # backward pass through a layer: gate, up, their product and two of their gradients; the residual's gradient twice
+    layer = gradients + 4 * head + compute * stream * (5 * c.mlp_width + 2 * c.width)
+    # through the head: itself and its gradient; logits, softmax and the gradient of a chunk
+    logits = (compute + 4) * head + (4 + 4 + compute) * chunk * c.vocab_size
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
-        "activations": compute * stream * c.layers * kept,
-        "temporaries": gathered + whole + recomputed + logits,
+        "activations": stream * c.layers * kept_bytes(c, recipe.model.remat, compute),
+        "temporaries": held + max(layer, logits),
     }
 
 
-def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
-    """Bytes on each trainer as XLA assigns them, compiled for virtual devices; nothing is allocated.
+def kept_bytes(c: Config, remat: Remat, compute: int) -> int:
+    """Bytes that one layer keeps of one token for the backward pass; `compute` is the size of a value."""
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    named = {"attention": heads, "qkv": heads + 2 * kv, "residual": c.width, "mlp": 2 * c.mlp_width}
+    if remat == "none":
+        # 6 arrays of the MLP, 3 of the residual stream, queries, keys and values twice; of each norm 3 in float32
+        normed = 2 * c.width + (heads + kv) * c.qk_norm
+        return compute * (6 * c.mlp_width + 3 * c.width + 2 * heads + 2 * kv) + 3 * 4 * normed
+    lse = 4 * c.heads if KEPT[remat] else 0
+    return compute * (c.width + sum(named[name] for name in KEPT[remat])) + lse
 
-    The batch has the longest sequences that the recipe allows. The CPU compiler computes in float32 where a GPU
-    computes in bfloat16, so the temporaries are an upper bound.
+
+def compiler(hardware: str) -> Literal["cuda", "cpu"]:
+    """Whose compiler `compiled_bytes` uses: the hardware's where it is installed, else the CPU's."""
+    return "cuda" if aot.available(hardware) else "cpu"
+
+
+def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: str) -> dict[str, float]:
+    """Bytes on each trainer as XLA assigns them, compiled for devices that need not exist; nothing is allocated.
+
+    The batch has the longest sequences that the recipe allows. The CPU's compiler, which stands in for one that is not
+    installed (`compiler`), computes in float32 where a GPU computes in bfloat16: its temporaries are an upper bound.
 
     Raises:
-      InputError: if JAX has already started with fewer devices.
+      InputError: if JAX has already started with fewer CPU devices and needs them, or if the recipe's attention cannot
+        run on the hardware.
     """
-    if jax.config.jax_num_cpu_devices < trainers:  # type: ignore[attr-defined]
-        try:
-            jax.config.update("jax_num_cpu_devices", trainers)
-            jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
-        except RuntimeError:
-            raise InputError(f"{trainers} trainers, but jax has started with fewer virtual devices") from None
     from jaxrl.programs import build_programs, layout_of  # heavy, and an estimate needs none of it
 
-    mesh = mesh_over(jax.devices("cpu")[:trainers], recipe.mesh.data)
-    # a single attention length compiles fast, and the longest holds the most
-    longest = layout_of(recipe, c).buckets[-1]
-    packing = dataclasses.replace(recipe.packing, bucket_tokens=longest)
-    model = dataclasses.replace(recipe.model, attention="xla")
-    recipe = dataclasses.replace(recipe, model=model, packing=packing)
-    programs = build_programs(recipe, c, mesh)
+    jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
+    if compiler(hardware) == "cuda":
+        # as few hosts as hold them, all with the same number
+        hosts = next(n for n in range(-(-trainers // NODE), trainers + 1) if trainers % n == 0)
+        devices, fast = aot.devices(hardware, trainers, hosts), False
+    else:
+        devices, fast = _cpu_devices(trainers), True
+        # a single attention length compiles fast, and the longest holds the most
+        packing = dataclasses.replace(recipe.packing, bucket_tokens=layout_of(recipe, c).buckets[-1])
+        model = dataclasses.replace(recipe.model, attention="xla")
+        recipe = dataclasses.replace(recipe, model=model, packing=packing)
+    programs = build_programs(recipe, c, mesh_over(devices, recipe.mesh.data))
     state = programs.abstract_state()
     batch = programs.abstract_batch(programs.layout.streams[-1])
-    training = _temporary_bytes(programs.update.lower(state, batch))
-    scoring = _temporary_bytes(programs.logprobs.lower(state.params, batch))
+    training = _temporary_bytes(programs.update.lower(state, batch), fast)
+    scoring = _temporary_bytes(programs.logprobs.lower(state.params, batch), fast)
     activations = min(estimated_bytes(recipe, c, trainers)["activations"], training)
     held = {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}
     return {name: _shard_bytes(tree) for name, tree in held.items()} | {
@@ -286,12 +310,26 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
     }
 
 
-def _temporary_bytes(lowered: jax.stages.Lowered) -> int:
-    """Bytes that a program needs besides its arguments and results; compiled fast, into the same buffers."""
-    fast: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
-    fast["xla_llvm_disable_expensive_passes"] = True
-    analysis = lowered.compile(fast).memory_analysis()
-    assert analysis  # the CPU backend has one
+def _cpu_devices(count: int) -> list[jax.Device]:
+    """Virtual devices of this machine's processor.
+
+    Raises:
+      InputError: if JAX has already started with fewer.
+    """
+    if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            raise InputError(f"{count} trainers, but jax has started with fewer virtual devices") from None
+    return jax.devices("cpu")[:count]
+
+
+def _temporary_bytes(lowered: jax.stages.Lowered, fast: bool) -> int:
+    """Bytes that a program needs besides its arguments and results; `fast` compiles for a CPU into the same buffers."""
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+    options["xla_llvm_disable_expensive_passes"] = True
+    analysis = lowered.compile(options if fast else None).memory_analysis()
+    assert analysis  # both compilers have one
     return analysis.temp_size_in_bytes
 
 
@@ -350,6 +388,7 @@ class Plan(TypedDict):
     steps: list[dict[str, float]]  # the fields of Step, and the total; the fastest first
     flops: dict[str, float]  # model FLOPs of a step, by phase
     bytes: dict[str, float]  # on each of the fastest step's trainers
+    compiler: Literal["cuda", "cpu", "none"]  # of the bytes; none: by arithmetic
 
 
 def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
@@ -383,7 +422,10 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
         "capped_fraction": float((lengths >= w.cap).mean()),
         "steps": [dataclasses.asdict(step) | {"total": step.total} for step in steps],
         "flops": {"old log-probs": w.logprob_passes * forward, "update": 3 * forward},
-        "bytes": (compiled_bytes if a.compile else estimated_bytes)(recipe, c, trainers),
+        "bytes": compiled_bytes(recipe, c, trainers, a.hardware)
+        if a.compile
+        else estimated_bytes(recipe, c, trainers),
+        "compiler": compiler(a.hardware) if a.compile else "none",
     }
 
 
@@ -428,7 +470,7 @@ def show(plan: Plan) -> None:
     console, steps, a = Console(), plan["steps"], Assumptions(**plan["assumptions"])
     console.print(_seconds_table(steps, a))
     trainers, flops = int(steps[0]["trainers"]), sum(plan["flops"].values())
-    console.print(_bytes_table(plan["bytes"], trainers, a))
+    console.print(_bytes_table(plan, trainers, a.hardware))
     console.print(
         f"{plan['parameters'] / 1e9:.2f} B parameters; {flops:.3g} model FLOPs a step, {flops / trainers:.3g} on "
         f"each trainer; mean response {a.mean_response:g}, {plan['capped_fraction']:.1%} at the cap"
@@ -449,12 +491,17 @@ def _seconds_table(steps: list[dict[str, float]], a: Assumptions) -> Table:
     return table
 
 
-def _bytes_table(held: dict[str, float], trainers: int, a: Assumptions) -> Table:
-    how = "compiled for virtual devices" if a.compile else "estimated"
+def _bytes_table(plan: Plan, trainers: int, hardware: str) -> Table:
+    held = plan["bytes"]
+    how = {
+        "cuda": f"compiled for {hardware} by XLA's GPU compiler",
+        "cpu": f"compiled in float32 by XLA's CPU compiler, an upper bound: there is none for {hardware} here",
+        "none": "estimated",
+    }[plan["compiler"]]
     table = Table(f"each of {trainers} trainers, {how}", "GB")
     for name, size in held.items():
         table.add_row(name, f"{size / 1e9:.2f}", end_section=name == "temporaries")
     # the log-prob pass is over when the update begins, and takes less
     peak = sum(size for name, size in held.items() if name != "temporaries of scoring")
-    table.add_row("at most at one time", f"{peak / 1e9:.1f} of {HARDWARE[a.hardware].memory / 1e9:.0f}")
+    table.add_row("at most at one time", f"{peak / 1e9:.1f} of {HARDWARE[hardware].memory / 1e9:.0f}")
     return table
