@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -32,7 +32,8 @@ from jaxrl.types import JsonObject, Remat
 Lengths = Int[np.ndarray, " N"]  # of responses or whole sequences, in tokens
 
 # The same for every system and device. Sources and fits: docs/planning.md.
-MFU = 0.40  # model FLOPs over peak, in training, log-prob passes and prefill
+PRODUCTS = 0.55  # share of peak that matrix products reach, with gaps between kernels and padding
+ATTENTION = 0.5  # share of peak that attention reaches
 BANDWIDTH = 0.6  # share of memory and link bandwidth that is reached
 STEP_OVERHEAD = 3e-3  # s a decode step beyond the roofline, with CUDA graphs
 EAGER_OVERHEAD = 12e-3  # the same where every kernel is launched from Python (vLLM's enforce_eager)
@@ -62,6 +63,7 @@ class Workload:
     updates: int = 4
     logprob_passes: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
     trained: float = 1.0  # share of sequences that are trained on: zero advantages may be left out
+    remat: Remat = "full"
     eager: bool = False
     tensor: int = 1  # devices that one sampler spans
 
@@ -127,6 +129,52 @@ def sequence_flops(c: Config, lengths: Lengths | Float[np.ndarray, " N"]) -> flo
     return float(dense * lengths.sum() + attended * (lengths**2.0).sum() / 2)
 
 
+class Parts(NamedTuple):
+    """Seconds of one device by what limits them."""
+
+    products: float
+    attention: float
+    memory: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def pass_seconds(
+    c: Config, lengths: Lengths | Float[np.ndarray, " N"], hardware: Hardware, remat: Remat | None = None
+) -> Parts:
+    """Seconds of one device for whole sequences.
+
+    Args:
+      c: the model.
+      lengths: of the sequences, in tokens.
+      hardware: the device.
+      remat: forward and backward with it; None for a pass without gradient. docs/planning.md explains the terms.
+    """
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    # parameters in matrix products
+    projections = c.layers * c.width * 2 * (heads + kv)
+    mlp, head = c.layers * c.width * 3 * c.mlp_width, c.width * c.vocab_size
+    # bytes of a token: norms 2 x 2, residual sums 2 x 3, rotations 2, copies around attention 4, silu(gate) up 3
+    layers = 2 * c.layers * (10 * c.width + 6 * (heads + kv) + 3 * c.mlp_width)
+    products, attention, moved = projections + mlp + head, 1.0, layers + 4 * c.vocab_size
+    if remat:
+        # two products more in the backward pass; logits again, and what is not kept, but never down
+        kept = KEPT["products" if remat == "none" else remat]
+        again = head + projections * ("qkv" not in kept) + 2 * mlp // 3 * ("mlp" not in kept)
+        products = 3 * products + again
+        attention = 1 + 2.5 + ("attention" not in kept)
+        # gradients of logits are computed from float32 into bf16
+        moved = (3 + (remat != "none")) * layers + (4 + 4 + 2) * c.vocab_size
+    tokens, pairs = float(lengths.sum()), float((lengths**2.0).sum()) / 2
+    return Parts(
+        products=2 * products * tokens / (PRODUCTS * hardware.flops),
+        attention=attention * forward_flops(c)[1] * pairs / (ATTENTION * hardware.flops),
+        memory=moved * tokens / (BANDWIDTH * hardware.bandwidth),
+    )
+
+
 def cache_bytes(c: Config) -> int:
     """Bytes of one token's keys and values, of all layers in bf16."""
     return 2 * 2 * c.layers * c.kv_heads * c.head_dim
@@ -143,7 +191,7 @@ def decode_seconds(w: Workload, hardware: Hardware, lengths: Lengths) -> tuple[f
       InputError: if the parameters leave no room for a sequence.
     """
     dense, _ = forward_flops(w.model)  # also the bytes that are read: 2 FLOPs and 2 bytes a parameter
-    bandwidth, flops = (rate * w.tensor for rate in (hardware.bandwidth * BANDWIDTH, hardware.flops * MFU))
+    bandwidth, flops = w.tensor * BANDWIDTH * hardware.bandwidth, w.tensor * PRODUCTS * hardware.flops
     room = MEMORY_SHARE * hardware.memory * w.tensor - 2 * parameters(w.model)
     slots = int(room / (cache_bytes(w.model) * (w.prompt_tokens + w.response_tokens)))
     if slots < 1:
@@ -186,13 +234,14 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
     # responses are dealt out in turn, so the first sampler has the longest
     decode, tail = decode_seconds(w, hardware, lengths[::engines])
     dense, _ = forward_flops(w.model)
-    rate = hardware.flops * MFU
     # a prompt is prefilled once for its whole group
-    prefill = math.ceil(w.prompts / engines) * w.prompt_tokens * dense / (rate * w.tensor)
-    forward = sequence_flops(w.model, lengths + w.prompt_tokens) * w.trained / (trainers * rate)
+    rate = w.tensor * PRODUCTS * hardware.flops
+    prefill = math.ceil(w.prompts / engines) * w.prompt_tokens * dense / rate
+    whole, share = lengths + w.prompt_tokens, w.trained / trainers
     size = parameters(w.model)
     link = hardware.nvlink if trainers <= NODE else hardware.network
-    traffic = 6 * size * (trainers - 1) / trainers  # gather in bf16, reduce-scatter in float32
+    # gather in bf16, reduce-scatter in float32; embedding and head are gathered in float32 too
+    traffic = (6 * size + 2 * outside_layers(w.model)) * (trainers - 1) / trainers
     return Step(
         trainers=trainers,
         samplers=samplers,
@@ -200,8 +249,8 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
         prefill=prefill,
         decode=decode,
         tail=tail,
-        old_logprobs=w.logprob_passes * forward,
-        update=3 * forward,
+        old_logprobs=w.logprob_passes * share * pass_seconds(w.model, whole, hardware).total,
+        update=share * pass_seconds(w.model, whole, hardware, w.remat).total,
         communication=w.updates * traffic / (link * BANDWIDTH),
         publish=2 * size / PUBLISH_RATE,
     )
@@ -460,6 +509,7 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
         updates=updates,
         logprob_passes=1 - 1 / updates if recipe.loss.skip_first_old_logprobs else 1.0,
         trained=1 - a.zero_advantage,
+        remat=recipe.model.remat,
         eager=a.eager,
         tensor=a.tensor,
     )
@@ -471,9 +521,11 @@ def show(plan: Plan) -> None:
     console.print(_seconds_table(steps, a))
     trainers, flops = int(steps[0]["trainers"]), sum(plan["flops"].values())
     console.print(_bytes_table(plan, trainers, a.hardware))
+    mfu = plan["flops"]["update"] / (trainers * HARDWARE[a.hardware].flops * steps[0]["update"])
     console.print(
         f"{plan['parameters'] / 1e9:.2f} B parameters; {flops:.3g} model FLOPs a step, {flops / trainers:.3g} on "
-        f"each trainer; mean response {a.mean_response:g}, {plan['capped_fraction']:.1%} at the cap"
+        f"each trainer; {mfu:.0%} MFU in forward and backward; mean response {a.mean_response:g}, "
+        f"{plan['capped_fraction']:.1%} at the cap"
     )
 
 
