@@ -1,7 +1,8 @@
 """What a recipe costs before any hardware is rented: bytes on each device, and seconds of each phase of a step.
 
-Bytes are measured: the recipe's own `update` and log-prob pass, compiled for its mesh on virtual devices with
-abstract arrays. Seconds are a roofline model over a data sheet and five constants (docs/planning.md).
+Bytes are measured: the recipe's own `update` and log-prob pass, compiled for its mesh with abstract arrays, by the
+GPU's compiler where it is installed. Seconds are a roofline model over a data sheet and a few constants
+(docs/planning.md).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -19,22 +20,20 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl import config
+from jaxrl import aot, config
 from jaxrl.errors import InputError
 from jaxrl.files import at_home
 from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
-from jaxrl.models.decoder import Config, forward_flops
+from jaxrl.models.decoder import KEPT, Config, forward_flops
 from jaxrl.parallel.mesh import mesh_over
-from jaxrl.types import JsonObject
-
-if TYPE_CHECKING:
-    pass
+from jaxrl.types import JsonObject, Remat
 
 Lengths = Int[np.ndarray, " N"]  # of responses or whole sequences, in tokens
 
 # The same for every system and device. Sources and fits: docs/planning.md.
-MFU = 0.40  # model FLOPs over peak, in training, log-prob passes and prefill
+PRODUCTS = 0.55  # share of peak that matrix products reach, with gaps between kernels and padding
+ATTENTION = 0.5  # share of peak that attention reaches
 BANDWIDTH = 0.6  # share of memory and link bandwidth that is reached
 STEP_OVERHEAD = 3e-3  # s a decode step beyond the roofline, with CUDA graphs
 EAGER_OVERHEAD = 12e-3  # the same where every kernel is launched from Python (vLLM's enforce_eager)
@@ -64,6 +63,7 @@ class Workload:
     updates: int = 4
     logprob_passes: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
     trained: float = 1.0  # share of sequences that are trained on: zero advantages may be left out
+    remat: Remat = "full"
     eager: bool = False
     tensor: int = 1  # devices that one sampler spans
 
@@ -118,10 +118,61 @@ def parameters(c: Config) -> int:
     return sum(math.prod(decoder.stacked_shape(spec, c)) for spec in decoder.specs(c))
 
 
+def outside_layers(c: Config) -> int:
+    """The number of parameters of the embedding and of the LM head."""
+    return c.vocab_size * c.width * (1 if c.tied else 2)
+
+
 def sequence_flops(c: Config, lengths: Lengths | Float[np.ndarray, " N"]) -> float:
     """Model FLOPs of one forward pass over whole sequences; a causal token attends to half of its sequence."""
     dense, attended = forward_flops(c)
     return float(dense * lengths.sum() + attended * (lengths**2.0).sum() / 2)
+
+
+class Parts(NamedTuple):
+    """Seconds of one device by what limits them."""
+
+    products: float
+    attention: float
+    memory: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def pass_seconds(
+    c: Config, lengths: Lengths | Float[np.ndarray, " N"], hardware: Hardware, remat: Remat | None = None
+) -> Parts:
+    """Seconds of one device for whole sequences.
+
+    Args:
+      c: the model.
+      lengths: of the sequences, in tokens.
+      hardware: the device.
+      remat: forward and backward with it; None for a pass without gradient. docs/planning.md explains the terms.
+    """
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    # parameters in matrix products
+    projections = c.layers * c.width * 2 * (heads + kv)
+    mlp, head = c.layers * c.width * 3 * c.mlp_width, c.width * c.vocab_size
+    # bytes of a token: norms 2 x 2, residual sums 2 x 3, rotations 2, copies around attention 4, silu(gate) up 3
+    layers = 2 * c.layers * (10 * c.width + 6 * (heads + kv) + 3 * c.mlp_width)
+    products, attention, moved = projections + mlp + head, 1.0, layers + 4 * c.vocab_size
+    if remat:
+        # two products more in the backward pass; logits again, and what is not kept, but never down
+        kept = KEPT["products" if remat == "none" else remat]
+        again = head + projections * ("qkv" not in kept) + 2 * mlp // 3 * ("mlp" not in kept)
+        products = 3 * products + again
+        attention = 1 + 2.5 + ("attention" not in kept)
+        # gradients of logits are computed from float32 into bf16
+        moved = (3 + (remat != "none")) * layers + (4 + 4 + 2) * c.vocab_size
+    tokens, pairs = float(lengths.sum()), float((lengths**2.0).sum()) / 2
+    return Parts(
+        products=2 * products * tokens / (PRODUCTS * hardware.flops),
+        attention=attention * forward_flops(c)[1] * pairs / (ATTENTION * hardware.flops),
+        memory=moved * tokens / (BANDWIDTH * hardware.bandwidth),
+    )
 
 
 def cache_bytes(c: Config) -> int:
@@ -140,7 +191,7 @@ def decode_seconds(w: Workload, hardware: Hardware, lengths: Lengths) -> tuple[f
       InputError: if the parameters leave no room for a sequence.
     """
     dense, _ = forward_flops(w.model)  # also the bytes that are read: 2 FLOPs and 2 bytes a parameter
-    bandwidth, flops = (rate * w.tensor for rate in (hardware.bandwidth * BANDWIDTH, hardware.flops * MFU))
+    bandwidth, flops = w.tensor * BANDWIDTH * hardware.bandwidth, w.tensor * PRODUCTS * hardware.flops
     room = MEMORY_SHARE * hardware.memory * w.tensor - 2 * parameters(w.model)
     slots = int(room / (cache_bytes(w.model) * (w.prompt_tokens + w.response_tokens)))
     if slots < 1:
@@ -183,13 +234,14 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
     # responses are dealt out in turn, so the first sampler has the longest
     decode, tail = decode_seconds(w, hardware, lengths[::engines])
     dense, _ = forward_flops(w.model)
-    rate = hardware.flops * MFU
     # a prompt is prefilled once for its whole group
-    prefill = math.ceil(w.prompts / engines) * w.prompt_tokens * dense / (rate * w.tensor)
-    forward = sequence_flops(w.model, lengths + w.prompt_tokens) * w.trained / (trainers * rate)
+    rate = w.tensor * PRODUCTS * hardware.flops
+    prefill = math.ceil(w.prompts / engines) * w.prompt_tokens * dense / rate
+    whole, share = lengths + w.prompt_tokens, w.trained / trainers
     size = parameters(w.model)
     link = hardware.nvlink if trainers <= NODE else hardware.network
-    traffic = 6 * size * (trainers - 1) / trainers  # gather in bf16, reduce-scatter in float32
+    # gather in bf16, reduce-scatter in float32; embedding and head are gathered in float32 too
+    traffic = (6 * size + 2 * outside_layers(w.model)) * (trainers - 1) / trainers
     return Step(
         trainers=trainers,
         samplers=samplers,
@@ -197,8 +249,8 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
         prefill=prefill,
         decode=decode,
         tail=tail,
-        old_logprobs=w.logprob_passes * forward,
-        update=3 * forward,
+        old_logprobs=w.logprob_passes * share * pass_seconds(w.model, whole, hardware).total,
+        update=share * pass_seconds(w.model, whole, hardware, w.remat).total,
         communication=w.updates * traffic / (link * BANDWIDTH),
         publish=2 * size / PUBLISH_RATE,
     )
@@ -225,58 +277,79 @@ def best_split(
 
 
 def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
-    """Bytes on each trainer by arithmetic: the float32 state, and the arrays of one update."""
+    """Bytes on each trainer by arithmetic: the float32 state, and the arrays of one update at its fullest moment."""
     size, shards = parameters(c), trainers // recipe.mesh.data
-    stream, compute = recipe.packing.stream_tokens, jax.numpy.dtype(recipe.model.dtype).itemsize
-    outside = c.vocab_size * c.width * (1 if c.tied else 2)  # embedding and head
+    stream, chunk = recipe.packing.stream_tokens, recipe.packing.logprob_chunk
+    compute = jax.numpy.dtype(recipe.model.dtype).itemsize
+    head, outside = c.vocab_size * c.width, outside_layers(c)
+    layers = size - outside
+    # gathered in float32, where there is something to gather
+    held = 4.0 * outside if shards > 1 else 0.0
     if recipe.mesh.gather == "layer":
-        # one whole layer and its gradient, and the sum of gradients in shards
-        gathered = (compute + 4) * (size - outside) / c.layers + 4 * size / shards
+        # sums of gradients, of all micro-batches and of this one, in shards; a layer and its gradient, whole
+        held += 4 * size / shards
+        gradients = 4 * layers / shards + (compute + 4) * layers / c.layers
     else:
-        # all layers and one micro-batch's gradients, and the sum of gradients
-        gathered = 2 * compute * (size - outside) + 4 * size
-    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    layer = 4 * c.width + 2 * heads + 2 * kv + 3 * c.mlp_width  # values of a token, without recomputation
-    kept = {"full": c.width, "attention": c.width + heads, "none": layer}[recipe.model.remat]
-    whole = 2 * 4 * outside  # embedding and head in float32, and their gradients
-    recomputed = 2 * compute * stream * layer  # a layer in the backward pass, and its gradients
-    logits = 3 * 4 * recipe.packing.logprob_chunk * c.vocab_size  # with their exponentials and gradients
+        # all layers, and sums of gradients; gradients of this micro-batch
+        held += compute * layers + 4 * size
+        gradients = compute * layers
+    # backward pass through a layer: gate, up, their product and two of their gradients; the residual's gradient twice
+    layer = gradients + 4 * head + compute * stream * (5 * c.mlp_width + 2 * c.width)
+    # through the head: itself and its gradient; logits, softmax and the gradient of a chunk
+    logits = (compute + 4) * head + (4 + 4 + compute) * chunk * c.vocab_size
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
-        "activations": compute * stream * c.layers * kept,
-        "temporaries": gathered + whole + recomputed + logits,
+        "activations": stream * c.layers * kept_bytes(c, recipe.model.remat, compute),
+        "temporaries": held + max(layer, logits),
     }
 
 
-def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
-    """Bytes on each trainer as XLA assigns them, compiled for virtual devices; nothing is allocated.
+def kept_bytes(c: Config, remat: Remat, compute: int) -> int:
+    """Bytes that one layer keeps of one token for the backward pass; `compute` is the size of a value."""
+    heads, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    named = {"attention": heads, "qkv": heads + 2 * kv, "residual": c.width, "mlp": 2 * c.mlp_width}
+    if remat == "none":
+        # 6 arrays of the MLP, 3 of the residual stream, queries, keys and values twice; of each norm 3 in float32
+        normed = 2 * c.width + (heads + kv) * c.qk_norm
+        return compute * (6 * c.mlp_width + 3 * c.width + 2 * heads + 2 * kv) + 3 * 4 * normed
+    lse = 4 * c.heads if KEPT[remat] else 0
+    return compute * (c.width + sum(named[name] for name in KEPT[remat])) + lse
 
-    The batch has the longest sequences that the recipe allows. The CPU compiler computes in float32 where a GPU
-    computes in bfloat16, so the temporaries are an upper bound.
+
+def compiler(hardware: str) -> Literal["cuda", "cpu"]:
+    """Whose compiler `compiled_bytes` uses: the hardware's where it is installed, else the CPU's."""
+    return "cuda" if aot.available(hardware) else "cpu"
+
+
+def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: str) -> dict[str, float]:
+    """Bytes on each trainer as XLA assigns them, compiled for devices that need not exist; nothing is allocated.
+
+    The batch has the longest sequences that the recipe allows. The CPU's compiler, which stands in for one that is not
+    installed (`compiler`), computes in float32 where a GPU computes in bfloat16: its temporaries are an upper bound.
 
     Raises:
-      InputError: if JAX has already started with fewer devices.
+      InputError: if JAX has already started with fewer CPU devices and needs them, or if the recipe's attention cannot
+        run on the hardware.
     """
-    if jax.config.jax_num_cpu_devices < trainers:  # type: ignore[attr-defined]
-        try:
-            jax.config.update("jax_num_cpu_devices", trainers)
-            jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
-        except RuntimeError:
-            raise InputError(f"{trainers} trainers, but jax has started with fewer virtual devices") from None
     from jaxrl.programs import build_programs, layout_of  # heavy, and an estimate needs none of it
 
-    mesh = mesh_over(jax.devices("cpu")[:trainers], recipe.mesh.data)
-    # a single attention length compiles fast, and the longest holds the most
-    longest = layout_of(recipe, c).buckets[-1]
-    packing = dataclasses.replace(recipe.packing, bucket_tokens=longest)
-    model = dataclasses.replace(recipe.model, attention="xla")
-    recipe = dataclasses.replace(recipe, model=model, packing=packing)
-    programs = build_programs(recipe, c, mesh)
+    jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
+    if compiler(hardware) == "cuda":
+        # as few hosts as hold them, all with the same number
+        hosts = next(n for n in range(-(-trainers // NODE), trainers + 1) if trainers % n == 0)
+        devices, fast = aot.devices(hardware, trainers, hosts), False
+    else:
+        devices, fast = _cpu_devices(trainers), True
+        # a single attention length compiles fast, and the longest holds the most
+        packing = dataclasses.replace(recipe.packing, bucket_tokens=layout_of(recipe, c).buckets[-1])
+        model = dataclasses.replace(recipe.model, attention="xla")
+        recipe = dataclasses.replace(recipe, model=model, packing=packing)
+    programs = build_programs(recipe, c, mesh_over(devices, recipe.mesh.data))
     state = programs.abstract_state()
     batch = programs.abstract_batch(programs.layout.streams[-1])
-    training = _temporary_bytes(programs.update.lower(state, batch))
-    scoring = _temporary_bytes(programs.logprobs.lower(state.params, batch))
+    training = _temporary_bytes(programs.update.lower(state, batch), fast)
+    scoring = _temporary_bytes(programs.logprobs.lower(state.params, batch), fast)
     activations = min(estimated_bytes(recipe, c, trainers)["activations"], training)
     held = {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}
     return {name: _shard_bytes(tree) for name, tree in held.items()} | {
@@ -286,12 +359,26 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str,
     }
 
 
-def _temporary_bytes(lowered: jax.stages.Lowered) -> int:
-    """Bytes that a program needs besides its arguments and results; compiled fast, into the same buffers."""
-    fast: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
-    fast["xla_llvm_disable_expensive_passes"] = True
-    analysis = lowered.compile(fast).memory_analysis()
-    assert analysis  # the CPU backend has one
+def _cpu_devices(count: int) -> list[jax.Device]:
+    """Virtual devices of this machine's processor.
+
+    Raises:
+      InputError: if JAX has already started with fewer.
+    """
+    if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            raise InputError(f"{count} trainers, but jax has started with fewer virtual devices") from None
+    return jax.devices("cpu")[:count]
+
+
+def _temporary_bytes(lowered: jax.stages.Lowered, fast: bool) -> int:
+    """Bytes that a program needs besides its arguments and results; `fast` compiles for a CPU into the same buffers."""
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+    options["xla_llvm_disable_expensive_passes"] = True
+    analysis = lowered.compile(options if fast else None).memory_analysis()
+    assert analysis  # both compilers have one
     return analysis.temp_size_in_bytes
 
 
@@ -350,6 +437,7 @@ class Plan(TypedDict):
     steps: list[dict[str, float]]  # the fields of Step, and the total; the fastest first
     flops: dict[str, float]  # model FLOPs of a step, by phase
     bytes: dict[str, float]  # on each of the fastest step's trainers
+    compiler: Literal["cuda", "cpu", "none"]  # of the bytes; none: by arithmetic
 
 
 def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
@@ -383,7 +471,10 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
         "capped_fraction": float((lengths >= w.cap).mean()),
         "steps": [dataclasses.asdict(step) | {"total": step.total} for step in steps],
         "flops": {"old log-probs": w.logprob_passes * forward, "update": 3 * forward},
-        "bytes": (compiled_bytes if a.compile else estimated_bytes)(recipe, c, trainers),
+        "bytes": compiled_bytes(recipe, c, trainers, a.hardware)
+        if a.compile
+        else estimated_bytes(recipe, c, trainers),
+        "compiler": compiler(a.hardware) if a.compile else "none",
     }
 
 
@@ -418,6 +509,7 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
         updates=updates,
         logprob_passes=1 - 1 / updates if recipe.loss.skip_first_old_logprobs else 1.0,
         trained=1 - a.zero_advantage,
+        remat=recipe.model.remat,
         eager=a.eager,
         tensor=a.tensor,
     )
@@ -428,10 +520,12 @@ def show(plan: Plan) -> None:
     console, steps, a = Console(), plan["steps"], Assumptions(**plan["assumptions"])
     console.print(_seconds_table(steps, a))
     trainers, flops = int(steps[0]["trainers"]), sum(plan["flops"].values())
-    console.print(_bytes_table(plan["bytes"], trainers, a))
+    console.print(_bytes_table(plan, trainers, a.hardware))
+    mfu = plan["flops"]["update"] / (trainers * HARDWARE[a.hardware].flops * steps[0]["update"])
     console.print(
         f"{plan['parameters'] / 1e9:.2f} B parameters; {flops:.3g} model FLOPs a step, {flops / trainers:.3g} on "
-        f"each trainer; mean response {a.mean_response:g}, {plan['capped_fraction']:.1%} at the cap"
+        f"each trainer; {mfu:.0%} MFU in forward and backward; mean response {a.mean_response:g}, "
+        f"{plan['capped_fraction']:.1%} at the cap"
     )
 
 
@@ -449,12 +543,17 @@ def _seconds_table(steps: list[dict[str, float]], a: Assumptions) -> Table:
     return table
 
 
-def _bytes_table(held: dict[str, float], trainers: int, a: Assumptions) -> Table:
-    how = "compiled for virtual devices" if a.compile else "estimated"
+def _bytes_table(plan: Plan, trainers: int, hardware: str) -> Table:
+    held = plan["bytes"]
+    how = {
+        "cuda": f"compiled for {hardware} by XLA's GPU compiler",
+        "cpu": f"compiled in float32 by XLA's CPU compiler, an upper bound: there is none for {hardware} here",
+        "none": "estimated",
+    }[plan["compiler"]]
     table = Table(f"each of {trainers} trainers, {how}", "GB")
     for name, size in held.items():
         table.add_row(name, f"{size / 1e9:.2f}", end_section=name == "temporaries")
     # the log-prob pass is over when the update begins, and takes less
     peak = sum(size for name, size in held.items() if name != "temporaries of scoring")
-    table.add_row("at most at one time", f"{peak / 1e9:.1f} of {HARDWARE[a.hardware].memory / 1e9:.0f}")
+    table.add_row("at most at one time", f"{peak / 1e9:.1f} of {HARDWARE[hardware].memory / 1e9:.0f}")
     return table
