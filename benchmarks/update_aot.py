@@ -59,7 +59,7 @@ def main() -> None:
         programs = build_programs(recipe, MODEL, mesh)
         for name in options.programs:
             rows += measure(options, programs, name, {"remat": remat})
-    before = json.loads(options.against.read_text())["rows"] if options.against else []
+    before = json.loads(options.against.read_text(encoding="utf-8"))["rows"] if options.against else []
     show(rows, before)
     write_results(
         options.name or f"update_aot_{options.hardware}",
@@ -104,7 +104,7 @@ def measure(
     assert memory is not None
     if options.hlo:
         options.hlo.mkdir(exist_ok=True)
-        (options.hlo / f"{name}-{setting['remat']}.hlo").write_text(text)
+        (options.hlo / f"{name}-{setting['remat']}.hlo").write_text(text, encoding="utf-8")
     module, rows = hlo.parse(text), []
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, cast
 
 import jax
 import numpy as np
@@ -300,9 +300,20 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
-        "activations": stream * c.layers * kept_bytes(c, recipe.model.remat, compute),
+        "activations": stream * c.layers * kept_bytes(c, cast(Remat, recipe.model.remat), compute),
         "temporaries": held + max(layer, logits),
     }
+
+
+def with_remat(recipe: config.Recipe, c: Config, trainers: int, hardware: Hardware) -> config.Recipe:
+    """The recipe with the least recomputation that fits by arithmetic, where its `model.remat` is "auto"."""
+    if recipe.model.remat != "auto":
+        return recipe
+    for remat in reversed(KEPT):
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, remat=remat))
+        if sum(estimated_bytes(recipe, c, trainers).values()) <= MEMORY_SHARE * hardware.memory:
+            break
+    return recipe
 
 
 def kept_bytes(c: Config, remat: Remat, compute: int) -> int:
@@ -449,20 +460,23 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
     _require_possible(a)
     c, hardware, data = model_config(recipe.model.path), HARDWARE[a.hardware], recipe.mesh.data
     decoder.require_positions(c, recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
-    w = _workload(recipe, c, a)
-
-    def fits(trainers: int) -> bool:
-        even = trainers % data == 0 and c.width % (trainers // data) == 0  # uneven shards are no shards
-        return even and sum(estimated_bytes(recipe, c, trainers).values()) <= MEMORY_SHARE * hardware.memory
-
     count = a.trainers or a.devices or (recipe.mesh.fsdp or NODE) * data
     if count % data:
         raise InputError(f"{count} devices cannot be divided by mesh.data = {data}; change one of them")
+    w = _workload(with_remat(recipe, c, count, hardware), c, a)
+
+    def fits(trainers: int) -> bool:
+        if trainers % data or c.width % (trainers // data):  # uneven shards are no shards
+            return False
+        of_some = with_remat(recipe, c, trainers, hardware)
+        return sum(estimated_bytes(of_some, c, trainers).values()) <= MEMORY_SHARE * hardware.memory
+
     steps = [predict(w, hardware, count, a.samplers or count, colocated=not a.samplers)]
     if a.devices > 1:
         steps.append(best_split(w, hardware, count, fits))
     steps.sort(key=lambda step: step.total)
     trainers, lengths = steps[0].trainers, response_lengths(w)
+    recipe = with_remat(recipe, c, trainers, hardware)
     forward = sequence_flops(c, lengths + w.prompt_tokens) * w.trained
     return {
         "recipe": config.to_dict(recipe),
@@ -509,7 +523,7 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
         updates=updates,
         logprob_passes=1 - 1 / updates if recipe.loss.skip_first_old_logprobs else 1.0,
         trained=1 - a.zero_advantage,
-        remat=recipe.model.remat,
+        remat=cast(Remat, recipe.model.remat),  # by `with_remat`
         eager=a.eager,
         tensor=a.tensor,
     )

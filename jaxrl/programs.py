@@ -147,7 +147,7 @@ def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh, say
     """Builds the programs of a recipe; they are compiled when they first run, or see `Programs.compile_ahead`.
 
     Where `model.remat` is "auto", `update` is compiled for the longest streams, with less and less kept for the
-    backward pass, until its bytes fit into SHARE of what JAX may use of a device, or of a CPU device's part of the host's.
+    backward pass, until its bytes fit into SHARE of what JAX may use of a device, or of a CPU device's part of memory.
 
     Args:
       recipe: what to compute.

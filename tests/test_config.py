@@ -17,7 +17,7 @@ JUSTRL = {
     "run.seed": 1,
     "model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
     "model.dtype": "bfloat16",
-    "model.remat": "full",
+    "model.remat": "auto",  # full in the script: the same gradients
     "data.path": "BytedTsinghua-SIA/DAPO-Math-17k",
     "data.suffix": "\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
     "data.strip_dapo_wrapper": True,

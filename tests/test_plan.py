@@ -33,6 +33,7 @@ from jaxrl.plan import (
     response_lengths,
     sequence_flops,
     show,
+    with_remat,
 )
 from jaxrl.types import JsonObject, Remat
 
@@ -212,6 +213,7 @@ SMALL = decoder.Config("qwen2", 512, 64, 3, 4, 2, 16, 96, 1e4, 1e-6, False, 512)
 def small_recipe(**values: dict[str, object]) -> config.Recipe:
     return config.from_dict(
         {
+            "model": {"remat": "full"},
             "data": {"max_prompt_tokens": 32},
             "rollout": {"prompts": 8, "samples": 4, "max_tokens": 96},
             "optimizer": {"minibatch_prompts": 4},
@@ -221,9 +223,24 @@ def small_recipe(**values: dict[str, object]) -> config.Recipe:
     )
 
 
+def test_auto_recomputes_the_least_that_fits() -> None:
+    recipe = config.from_dict({})
+
+    def chosen(trainers: int, memory: float) -> str:
+        hardware = dataclasses.replace(HARDWARE["H100"], memory=memory)
+        return with_remat(recipe, R1_DISTILL, trainers, hardware).model.remat
+
+    assert chosen(8, 80e9) == "products"
+    assert chosen(8, 50e9) == "projections"
+    assert chosen(1, 55e9) == "attention"
+    assert chosen(1, 1e9) == "full"
+    named = config.from_dict({"model": {"remat": "attention"}})
+    assert with_remat(named, R1_DISTILL, 8, HARDWARE["H100"]) == named
+
+
 @pytest.mark.parametrize("gather", ["step", "layer"])
 def test_compiled_bytes_are_those_of_arithmetic(gather: str) -> None:
-    recipe = small_recipe(model={"dtype": "float32"}, mesh={"gather": gather})
+    recipe = small_recipe(model={"dtype": "float32", "remat": "full"}, mesh={"gather": gather})
     held, estimated = compiled_bytes(recipe, SMALL, 4, "v5p"), estimated_bytes(recipe, SMALL, 4)
     assert held["parameters"] == 4 * parameters(SMALL) / 4
     assert held["optimizer"] == pytest.approx(2 * held["parameters"], abs=64)  # and its counters
