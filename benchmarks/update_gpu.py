@@ -66,8 +66,13 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--tokens", type=int, default=131_072, help="of an update, at most")
     add("--streams", type=int, nargs="+", default=[32_768, 16_384], help="tokens in a stream")
-    add("--backends", nargs="+", default=[b for b in get_args(Backend) if b != "xla"])
-    add("--remat", nargs="+", default=["attention", "full", "none"], choices=get_args(Remat))
+    add("--backends", nargs="+", default=["cudnn"], choices=get_args(Backend))
+    add(
+        "--remat",
+        nargs="+",
+        default=["products", "attention", "projections", "full"],
+        choices=get_args(Remat),
+    )
     add("--bucket", type=int, default=512, help="attention lengths are multiples of it")
     add("--chunk", type=int, default=1024, help="tokens whose logits exist at one time")
     add("--steps", type=int, default=2, help="timed, after one that compiles")

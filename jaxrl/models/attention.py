@@ -64,8 +64,9 @@ def choose_backend(requested: Literal["auto", Backend], dtype: str, device: jax.
     if requested == "auto":
         return next(name for name in ("cudnn", "splash", "xla") if fits[name])
     if not fits[requested]:
-        needs = {"cudnn": "model.dtype = bfloat16 and an NVIDIA GPU of the Ampere generation or later", "splash": "a TPU"}
-        raise InputError(f"model.attention = {requested} needs {needs[requested]}; set it to auto")
+        gpu = "model.dtype = bfloat16 and an NVIDIA GPU of the Ampere generation or later"
+        needed = gpu if requested == "cudnn" else "a TPU"
+        raise InputError(f"model.attention = {requested} needs {needed}; set it to auto")
     return requested
 
 
@@ -376,7 +377,13 @@ def _cudnn(
 ) -> Float[Array, "B L H D"]:
     """Tiles past a sequence's own length are skipped."""
     return jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, is_causal=True, implementation="cudnn"
+        q,
+        k,
+        v,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        is_causal=True,
+        implementation="cudnn",
     )
 
 
@@ -401,9 +408,11 @@ def _cudnn_backward(
     d_out: Float[Array, "B L H D"],
     lengths: Int32[Array, " B"],
 ) -> QKV:
-    """`jax.vjp` without its forward run: its closure holds q, k, v, lengths and what is not used, log-sum-exp and out."""
+    """`jax.vjp` without its forward run: its closure has q, k, v, lengths and what is not used, log-sum-exp and out."""
     lengths = jnp.maximum(lengths, 1)
-    closure = jax.eval_shape(lambda *x: jax.vjp(functools.partial(_cudnn, lengths=x[3]), *x[:3])[1], q, k, v, lengths)
+    closure = jax.eval_shape(
+        lambda *x: jax.vjp(functools.partial(_cudnn, lengths=x[3]), *x[:3])[1], q, k, v, lengths
+    )
     leaves, structure = jax.tree.flatten(closure)
     others = [lengths if x.shape == lengths.shape else jnp.zeros(x.shape, x.dtype) for x in leaves[3:-2]]
     filled = [q, k, v, *others, jnp.swapaxes(lse, 1, 2), out]

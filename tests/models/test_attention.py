@@ -127,7 +127,7 @@ def poisoned_past_the_end(kernel: attention.Kernel, trip: int) -> attention.Kern
         return jnp.where(own.reshape(*own.shape, *(1,) * (x.ndim - 2)), x, jnp.nan)
 
     def one_by_one(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> list[jax.Array]:
-        *inputs, lengths = arrays
+        lengths = arrays[-1]
         rows = [function(*(x[i : i + 1] for x in arrays)) for i in range(len(lengths))]
         return [mask(jnp.concatenate(x), lengths) for x in zip(*rows, strict=True)]
 
