@@ -17,7 +17,7 @@ from jaxrl.grpo import packing
 from jaxrl.models import Config, initialize
 from jaxrl.parallel.mesh import mesh_over, to_devices
 from jaxrl.prepare import needs_logprobs
-from jaxrl.programs import Program, Programs, build_programs
+from jaxrl.programs import SHARE, Program, Programs, build_programs, peak_bytes
 from jaxrl.types import Prompt, Rollout
 
 TINY = Config("qwen2", 16, 8, 1, 2, 1, 4, 16, 1e4, 1e-6, True, 64)
@@ -154,3 +154,23 @@ def test_logprobs_is_needed_where_the_recipe_can_call_it(changes: dict, needed: 
     for section, own in changes.items():
         values[section] = {**values[section], **own}
     assert needs_logprobs(config.from_dict(values)) == needed
+
+
+def test_auto_recomputes_the_least_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler's count; the executable that was counted is the one that runs."""
+    recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, remat="auto"))
+
+    def built(room: float) -> tuple[Programs, str]:
+        said: list[str] = []
+        monkeypatch.setattr("jaxrl.programs.device_bytes", lambda _: room / SHARE)
+        return build_programs(recipe, TINY, mesh_over(jax.devices()[:2]), said.append), said[0].split()[1]
+
+    programs, chosen = built(1e12)
+    assert chosen == "products,"
+    longest = programs.abstract_batch(programs.layout.streams[-1]).tokens.shape
+    needed = peak_bytes(programs.update.executables[longest].result())
+    assert built(needed)[1] == "products,"
+    assert built(needed - 1)[1] != "products,"
+    least, chosen = built(1)
+    assert chosen == "full,"
+    assert not least.update.executables
