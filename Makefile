@@ -70,7 +70,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST)
 
 test-slow: $(VENV)/.installed-test smollm2
-	$(BIN)/python -m pytest -m "slow and not vllm" --ignore tests/launch $(PYTEST)
+	$(BIN)/python -m pytest -m "slow and not vllm and not aot" --ignore tests/launch $(PYTEST)
 
 TRIES ?= 200
 
@@ -125,7 +125,7 @@ $(AOT_VENV)/.installed: requirements.txt requirements-aot.txt pyproject.toml
 	@touch $@
 
 aot: $(AOT_VENV)/.installed
-	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -m aot tests/aot $(PYTEST)
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -m aot tests/test_aot.py tests/test_cudnn.py $(PYTEST)
 
 test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed-cuda)
 	$(ON_GPU) -m pytest -m gpu tests/test_gpu.py $(PYTEST)

@@ -20,7 +20,7 @@ from jaxrl.programs import Programs, build_programs, peak_bytes
 from jaxrl.types import Gather, Remat
 
 pytestmark = pytest.mark.aot
-RECIPE = Path(__file__).parents[2] / "recipes" / "justrl-deepseek-1.5b.toml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "justrl-deepseek-1.5b.toml"
 MODEL = next(iter(KNOWN.values()))
 GB = 1e9
 

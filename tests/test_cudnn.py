@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from aot import cudnn_graphs
+import cudnn_graphs
 from jaxrl.grpo.packing import bucket_lengths
 from jaxrl.models import attention
 
@@ -25,7 +25,7 @@ LENGTHS = attention.padded_lengths(bucket_lengths(512, 16_384), attention.TRIP)
 @pytest.mark.skipif(not (find_spec("nvidia") and shutil.which("cc")), reason="make aot brings cuDNN; and cc")
 @pytest.mark.parametrize("hardware", ["H100", "A100"])
 def test_every_length_has_engines(hardware: str, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     given = cudnn_graphs.environment(tmp_path) | {"PYTHONPATH": str(root)}
     command = [sys.executable, cudnn_graphs.__file__, hardware, *map(str, LENGTHS)]
     done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
