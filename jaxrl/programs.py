@@ -66,9 +66,8 @@ class Program(Generic[Takes, Gives]):
         if shape not in self.executables:
             return self.function(state, batch)
         began = time.monotonic()
-        if self.executables[
-            shape
-        ].cancel():  # others come before it; in a thread, as signals wait for XLA here
+        # others come before it; in a thread, as signals wait for XLA here
+        if self.executables[shape].cancel():
             del self.executables[shape]
             background.start(self.expect(state, batch), threads=1)
         try:

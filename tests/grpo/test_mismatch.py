@@ -75,7 +75,8 @@ def make_batch(on_policy: bool) -> packing.PackedBatch:
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_what_ratios_are_relative_to(correction: Correction, stale: bool, on_policy: bool) -> None:
-    recipe = config.from_dict({"sampler": {"correction": correction, "correction_cap": 1.5}})
+    sections = {"sampler": {"correction": correction, "correction_cap": 1.5}, "model": {"remat": "full"}}
+    recipe = config.from_dict(sections)
     packed = make_batch(on_policy and correction == "none" and not stale)
     apart = np.random.default_rng(3).normal(0, 0.5, packed.tokens.shape).astype(np.float32)
     scored = []
