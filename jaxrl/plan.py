@@ -345,6 +345,7 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: st
     """
     from jaxrl.programs import build_programs, layout_of  # heavy, and an estimate needs none of it
 
+    recipe = with_remat(recipe, c, trainers, HARDWARE[hardware])
     jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
     if compiler(hardware) == "cuda":
         # as few hosts as hold them, all with the same number
