@@ -6,8 +6,8 @@ bandwidth, whichever takes longer. One stream is counted, with segments of one l
 
 Attainable MFU is the model FLOPs of the stream's tokens (jaxrl.plan.sequence_flops, three forward passes for an update)
 over peak times the sum of the kernels' rooflines: no program of these kernels can be faster. What it cannot know: how
-close a kernel comes to its roofline (matrix products reach 70 to 80% of peak; nothing is autotuned here), and the gaps
-between launches. Kernels and waits for the host are counted, so that a measured gap can be multiplied.
+close a kernel comes to its roofline (nothing is autotuned here), and the gaps between launches. Kernels are counted, so
+that a measured gap can be multiplied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxrl.hardware import HARDWARE
 from jaxrl.models import attention
 from jaxrl.parallel.mesh import mesh_over
 from jaxrl.plan import KNOWN, sequence_flops
-from jaxrl.programs import Programs, build_programs
+from jaxrl.programs import Programs, build_programs, peak_bytes
 from jaxrl.types import JsonObject
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "justrl-deepseek-1.5b.toml"
@@ -100,20 +100,19 @@ def measure(
         else programs.logprobs.lower(state.params, batch)
     )
     compiled = lowered.compile()
-    seconds, memory, text = time.process_time() - began, compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
+    seconds, text = time.process_time() - began, compiled.as_text()
     if options.hlo:
         options.hlo.mkdir(exist_ok=True)
         (options.hlo / f"{name}-{setting['remat']}.hlo").write_text(text, encoding="utf-8")
     module, rows = hlo.parse(text), []
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     for mix in options.mixes:
         streams = mixes(stream)[mix]
         costs = hlo.costs(module, HARDWARE[options.hardware], loops(programs, streams))
         found = summary(costs, streams, HARDWARE[options.hardware].flops, 3 if name == "update" else 1)
         rows.append(
-            {"program": name, "mix": mix, "bytes": peak, "compile_seconds": seconds} | setting | found
+            {"program": name, "mix": mix, "bytes": peak_bytes(compiled), "compile_seconds": seconds}
+            | setting
+            | found
         )
         for cost in sorted(costs, key=lambda c: -c.seconds)[: options.top]:
             print(

@@ -120,7 +120,6 @@ class Cost:
     name: str
     op: str
     scope: str
-    computation: str
     times: float  # it runs
     flops: Mapping[str, float]  # of matrix products, by the operands' dtype; of all runs
     bytes: float  # that it reads and writes, of all runs
@@ -249,7 +248,6 @@ def _cost(module: Module, name: str, i: Instruction, hardware: Hardware, times: 
         name=i.name,
         op=i.op,
         scope=i.scope,
-        computation=name,
         times=times,
         flops={kind: n * times for kind, n in flops.items()},
         bytes=moved * times,

@@ -329,8 +329,8 @@ def kept_bytes(c: Config, remat: Remat, compute: int) -> int:
 
 
 def compiler(hardware: str) -> Literal["cuda", "cpu"]:
-    """Whose compiler `compiled_bytes` uses: the hardware's where it is installed, else the CPU's."""
-    return "cuda" if aot.available(hardware) else "cpu"
+    """Whose compiler `compiled_bytes` uses: a GPU's own where it is installed, else the CPU's."""
+    return "cuda" if hardware in aot.TARGETS and aot.available(hardware) else "cpu"
 
 
 def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: str) -> dict[str, float]:

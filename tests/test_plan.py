@@ -238,6 +238,11 @@ def test_auto_recomputes_the_least_that_fits() -> None:
     assert with_remat(named, R1_DISTILL, 8, HARDWARE["H100"]) == named
 
 
+def test_a_tpus_compiler_is_not_taken_for_a_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxrl.aot.available", lambda _: True)
+    assert [compiler(name) for name in ("H100", "v5p", "B200")] == ["cuda", "cpu", "cpu"]
+
+
 @pytest.mark.parametrize("gather", ["step", "layer"])
 def test_compiled_bytes_are_those_of_arithmetic(gather: str) -> None:
     recipe = small_recipe(model={"dtype": "float32", "remat": "full"}, mesh={"gather": gather})
