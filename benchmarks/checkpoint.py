@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     model = dataclasses.replace(MODEL, layers=options.layers, vocab_size=options.words)
     mesh = make_mesh()
-    state = init_state(decoder.initialize(model, 0), make_optimizer(config.Optimizer(), 1), mesh)
+    state = init_state(decoder.initialize(model, 0), make_optimizer(config.Optimizer()), mesh)
     leaves = jax.tree.leaves(state)
     size = sum(leaf.nbytes for leaf in leaves)
     with tempfile.TemporaryDirectory(prefix="jaxrl-checkpoint-", dir=options.folder) as folder:

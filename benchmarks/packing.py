@@ -64,7 +64,7 @@ def measure(sequences: int, devices: int, seed: int) -> JsonObject:
     layout = layout_of(recipe, MODEL)
     dense, attended = forward_flops(MODEL)
     began = time.perf_counter()
-    batch = packing.pack(rollouts, np.ones(sequences, np.float32), devices, layout)
+    batch = packing.pack(rollouts, np.ones(sequences), devices, layout, learning_rate=0.0)
     seconds = time.perf_counter() - began
     squares = np.array([*np.square(layout.buckets, dtype=float), 0.0])  # the last: bucket -1, no segment
     attention = attended * squares[batch.buckets].sum(axis=(1, 2)) / 2

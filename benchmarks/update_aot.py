@@ -97,7 +97,7 @@ def measure(
     lowered = (
         programs.update.lower(state, batch)
         if name == "update"
-        else programs.logprobs.lower(state.params, batch)
+        else programs.logprobs.lower(state.params, packing.without_terms(batch))
     )
     compiled = lowered.compile()
     seconds, text = time.process_time() - began, compiled.as_text()

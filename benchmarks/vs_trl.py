@@ -36,6 +36,7 @@ from jaxrl import config, data
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.grpo import packing
 from jaxrl.grpo.advantages import group_advantages
+from jaxrl.grpo.update import learning_rate
 from jaxrl.marking import make_marker
 from jaxrl.models import decoder, hf
 from jaxrl.parallel.mesh import make_mesh, to_devices
@@ -314,7 +315,9 @@ def compare_updates(base: Path, threads: int, steps: int = 3) -> JsonObject:
         flat = in_order(groups, advantages, order)
         pairs = zip(flat, order["advantages"], strict=True)
         advantage = max(advantage, *(abs(own - theirs) for (_, own), theirs in pairs))
-        for minibatch in minibatches(recipe, programs, flat, state.params):
+        for minibatch in minibatches(
+            recipe, programs, flat, state.params, learning_rate(recipe.optimizer, k)
+        ):
             state, metrics = programs.update(state, minibatch)
             theirs = hf.load(out / f"update_{int(state.step)}").params
             found["parameter_difference"].append(largest(state.params, theirs))
@@ -361,14 +364,15 @@ def minibatches(
     programs: Programs,
     flat: Sequence[tuple[Rollout, float]],
     params: decoder.Params,
+    rate: float,
 ) -> list[packing.PackedBatch]:
     """Packs the step's mini-batches in this order, with old log-probs."""
     size, found = len(flat) // recipe.updates_per_step, []
     for first in range(0, len(flat), size):
         rollouts, advantages = zip(*flat[first : first + size], strict=True)
-        packed = packing.pack(rollouts, np.array(advantages, np.float32), 1, programs.layout)
+        packed = packing.pack(rollouts, np.array(advantages), 1, programs.layout, learning_rate=rate)
         minibatch = to_devices(packed, programs.mesh)
-        found.append(minibatch.replace(old_logprobs=programs.logprobs(params, minibatch)))
+        found.append(minibatch.replace(old_logprobs=programs.logprobs(params, minibatch).logprobs))
     return found
 
 

@@ -14,8 +14,17 @@ if TYPE_CHECKING:
     from jaxrl.errors import InputError, RunError
     from jaxrl.grpo.advantages import group_advantages, sequence_weights, token_weights
     from jaxrl.grpo.objective import Objective, policy_objective
-    from jaxrl.grpo.packing import Layout, PackedBatch, Placement, bucket_lengths, fill, lay_out, pack
-    from jaxrl.grpo.update import Functions, Numerics, TrainState, init_state, make_optimizer, make_update
+    from jaxrl.grpo.packing import Layout, PackedBatch, Placement, Terms, bucket_lengths, fill, lay_out, pack
+    from jaxrl.grpo.update import (
+        Functions,
+        Likelihoods,
+        Numerics,
+        TrainState,
+        init_state,
+        learning_rate,
+        make_optimizer,
+        make_update,
+    )
     from jaxrl.models.decoder import Config as ModelConfig
     from jaxrl.models.decoder import initialize
     from jaxrl.models.hf import Model
@@ -54,6 +63,7 @@ _PUBLIC = {
     "Layout": "grpo.packing",
     "PackedBatch": "grpo.packing",
     "Placement": "grpo.packing",
+    "Terms": "grpo.packing",
     "bucket_lengths": "grpo.packing",
     "lay_out": "grpo.packing",
     "fill": "grpo.packing",
@@ -64,6 +74,8 @@ _PUBLIC = {
     "Numerics": "grpo.update",
     "TrainState": "grpo.update",
     "init_state": "grpo.update",
+    "Likelihoods": "grpo.update",
+    "learning_rate": "grpo.update",
     "make_optimizer": "grpo.update",
     "make_update": "grpo.update",
     "Programs": "programs",

@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 import tomli_w
@@ -29,14 +29,20 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from jaxrl.errors import InputError, first_line
 from jaxrl.types import (
     Backend,
+    Center,
     Correction,
     Dtype,
     Engine,
+    Estimator,
     Gather,
+    Level,
     Normalization,
+    OnTruncated,
     OnUpdate,
     Order,
+    Ratio,
     Remat,
+    Scale,
     TransportName,
     Verifier,
 )
@@ -114,6 +120,17 @@ def _scalar(value: object) -> object:
     if not isinstance(value, bool | int | float | str) or value != value:
         raise ValueError("a template argument is text, a number or a boolean")
     return value
+
+
+def _known_or_plugin(*names: str) -> AfterValidator:
+    """One of these names, or that of a function elsewhere."""
+
+    def check(text: str) -> str:
+        if text not in names and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+            raise ValueError(f'neither one of {", ".join(names)} nor a "module:function"')
+        return text
+
+    return AfterValidator(check)
 
 
 Date = Annotated[str, AfterValidator(_iso_date)]
@@ -273,9 +290,15 @@ class Sampler(Section):
     on_update: OnUpdate = "keep"
     """Requests under way when weights change go on with the new ones, or end first (ours)."""
     correction: Correction = "none"
-    """Importance weights of tokens, trainer's probability over sampler's (JustRL: none)."""
+    """Importance weights of tokens, trainer's probability over sampler's: truncated cuts them off at cap and floor,
+    masked leaves tokens out that are beyond, filtered takes the token's own weight where the level's is within (JustRL:
+    none)."""
+    correction_level: Level = "token"
+    """A token's ratio, the product of its sequence's (sequence), or their geometric mean (geometric) (ours)."""
     correction_cap: Annotated[float, Field(ge=1)] = 2.0
-    """Largest importance weight; "masked" leaves tokens out that are above it, or below 1 / it (verl rollout_is)."""
+    """Largest importance weight (verl rollout_is_threshold; IcePop in ProRL v2: 5)."""
+    correction_floor: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    """Smallest importance weight; 0 is 1 / cap for masked and filtered, and none for truncated (ProRL v2: 0.5)."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +307,8 @@ class Reward(Section):
     """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork), minerva
     DAPO's `Answer:` line after normalizing, equivalent is DeepScaleR's lenient one (needs <think> in the text),
     corrected a lenient one without that one's faults."""
+    wrong: Annotated[Float, Field(lt=1)] = -1.0
+    """Reward of a wrong answer; a right one's is 1 (JustRL: -1; most others: 0)."""
     with_prompt: bool = False
     """Give the verifier the prompt's text before the response, whose template may hold <think> (DeepScaleR: true)."""
     overlong_tokens: Count = 0
@@ -294,20 +319,77 @@ class Reward(Section):
 
 @dataclass(frozen=True)
 class Advantage(Section):
-    normalize_std: bool = True
-    """Divide by the group's standard deviation, ddof = 1 (verl norm_adv_by_std_in_grpo)."""
+    center: Annotated[str, _known_or_plugin(*get_args(Center))] = "group"
+    """What is taken off a reward: the mean of its group (GRPO), of the group's others (leave_one_out, RLOO), of the
+    group weighted by length (length_weighted, OPO), of all tokens (batch), or none; second_best leaves the best of a
+    group its lead (pass@k); or "module:function"."""
+    scale: Scale = "group"
+    """Then divide by the group's standard deviation, ddof = 1 (verl norm_adv_by_std_in_grpo); or by that of all tokens
+    of the step, less their mean (batch, REINFORCE++); or not (none, Dr. GRPO)."""
     epsilon: PositiveFloat = 1e-6
     """Added to the standard deviation (verl core_algos)."""
 
 
 @dataclass(frozen=True)
+class KL(Section):
+    coefficient: NonNegative = 0.0
+    """Of the divergence from the model that training starts from; 0 has no such reference (JustRL: none)."""
+    place: Literal["loss", "reward"] = "loss"
+    """A term of the loss, weighted like the policy's; or taken off each token's advantage with that of all later tokens
+    (none in JustRL)."""
+    estimator: Estimator = "k3"
+    """Of each token's KL divergence, see docs/techniques.md (none in JustRL)."""
+
+
+@dataclass(frozen=True)
+class Entropy(Section):
+    bonus: NonNegative = 0.0
+    """Coefficient of the entropy that is taken off the loss, weighted like the policy's (JustRL: none)."""
+    quantile: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Tokens whose entropy is above this quantile of their answer's are clipped to 1 -+ entropy.clip and have no KL
+    term; 0 makes no difference between tokens (none in JustRL; Archer: 0.8)."""
+    clip: Annotated[Float, Field(ge=0, lt=1)] = 0.5
+    """Of the tokens above the quantile (Archer)."""
+
+
+@dataclass(frozen=True)
+class Length(Section):
+    truncated_penalty: NonNegative = 0.0
+    """Taken off the reward of an answer that was cut off (none in JustRL; ProRL v1)."""
+    truncated_factor: Annotated[Float, Field(ge=0, le=1)] = 1.0
+    """The reward of an answer that was cut off is multiplied by this (none in JustRL; ProRL v2's scripts: 0)."""
+    on_truncated: OnTruncated = "train"
+    """Answers that were cut off are trained on, or left out of the loss (drop, DAPO's overlong filtering), or without
+    advantage if wrong (drop_wrong, DeepCoder's); they count in their group's mean all the same (JustRL: train)."""
+    cosine: NonNegative = 0.0
+    """Reward of an empty answer over one of rollout.max_tokens, along half a cosine (none in JustRL; ProRL v2)."""
+    cosine_on: Count = 0
+    """Steps with the cosine, then cosine_off without, and so on; 0 and 0 is always (ProRL v2: 100 and 500)."""
+    cosine_off: Count = 0
+    """See cosine_on."""
+
+
+@dataclass(frozen=True)
 class Loss(Section):
-    clip_low: NonNegative = 0.2
+    surrogate: Annotated[str, _known_or_plugin("clip", "score", "sigmoid")] = "clip"
+    """Of a token's ratio: clip is PPO's, score keeps every token's gradient (CISPO, REINFORCE), sigmoid is SAPO's; or
+    "module:function", see docs/techniques.md (verl policy_loss)."""
+    ratio: Ratio = "token"
+    """Of each token's probabilities, or one a sequence: the mean of log-ratios (sequence, GSPO), clipped before
+    (geometric, GMPO) (verl: token)."""
+    clip_low: Annotated[Float, Field(ge=0, le=1)] = 0.2
     """The ratio is clipped below 1 - clip_low (verl clip_ratio_low)."""
     clip_high: NonNegative = 0.28
     """The ratio is clipped above 1 + clip_high (verl clip_ratio_high)."""
     dual_clip: Annotated[float, Field(gt=1)] = 10.0
-    """Bound of the loss for negative advantages, in units of -A (verl clip_ratio_c)."""
+    """Bound of the loss for negative advantages, in units of -A, for surrogate = "clip"; inf is none (verl
+    clip_ratio_c)."""
+    log_ratio_bound: Annotated[float, Field(gt=0)] = math.inf
+    """Log-ratios are cut off at +- this (verl 0.4.0, JustRL's: none; 20 since)."""
+    sigmoid_positive: PositiveFloat = 1.0
+    """Temperature of surrogate = "sigmoid" where the advantage is positive (SAPO)."""
+    sigmoid_negative: PositiveFloat = 1.05
+    """And where it is negative (SAPO)."""
     normalization: Literal[Normalization, "verl_dynamic"] = "token_mean"
     """How token losses of a mini-batch are averaged (verl loss_agg_mode = token-mean; what that came to, by rank and
     micro-batch, is verl_dynamic, see docs/fidelity.md)."""
@@ -316,9 +398,9 @@ class Loss(Section):
     verl_tokens: Positive = 32_768
     """Of verl_dynamic: tokens that a micro-batch may hold (verl ppo_max_token_len_per_gpu)."""
     skip_zero_advantage: bool = True
-    """Leave groups that are all right or all wrong out of the device work: their loss is exactly 0 (ours)."""
+    """Leave sequences whose loss is exactly 0 out of the device work (ours)."""
     skip_first_old_logprobs: bool = True
-    """Take the first mini-batch's ratio as exactly 1 instead of recomputing its log-probs (ours)."""
+    """Take the first mini-batch's ratio as 1 instead of recomputing its log-probs, where that is exact (ours)."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +421,8 @@ class Optimizer(Section):
     """Global L2 norm to which gradients are clipped (verl grad_clip)."""
     minibatch_prompts: Positive = 64
     """Prompts per optimizer update; 256 / 64 gives 4 updates a step (verl ppo_mini_batch_size)."""
+    epochs: Positive = 1
+    """Passes over a step's mini-batches, in the same order (verl ppo_epochs; Archer: 3)."""
 
 
 @dataclass(frozen=True)
@@ -415,6 +499,9 @@ class Recipe:
     sampler: Sampler = field(default_factory=Sampler)
     reward: Reward = field(default_factory=Reward)
     advantage: Advantage = field(default_factory=Advantage)
+    kl: KL = field(default_factory=KL)
+    entropy: Entropy = field(default_factory=Entropy)
+    length: Length = field(default_factory=Length)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     packing: Packing = field(default_factory=Packing)
@@ -425,9 +512,14 @@ class Recipe:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     @property
-    def updates_per_step(self) -> int:
-        """Mini-batches of a step, each an optimizer update."""
+    def minibatches(self) -> int:
+        """Mini-batches of a step."""
         return self.rollout.prompts // self.optimizer.minibatch_prompts
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates of a step: one for each mini-batch and epoch."""
+        return self.minibatches * self.optimizer.epochs
 
     @property
     def max_tokens(self) -> int:
@@ -528,6 +620,8 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
         known = [f.name for f in dataclasses.fields(Source)]
     elif len(location) > 1:
         known = [f.name for f in dataclasses.fields(getattr(Recipe(), str(location[0])))]
+    if location == ("advantage", "normalize_std"):
+        return 'it is now advantage.scale, "group" for true and "none" for false'
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
 
@@ -581,6 +675,11 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
 
 
 def _sampling_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
+    yield (
+        r.rollout.top_p == 1 and r.rollout.top_k == 0,
+        f"rollout.top_p = {r.rollout.top_p}, rollout.top_k = {r.rollout.top_k}: the trainer's log-probs are of the "
+        "whole vocabulary, so every ratio would be off; use 1.0 and 0, and eval.top_p for evaluation",
+    )
     yield (
         r.rollout.temperature > 0,
         f"rollout.temperature = 0 samples one answer {r.rollout.samples} times over; raise it, to 1.0 say",

@@ -1,4 +1,4 @@
-"""Marking rollouts: the recipe's verifier on the text, and the penalty for length."""
+"""Marking rollouts: the recipe's verifier on the text, and the reward with the terms of its length."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import dataclasses
 
 from jaxrl import config
 from jaxrl.rewards import VERIFIERS, sandbox
-from jaxrl.rewards.overlong import overlong_penalty
-from jaxrl.types import Detokenize, OnRollout, Rollout
+from jaxrl.rewards.length import cosine_active, cosine_bonus, overlong_penalty, truncated_reward
+from jaxrl.types import Detokenize, Marker, Rollout
 
 
-def make_marker(recipe: config.Recipe, detokenize: Detokenize) -> OnRollout:
-    """Returns a function that gives a rollout its score and its penalty. Threads may call it in parallel.
+def make_marker(recipe: config.Recipe, detokenize: Detokenize) -> Marker:
+    """Returns a function that gives a rollout of a step its score and its reward. Threads may call it in parallel.
 
     Args:
-      recipe: with [reward] and the longest response.
+      recipe: with [reward], [length] and the longest response.
       detokenize: token ids to text without special tokens.
     """
-    reward, verify = recipe.reward, VERIFIERS[recipe.reward.verifier]
+    reward, length, verify = recipe.reward, recipe.length, VERIFIERS[recipe.reward.verifier]
 
-    def mark(rollout: Rollout) -> Rollout:
+    def mark(rollout: Rollout, step: int = 0) -> Rollout:
         before = detokenize(rollout.prompt.tokens) if reward.with_prompt else ""
         undecided = sandbox.undecided()  # comparisons so far
         score = verify(before + detokenize(rollout.tokens), rollout.prompt.answer)
-        penalty = overlong_penalty(
-            len(rollout.tokens), recipe.rollout.max_tokens, reward.overlong_tokens, reward.overlong_penalty
-        )
         more = sandbox.undecided() > undecided
-        return dataclasses.replace(rollout, score=score, penalty=penalty, undecided=score < 0 and more)
+        tokens, longest = len(rollout.tokens), recipe.rollout.max_tokens
+        earned = 1.0 if score > 0 else reward.wrong
+        earned += overlong_penalty(tokens, longest, reward.overlong_tokens, reward.overlong_penalty)
+        if cosine_active(step, length.cosine_on, length.cosine_off):
+            earned += cosine_bonus(tokens, longest, length.cosine)
+        if rollout.finish_reason == "length":
+            earned = truncated_reward(earned, length.truncated_factor, length.truncated_penalty)
+        return dataclasses.replace(rollout, score=score, reward=earned, undecided=score < 0 and more)
 
     return mark

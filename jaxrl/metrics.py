@@ -86,6 +86,14 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
         return float(np.sum(trained) / tokens.sum()) if tokens.sum() else np.nan
 
     tokens = values("tokens")
+    names = {"kl": "policy/kl_reference"} | {
+        f"clip_fraction_{side}": f"update/clip_fraction_{side}" for side in ("low", "high")
+    }
+    terms = {
+        name: float(np.nanmean(values(of_update)))
+        for of_update, name in names.items()
+        if of_update in updates[0]
+    }
     ratios = np.sum([u["ratio_histogram"] for u in updates], axis=0)
     low, median, high = ratio_quantiles(ratios, (0.01, 0.5, 0.99))
     return {
@@ -104,7 +112,7 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
         "sampler/ratio_p01": low,
         "sampler/ratio_p50": median,
         "sampler/ratio_p99": high,
-    }
+    } | terms
 
 
 def performance(model: decoder.Config, record: Record) -> dict[str, float]:

@@ -343,7 +343,9 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: st
       InputError: if JAX has already started with fewer CPU devices and needs them, or if the recipe's attention cannot
         run on the hardware.
     """
-    from jaxrl.programs import build_programs, layout_of  # heavy, and an estimate needs none of it
+    # heavy, and an estimate needs none of it
+    from jaxrl.grpo.packing import without_terms
+    from jaxrl.programs import build_programs, layout_of
 
     recipe = with_remat(recipe, c, trainers, HARDWARE[hardware])
     jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
@@ -361,9 +363,11 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: st
     state = programs.abstract_state()
     batch = programs.abstract_batch(programs.layout.streams[-1])
     training = _temporary_bytes(programs.update.lower(state, batch), fast)
-    scoring = _temporary_bytes(programs.logprobs.lower(state.params, batch), fast)
+    scoring = _temporary_bytes(programs.logprobs.lower(state.params, without_terms(batch)), fast)
     activations = min(estimated_bytes(recipe, c, trainers)["activations"], training)
     held = {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}
+    if recipe.kl.coefficient:
+        held["reference"] = state.params
     return {name: _shard_bytes(tree) for name, tree in held.items()} | {
         "activations": activations,
         "temporaries": training - activations,

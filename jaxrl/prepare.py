@@ -1,103 +1,356 @@
-"""From marked groups to what `update` takes: packed mini-batches with old log-probs, on the devices."""
+"""From marked groups to what `update` takes: packed mini-batches on the devices.
+
+A recipe's techniques are chosen once, as a `Method`: functions over a step's or a mini-batch's sequences, in NumPy.
+What they give are arrays of the mini-batch. JustRL's method needs nothing but rewards, so its mini-batches are packed
+before any log-probability is known; where a technique looks at those, they are computed first, of every sequence.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jax.experimental import multihost_utils
+from jaxtyping import Float, Int
 
 from jaxrl import config
 from jaxrl.grpo import packing, verl
-from jaxrl.grpo.advantages import sequence_weights
+from jaxrl.grpo.advantages import relative_advantages, sequence_weights
+from jaxrl.grpo.gate import high_entropy
+from jaxrl.grpo.kl import kl_penalty
 from jaxrl.grpo.mismatch import importance_weights
+from jaxrl.grpo.packing import NO_TERMS, Terms
+from jaxrl.grpo.update import Likelihoods
 from jaxrl.models import decoder
 from jaxrl.parallel.mesh import to_devices
+from jaxrl.plugins import is_plugin, load_plugin
 from jaxrl.programs import Programs
-from jaxrl.types import Groups, Rollout, Truncation
+from jaxrl.rewards.length import dropped
+from jaxrl.types import Center, Groups, Rollout, Values
+
+Tokens = list[Float[np.ndarray, " T"]]  # a number for each token of each sequence's completion
+
+
+class Known(NamedTuple):
+    """Log-probabilities and entropies (nats) of sequences, where a technique needs them on the host."""
+
+    old: Tokens  # of the policy before the step
+    entropies: Tokens | None
+    reference: Tokens | None
+
+
+class MiniBatch(NamedTuple):
+    """The sequences of one update, [B], as techniques see and change them."""
+
+    rollouts: Sequence[Rollout]
+    lengths: Int[np.ndarray, " B"]  # tokens in the loss: of the completion, or 0
+    advantages: Values
+    weights: Values
+    terms: Terms = NO_TERMS
+    known: Known | None = None
+
+
+Advantages = Callable[
+    [Float[np.ndarray, " B"], Int[np.ndarray, " B"], Int[np.ndarray, " B"], Known | None], Values
+]
+Technique = Callable[[MiniBatch], MiniBatch]
+
+
+class Method(NamedTuple):
+    """A recipe's techniques.
+
+    Attributes:
+      advantages: of rewards, each one's group and tokens, and what is known, [B] each.
+      techniques: applied to every mini-batch, in order.
+      looks: whether one of these needs `Known`.
+      exact_ratio: whether the first update's ratio is exactly 1.
+    """
+
+    advantages: Advantages
+    techniques: tuple[Technique, ...]
+    looks: bool
+    exact_ratio: bool
+
+
+def make_method(recipe: config.Recipe) -> Method:
+    """Chooses the functions of a recipe's techniques.
+
+    Raises:
+      InputError: for a function of the recipe's that cannot be imported.
+    """
+    kl, entropy, loss, corrects = recipe.kl, recipe.entropy, recipe.loss, recipe.sampler.correction != "none"
+    techniques: list[Technique] = []
+    if kl.coefficient and kl.place == "loss":
+        techniques.append(functools.partial(_with_kl, kl.coefficient))
+    if entropy.bonus:
+        techniques.append(functools.partial(_with_bonus, entropy.bonus))
+    if entropy.quantile:
+        techniques.append(functools.partial(_with_gate, recipe))
+    if corrects:
+        techniques.append(functools.partial(_corrected, recipe.sampler))
+    in_reward = bool(kl.coefficient) and kl.place == "reward"
+    return Method(
+        _advantages(recipe, in_reward),
+        tuple(techniques),
+        looks=corrects or in_reward or bool(entropy.quantile),
+        exact_ratio=loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1,
+    )
+
+
+def _advantages(recipe: config.Recipe, in_reward: bool) -> Advantages:
+    section, kl = recipe.advantage, recipe.kl
+
+    def advantages(
+        rewards: Float[np.ndarray, " B"],
+        groups: Int[np.ndarray, " B"],
+        lengths: Int[np.ndarray, " B"],
+        known: Known | None,
+    ) -> Values:
+        costs, center = None, section.center
+        if in_reward:
+            assert known and known.reference
+            pairs = zip(known.old, known.reference, strict=True)
+            costs = [kl.coefficient * kl_penalty(old, reference, kl.estimator) for old, reference in pairs]
+        if is_plugin(center):
+            rewards, center = np.asarray(own(rewards, groups, lengths), np.float64), "none"
+        return relative_advantages(
+            rewards,
+            groups,
+            lengths,
+            center=cast(Center, center),
+            scale=section.scale,
+            epsilon=section.epsilon,
+            costs=costs,
+        )
+
+    own = (
+        load_plugin("advantage.center", section.center) if is_plugin(section.center) else relative_advantages
+    )
+    return advantages
+
+
+def _with_kl(coefficient: float, mini: MiniBatch) -> MiniBatch:
+    """The divergence from the reference in the loss, averaged as the policy's term is."""
+    return mini._replace(terms=mini.terms._replace(kl_weights=_times(mini.weights, coefficient)))
+
+
+def _with_bonus(coefficient: float, mini: MiniBatch) -> MiniBatch:
+    """An entropy bonus, averaged as the policy's term is."""
+    return mini._replace(terms=mini.terms._replace(entropy_weights=_times(mini.weights, coefficient)))
+
+
+def _with_gate(recipe: config.Recipe, mini: MiniBatch) -> MiniBatch:
+    """Archer's: bounds of the ratio by a token's entropy, and a KL term for low ones alone, averaged over these."""
+    assert mini.known and mini.known.entropies
+    loss, wide = recipe.loss, recipe.entropy.clip
+    high = high_entropy(mini.known.entropies, recipe.entropy.quantile)
+    terms = mini.terms._replace(
+        ratio_low=[np.where(h, 1 - wide, 1 - loss.clip_low) for h in high],
+        ratio_high=[np.where(h, 1 + wide, 1 + loss.clip_high) for h in high],
+    )
+    if terms.kl_weights is not None:
+        low = np.array([np.sum(~h) for h in high]) * (mini.lengths > 0)
+        weights = _weights_of(recipe, low) * recipe.kl.coefficient
+        terms = terms._replace(kl_weights=[w * ~h for w, h in zip(weights, high, strict=True)])
+    return mini._replace(terms=terms)
+
+
+def _corrected(section: config.Sampler, mini: MiniBatch) -> MiniBatch:
+    """Weights of the policy's term alone, for what a slightly different policy sampled."""
+    assert mini.known and section.correction != "none"
+    ratios = importance_weights(
+        mini.known.old,
+        [np.asarray(rollout.logprobs, np.float64) for rollout in mini.rollouts],
+        section.correction,
+        section.correction_cap,
+        section.correction_floor or None,
+        section.correction_level,
+    )
+    return mini._replace(weights=[w * r for w, r in zip(mini.weights, ratios, strict=True)])
+
+
+def _times(values: Values, factor: float) -> Values:
+    return [factor * x for x in values]
 
 
 def minibatches(
     recipe: config.Recipe,
+    method: Method,
     programs: Programs,
     groups: Groups,
-    advantages: Float32[np.ndarray, "P G"],
+    learning_rate: float,
+    params: decoder.Params,
+    reference: decoder.Params | None = None,
     stale: bool = False,
-) -> Iterator[packing.PackedBatch]:
-    """Packs the mini-batches of a step.
+) -> list[packing.PackedBatch]:
+    """The mini-batches of a step, on the devices, with the log-probabilities that their ratios are relative to.
+
+    These are those of the policy before this step's updates, for which the first of them may need no pass; or the
+    sampler's, where older parameters sampled. With a correction they are always the former, and importance weights make
+    up for the difference to the sampler (decoupled PPO, arXiv 2110.00641).
 
     Args:
       recipe: how they are divided, weighted and packed.
+      method: the recipe's, see `make_method`.
       programs: whose layout and mesh they are for.
       groups: [P][G] marked rollouts.
-      advantages: [P, G].
+      learning_rate: of the updates.
+      params: of the policy.
+      reference: those that a KL term is relative to; needed where the recipe has one.
       stale: whether some were sampled by older parameters than the step's.
     """
-    skip = recipe.loss.skip_first_old_logprobs and not stale and recipe.sampler.correction == "none"
     rollouts = [rollout for group in groups for rollout in group]
-    for k, (chosen, weights) in enumerate(divide(recipe, rollouts)):
-        yield packing.pack(
+    of_group = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    lengths = np.array([len(r.tokens) for r in rollouts])
+    rule = recipe.length.on_truncated
+    out = np.array([dropped(rule, r.finish_reason == "length", r.score > 0) for r in rollouts])
+    in_loss = np.where(out, 0, lengths) if rule == "drop" else lengths
+    dealt = list(divide(recipe, rollouts, in_loss))
+    known = None
+    if method.looks:
+        parts = [_known(programs, [rollouts[i] for i in chosen], params, reference) for chosen, _ in dealt]
+        known = _in_order(parts, np.concatenate([chosen for chosen, _ in dealt]))
+    rewards = np.array([rollout.reward for rollout in rollouts])
+    advantages = method.advantages(rewards, of_group, lengths, known)
+    advantages = [np.where(left_out, 0.0, a) for left_out, a in zip(out, advantages, strict=True)]
+    if known and stale and recipe.sampler.correction == "none":
+        known = known._replace(old=[rollout.logprobs for rollout in rollouts])
+    found = []
+    for k, (chosen, weights) in enumerate(dealt):
+        mini = MiniBatch(
             [rollouts[i] for i in chosen],
-            advantages.reshape(-1)[chosen],
-            programs.mesh.size,
-            programs.layout,
-            weights=weights,
-            on_policy=k == 0 and skip,
-            skip_zero_advantage=recipe.loss.skip_zero_advantage,
+            in_loss[chosen],
+            [advantages[i] for i in chosen],
+            weights,
+            known=known and _chosen(known, chosen),
         )
+        mini = functools.reduce(lambda mini, technique: technique(mini), method.techniques, mini)
+        exact = method.exact_ratio and k == 0 and not stale and not method.looks
+        found.append(_placed(recipe, programs, mini, learning_rate, params, reference, stale, exact))
+    return found
+
+
+def _placed(
+    recipe: config.Recipe,
+    programs: Programs,
+    mini: MiniBatch,
+    learning_rate: float,
+    params: decoder.Params,
+    reference: decoder.Params | None,
+    stale: bool,
+    exact: bool,
+) -> packing.PackedBatch:
+    """A mini-batch on the devices, with the log-probabilities that are not known on the host."""
+    terms, known = mini.terms, mini.known
+    if known and terms.kl_weights is not None:
+        terms = terms._replace(ref_logprobs=known.reference)
+    packed = packing.pack(
+        mini.rollouts,
+        mini.advantages,
+        programs.mesh.size,
+        programs.layout,
+        learning_rate=learning_rate,
+        weights=mini.weights,
+        old_logprobs=known and known.old,
+        terms=terms,
+        on_policy=exact,
+        skip_zero_advantage=recipe.loss.skip_zero_advantage,
+    )
+    batch = to_devices(packed, programs.mesh)
+    if known:
+        return batch
+    if terms.kl_weights is not None:
+        assert reference is not None
+        batch = batch.replace(ref_logprobs=likelihoods(programs, reference, batch).logprobs)
+    if stale:
+        return batch.replace(old_logprobs=batch.sampler_logprobs)
+    if exact:
+        return batch
+    return batch.replace(old_logprobs=likelihoods(programs, params, batch).logprobs)
+
+
+def likelihoods(programs: Programs, params: decoder.Params, batch: packing.PackedBatch) -> Likelihoods:
+    """Log-probabilities of a batch's tokens under these parameters."""
+    return programs.logprobs(params, packing.without_terms(batch))
+
+
+def _known(
+    programs: Programs,
+    rollouts: Sequence[Rollout],
+    params: decoder.Params,
+    reference: decoder.Params | None,
+) -> Known:
+    """Log-probabilities of all of these sequences, on the host of every process."""
+    lengths = [len(r.prompt.tokens) for r in rollouts], [len(r.tokens) for r in rollouts]
+    devices, layout = programs.mesh.size, programs.layout
+    placement = packing.lay_out(*lengths, devices, layout)
+    nothing = np.zeros(len(rollouts))
+    packed = packing.pack(rollouts, nothing, devices, layout, learning_rate=0.0, placement=placement)
+    batch = to_devices(packed, programs.mesh)
+
+    def tokens(streams: jax.Array) -> Tokens:
+        whole = multihost_utils.process_allgather(streams, tiled=True)
+        return [np.asarray(x, np.float64) for x in packing.unfill(placement, whole)]
+
+    own = likelihoods(programs, params, batch)
+    return Known(
+        tokens(own.logprobs),
+        None if own.entropies is None else tokens(own.entropies),
+        None if reference is None else tokens(likelihoods(programs, reference, batch).logprobs),
+    )
+
+
+def _in_order(parts: Sequence[Known], order: Int[np.ndarray, " B"]) -> Known:
+    """What is known of mini-batches, by the step's sequences: `order` has the index of each."""
+
+    def joined(of_parts: Sequence[Tokens | None]) -> Tokens | None:
+        if of_parts[0] is None:
+            return None
+        flat = [x for part in of_parts for x in part or ()]
+        return [flat[i] for i in np.argsort(order)]
+
+    return Known(*map(joined, zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def _chosen(known: Known, chosen: Int[np.ndarray, " B"]) -> Known:
+    return Known(*(None if x is None else [x[i] for i in chosen] for x in known))  # type: ignore[arg-type]
 
 
 def divide(
-    recipe: config.Recipe, rollouts: Sequence[Rollout]
+    recipe: config.Recipe, rollouts: Sequence[Rollout], lengths: Int[np.ndarray, " S"]
 ) -> Iterator[tuple[Int[np.ndarray, " B"], Float[np.ndarray, " B"]]]:
     """Yields the sequences of each mini-batch, and the weight of each one's tokens in the loss.
 
     A mini-batch has the rollouts of `minibatch_prompts` prompts in order.
+
+    Args:
+      recipe: the run's.
+      rollouts: of a step.
+      lengths: tokens of each that are in the loss; 0 where it is left out.
     """
-    response = np.array([len(r.tokens) for r in rollouts])
     loss, size = recipe.loss, recipe.optimizer.minibatch_prompts * recipe.rollout.samples
     if loss.normalization == "verl_dynamic":
-        lengths = [len(r.prompt.tokens) + len(r.tokens) for r in rollouts]
-        for mini in verl.divide(lengths, loss.verl_ranks, recipe.updates_per_step, loss.verl_tokens):
-            yield verl.weights(mini, response)
+        whole = [len(r.prompt.tokens) + len(r.tokens) for r in rollouts]
+        for mini in verl.divide(whole, loss.verl_ranks, recipe.minibatches, loss.verl_tokens):
+            yield verl.weights(mini, lengths)
         return
     for first in range(0, len(rollouts), size):
         chosen = np.arange(first, min(first + size, len(rollouts)))
-        yield chosen, sequence_weights(response[chosen], loss.normalization, recipe.rollout.max_tokens)
+        yield chosen, _weights_of(recipe, lengths[chosen])
+
+
+def _weights_of(recipe: config.Recipe, lengths: Int[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
+    """The weight of each sequence's tokens; sequences without tokens in the loss have none, and do not count."""
+    live, weights = lengths > 0, np.zeros(len(lengths))
+    normalization = "token_mean" if recipe.loss.normalization == "verl_dynamic" else recipe.loss.normalization
+    weights[live] = sequence_weights(lengths[live], normalization, recipe.rollout.max_tokens)
+    return weights
 
 
 def needs_logprobs(recipe: config.Recipe) -> bool:
-    """Whether `with_old_logprobs` may call `programs.logprobs` for a batch of `minibatches`."""
-    first = not recipe.loss.skip_first_old_logprobs or recipe.sampler.correction != "none"
-    return first or recipe.updates_per_step > 1
-
-
-def with_old_logprobs(
-    recipe: config.Recipe,
-    programs: Programs,
-    packed: packing.PackedBatch,
-    params: decoder.Params,
-    stale: bool = False,
-) -> packing.PackedBatch:
-    """Puts a batch on the devices, with the log-probs that the objective's ratios are relative to.
-
-    They are those of the policy before this step's updates, for which the first mini-batch needs no pass; or the
-    sampler's, where older parameters sampled. With a correction they are always the former, and importance weights
-    make up for the difference to the sampler (decoupled PPO, arXiv 2110.00641).
-    """
-    correction, batch = recipe.sampler.correction, to_devices(packed, programs.mesh)
-    if stale and correction == "none":
-        return batch.replace(old_logprobs=batch.sampler_logprobs)
-    if packed.on_policy.all():
-        return batch
-    batch = batch.replace(old_logprobs=programs.logprobs(params, batch))
-    return batch if correction == "none" else _corrected(batch, correction, recipe.sampler.correction_cap)
-
-
-@functools.partial(jax.jit, static_argnames=("correction", "cap"))
-def _corrected(batch: packing.PackedBatch, correction: Truncation, cap: float) -> packing.PackedBatch:
-    weights = importance_weights(batch.old_logprobs, batch.sampler_logprobs, correction, cap)
-    return batch.replace(weights=jnp.where(batch.weights != 0, batch.weights * weights, 0.0))
+    """Whether `minibatches` may call `programs.logprobs`."""
+    method = make_method(recipe)
+    return method.looks or not method.exact_ratio or recipe.minibatches > 1 or bool(recipe.kl.coefficient)

@@ -8,7 +8,7 @@ import os
 import time
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 import jax
 import optax
@@ -19,10 +19,11 @@ from jaxrl.background import Job
 from jaxrl.errors import InputError, first_line
 from jaxrl.grpo import packing
 from jaxrl.grpo import update as grpo
-from jaxrl.grpo.objective import Objective
+from jaxrl.grpo.objective import Objective, Sigmoid, Surrogate, clip, score
 from jaxrl.models import attention, decoder
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import BATCH_AXES
+from jaxrl.plugins import is_plugin, load_plugin
 from jaxrl.types import Remat, Say, silent
 
 # Threads that compile ahead; where the devices are CPUs, the sampler needs them at the same time.
@@ -101,14 +102,15 @@ class Programs:
     mesh: Mesh
     sequences: int  # of a mini-batch
     layout: packing.Layout
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     update: Program[grpo.TrainState, tuple[grpo.TrainState, grpo.Metrics]]
-    logprobs: Program[decoder.Params, jax.Array]
+    logprobs: Program[decoder.Params, grpo.Likelihoods]
+    terms: tuple[str, ...] = ()  # of an update's mini-batches, see `packing.Terms`
 
     def abstract_batch(self, stream: int) -> packing.PackedBatch:
-        """Shapes, dtypes and shardings of mini-batches in streams of that many tokens."""
+        """Shapes, dtypes and shardings of an update's mini-batches in streams of that many tokens."""
         per_device = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-        return packing.abstract_batch(self.sequences, stream, self.layout, per_device)
+        return packing.abstract_batch(self.sequences, stream, self.layout, per_device, self.terms)
 
     def init_state(self, params: decoder.Params) -> grpo.TrainState:
         """The state at step 0. Takes `params` over."""
@@ -137,7 +139,7 @@ class Programs:
         for stream in reversed(self.layout.streams):  # several processes have the same order
             batch = self.abstract_batch(stream)
             jobs += self.update.expect(state, batch)
-            jobs += self.logprobs.expect(state.params, batch) if logprobs else []
+            jobs += self.logprobs.expect(state.params, packing.without_terms(batch)) if logprobs else []
         on_cpus = self.mesh.devices.flat[0].platform == "cpu"
         return background.working(jobs, THREADS_ON_CPUS if on_cpus else THREADS)
 
@@ -194,13 +196,40 @@ def _build(recipe: config.Recipe, model: decoder.Config, mesh: Mesh, remat: Rema
         gather=recipe.mesh.gather,
         logprob_chunk=recipe.packing.logprob_chunk,
     )
-    loss = recipe.loss
-    objective = Objective(loss.clip_low, loss.clip_high, loss.dual_clip, recipe.rollout.temperature)
-    optimizer = grpo.make_optimizer(recipe.optimizer, recipe.updates_per_step)
-    functions = grpo.make_update(model, optimizer, mesh, layout, numerics, objective)
+    optimizer, entropies = grpo.make_optimizer(recipe.optimizer), bool(recipe.entropy.quantile)
+    functions = grpo.make_update(model, optimizer, mesh, layout, numerics, objective_of(recipe), entropies)
     sequences = recipe.optimizer.minibatch_prompts * recipe.rollout.samples
     programs = Program("update", functions.update), Program("logprobs", functions.logprobs)
-    return Programs(model, mesh, sequences, layout, optimizer, *programs)
+    return Programs(model, mesh, sequences, layout, optimizer, *programs, terms_of(recipe))
+
+
+def objective_of(recipe: config.Recipe) -> Objective:
+    """What the recipe maximizes.
+
+    Raises:
+      InputError: for a surrogate of the recipe's that cannot be imported.
+    """
+    loss, name = recipe.loss, recipe.loss.surrogate
+    named = {"clip": clip, "score": score, "sigmoid": Sigmoid(loss.sigmoid_positive, loss.sigmoid_negative)}
+    surrogate = cast(Surrogate, load_plugin("loss.surrogate", name)) if is_plugin(name) else named[name]
+    return Objective(
+        loss.clip_low,
+        loss.clip_high,
+        loss.dual_clip,
+        recipe.rollout.temperature,
+        surrogate,
+        loss.ratio,
+        loss.log_ratio_bound,
+        recipe.kl.estimator,
+    )
+
+
+def terms_of(recipe: config.Recipe) -> tuple[str, ...]:
+    """The names of the `packing.Terms` that the recipe's mini-batches have."""
+    names = ["ratio_low", "ratio_high"] * bool(recipe.entropy.quantile)
+    names += ["ref_logprobs", "kl_weights"] * bool(recipe.kl.coefficient and recipe.kl.place == "loss")
+    names += ["entropy_weights"] * bool(recipe.entropy.bonus)
+    return tuple(names)
 
 
 def device_bytes(device: jax.Device) -> float:

@@ -37,7 +37,7 @@ from jaxrl.telemetry.progress import Progress
 from jaxrl.telemetry.rollouts import write_rollouts
 from jaxrl.telemetry.timer import Phase, Timer, watchdog
 from jaxrl.telemetry.trackers import Tracker, finite, open_trackers, read_rows
-from jaxrl.types import Detokenize, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
+from jaxrl.types import Detokenize, Marker, Prompt, Rollout, SamplingParams, Say, Tokenizer
 
 
 class Evaluation(Protocol):
@@ -66,7 +66,8 @@ class Setup:
     programs: Programs
     tokenizer: Tokenizer
     detokenize: Detokenize  # without special tokens
-    mark: OnRollout  # gives a rollout its score and penalty
+    method: prepare.Method
+    mark: Marker
     prompts: Sequence[Prompt]  # all there are; see `batch`
     mixture: Sequence[data.Part]  # of [[data.sources]]; empty for one
     sampling: SamplingParams
@@ -109,6 +110,7 @@ class Run:
 
     setup: Setup
     start: int  # steps that were done before
+    reference: decoder.Params | None  # that a KL term is relative to
     sampler: Shared
     checkpoints: Checkpoints
     trackers: Sequence[Tracker]
@@ -128,7 +130,7 @@ class Run:
 
         def on_rollout(rollout: Rollout) -> Rollout:
             self.progress.sampled(step, rollout)
-            return self.setup.mark(rollout)
+            return self.setup.mark(rollout, step)
 
         seed, samples = (self.recipe.run.seed, step), self.recipe.rollout.samples
         return self.sampler.generate(self.setup.batch(step), samples, self.setup.sampling, seed, on_rollout)
@@ -236,6 +238,7 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         model=model,
         mesh=mesh,
         programs=build_programs(recipe, model, mesh, say),
+        method=prepare.make_method(recipe),
         tokenizer=tokenizer,
         detokenize=detokenize,
         mark=make_marker(recipe, detokenize),
@@ -292,6 +295,11 @@ def resume(
     return start, state
 
 
+def load_reference(setup: Setup) -> decoder.Params | None:
+    """The parameters that a KL term is relative to: those of the model folder; None without such a term."""
+    return hf.load(setup.folder, mesh=setup.mesh).params if setup.recipe.kl.coefficient else None
+
+
 def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
     """The checkpoints of the recipe's run folder, which is made if missing."""
     directory = Path(recipe.run.directory)
@@ -332,8 +340,20 @@ def open_run(
         closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
         opening = {"time/load": loaded - setup.began, "time/open": time.monotonic() - loaded}
+        reference = load_reference(setup)
         yield Run(
-            setup, start, sampler, checkpoints, trackers, progress, timer, profile, say, before, opening
+            setup,
+            start,
+            reference,
+            sampler,
+            checkpoints,
+            trackers,
+            progress,
+            timer,
+            profile,
+            say,
+            before,
+            opening,
         )
 
 

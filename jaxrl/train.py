@@ -10,8 +10,7 @@ import numpy as np
 
 from jaxrl import config, prepare
 from jaxrl.errors import RunError
-from jaxrl.grpo import group_advantages
-from jaxrl.grpo.update import TrainState
+from jaxrl.grpo.update import TrainState, learning_rate
 from jaxrl.lock import alone
 from jaxrl.metrics import Record
 from jaxrl.parallel import processes
@@ -110,17 +109,16 @@ def one_step(run: Run, state: TrainState, step: int, batches: Batches) -> tuple[
         stale = any(rollout.version < step for group in groups for rollout in group)
     with run.phase("score"):
         rewards = np.array([[rollout.reward for rollout in group] for group in groups])
-        advantages = group_advantages(rewards, recipe.advantage.epsilon, recipe.advantage.normalize_std)
+        rate = learning_rate(recipe.optimizer, step)
     with run.phase("old_logprobs"):
-        minibatches = [
-            prepare.with_old_logprobs(recipe, programs, packed, state.params, stale)
-            for packed in prepare.minibatches(recipe, programs, groups, advantages, stale)
-        ]
+        minibatches = prepare.minibatches(
+            recipe, run.setup.method, programs, groups, rate, state.params, run.reference, stale
+        )
         jax.block_until_ready(minibatches)
     processes.barrier(f"before the update of step {step + 1}", BARRIER)
     with run.phase("update"):
         updates = []
-        for minibatch in minibatches:
+        for minibatch in minibatches * recipe.optimizer.epochs:
             state, metrics = programs.update(state, minibatch)
             jax.block_until_ready(state)  # XLA on CPUs can stall on collectives of two updates at a time
             updates.append(metrics)

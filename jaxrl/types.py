@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias  # noqa: TID
 
 if TYPE_CHECKING:
     import numpy as np
-    from jaxtyping import Float32, Int32
+    from jaxtyping import Float, Float32, Int32
 
 # Parsed JSON or TOML of another program, whose fields are validated one by one.
 JsonObject: TypeAlias = dict[str, Any]
@@ -21,8 +21,14 @@ Order = Literal["shuffle", "copies", "replacement"]
 Engine = Literal["local", "vllm"]
 TransportName = Literal["files", "nccl"]
 OnUpdate = Literal["keep", "drain"]
-Truncation = Literal["truncated", "masked"]  # of importance weights
+Truncation = Literal["truncated", "masked", "filtered"]  # of importance weights
+Level = Literal["token", "sequence", "geometric"]  # of them
+Center = Literal["none", "group", "leave_one_out", "length_weighted", "second_best", "batch"]
+Scale = Literal["none", "group", "batch"]  # of advantages
+OnTruncated = Literal["train", "drop", "drop_wrong"]  # what becomes of truncated responses
 Correction = Literal["none", Truncation]
+Ratio = Literal["token", "sequence", "geometric"]  # of two policies' probabilities
+Estimator = Literal["k1", "k2", "k3", "abs"]  # of a KL divergence
 Dtype = Literal["bfloat16", "float32"]
 Backend = Literal["xla", "cudnn", "splash"]  # of packed attention
 Remat = Literal["full", "attention", "projections", "products", "none"]
@@ -50,13 +56,9 @@ class Rollout:
     finish_reason: FinishReason
     version: int  # of the model weights that sampled it; the oldest, where they changed on the way
     score: float = float("nan")  # the verifier's mark, +1 or -1, once marked
-    penalty: float = 0.0  # what is added to the score, at most 0
+    reward: float = float("nan")  # what is trained on: the score's, and terms of the length
     server: str = ""  # that sampled it, where there are several
     undecided: bool = False  # whether it is marked wrong because comparing its answer is too much work
-
-    @property
-    def reward(self) -> float:
-        return self.score + self.penalty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +72,19 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
 
 
+# Numbers of sequences: [B], one each, or B arrays [T], one a token of the completion.
+Values: TypeAlias = "Float[np.ndarray, ' B'] | Sequence[Float[np.ndarray, ' T']]"
 Groups = Sequence[Sequence[Rollout]]  # [P][G]: the rollouts of each prompt
 Say = Callable[[str], None]  # prints a line for people
 Detokenize: TypeAlias = "Callable[[np.ndarray], str]"  # token ids [T] to text
 # Called with each rollout as it finishes; what it returns takes its place.
 OnRollout = Callable[[Rollout], Rollout]
+
+
+class Marker(Protocol):
+    """Gives a rollout of a step its score and its reward."""
+
+    def __call__(self, rollout: Rollout, step: int = 0) -> Rollout: ...
 
 
 def silent(_: str) -> None:

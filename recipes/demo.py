@@ -115,16 +115,17 @@ def learn(
     """Supervised updates on the teacher's examples of random problems."""
     mesh = jaxrl.make_mesh()
     adam = config.Optimizer(learning_rate=3e-3, warmup_steps=20, beta2=0.99, weight_decay=0.0)
-    optimizer = jaxrl.make_optimizer(adam, updates_per_step=1)
+    optimizer = jaxrl.make_optimizer(adam)
     layout = jaxrl.Layout(streams=(STREAM,), buckets=jaxrl.bucket_lengths(BUCKET, LONGEST))
     numerics = jaxrl.Numerics(logprob_chunk=CHUNK)
     objective = jaxrl.Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
     update, _ = jaxrl.make_update(model, optimizer, mesh, layout, numerics, objective)
     state = jaxrl.init_state(jaxrl.initialize(model, seed), optimizer, mesh)
-    for _ in track(range(steps), description="supervised start"):
+    for step in track(range(steps), description="supervised start"):
         chosen = [problems[i] for i in rng.integers(len(problems), size=BATCH)]
         examples = [example(tokenizer, a, b, rng) for a, b in chosen]
-        batch = jaxrl.pack(examples, np.ones(BATCH, np.float32), mesh.size, layout, on_policy=True)
+        rate = jaxrl.learning_rate(adam, step)
+        batch = jaxrl.pack(examples, np.ones(BATCH), mesh.size, layout, learning_rate=rate, on_policy=True)
         state, metrics = update(state, jaxrl.to_devices(batch, mesh))
     loss = float(metrics["logprob_diff_mean"])  # mean |log p - 0|: examples have no sampler log-probs
     print(f"cross-entropy of the last batch: {loss:.3f} nats a token")

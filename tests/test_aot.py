@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxrl import aot, config, hlo
+from jaxrl.grpo.packing import without_terms
 from jaxrl.hardware import HARDWARE
 from jaxrl.parallel.mesh import mesh_over
 from jaxrl.plan import KNOWN
@@ -87,7 +88,7 @@ def compiled(name: str) -> Compiled:
     programs: Programs = build_programs(recipe, MODEL, mesh)
     state, batch = programs.abstract_state(), programs.abstract_batch(case.stream)
     if case.scoring:
-        program = programs.logprobs.lower(state.params, batch).compile()
+        program = programs.logprobs.lower(state.params, without_terms(batch)).compile()
     else:
         program = programs.update.lower(state, batch).compile()
     text = program.as_text()

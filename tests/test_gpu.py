@@ -130,13 +130,13 @@ def rollouts(count: int, vocabulary: int, longest: int) -> tuple[list[Rollout], 
 
 
 def pack(made: Sequence[Rollout], advantages: np.ndarray) -> PackedBatch:
-    return packing.pack(made, advantages, 1, LAYOUT)
+    return packing.pack(made, advantages, 1, LAYOUT, learning_rate=ADAM.learning_rate)
 
 
 def make_programs(model: Config, dtype: Dtype, remat: Remat = "full") -> Programs:
     """The programs on one device."""
     mesh = mesh_over(jax.devices()[:1])
-    optimizer = grpo.make_optimizer(ADAM, updates_per_step=1)
+    optimizer = grpo.make_optimizer(ADAM)
     numerics = grpo.Numerics(dtype, remat, choose_backend("auto", dtype, jax.devices()[0]), logprob_chunk=512)
     objective = Objective(clip_low=0.2, clip_high=0.28, dual_clip=10.0)
     functions = grpo.make_update(model, optimizer, mesh, LAYOUT, numerics, objective)
@@ -198,7 +198,7 @@ def test_a_bfloat16_update_is_nearly_the_float32_one(weights: Path, remat: Remat
         state = programs.init_state(hf.load(weights).params)
         placed = to_devices(batch, programs.mesh)
         with jax.default_matmul_precision("highest"):
-            placed = placed.replace(old_logprobs=programs.logprobs(state.params, placed))
+            placed = placed.replace(old_logprobs=programs.logprobs(state.params, placed).logprobs)
             state, metrics = programs.update(state, placed)
         found[dtype] = jax.device_get((state.opt_state[1][0].mu, metrics, placed.old_logprobs))
     live = batch.weights != 0
@@ -241,7 +241,9 @@ def test_logprobs_are_transformers_on_the_same_device(weights: Path, model: str)
         mesh = programs.mesh
         params = jax.device_put(ours.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         with jax.default_matmul_precision("highest"):
-            streams = [np.asarray(programs.logprobs(params, to_devices(batch, mesh))) for batch in batches]
+            streams = [
+                np.asarray(programs.logprobs(params, to_devices(batch, mesh)).logprobs) for batch in batches
+            ]
         found = np.concatenate([x[batch.weights != 0] for x, batch in zip(streams, batches, strict=True)])
         apart[dtype] = np.abs(found - theirs["float32"])
     assert apart["float32"].max() < 1e-3

@@ -43,7 +43,7 @@ def batch_of(programs: Programs, stream: int) -> packing.PackedBatch:
         Rollout(Prompt("", ids[:3], ""), ids[3:], -rng.random(9, np.float32), "stop", 0)
         for ids in rng.integers(0, 16, (16, 12)).astype(np.int32)
     ]
-    packed = packing.pack(rollouts, rng.normal(size=16).astype(np.float32), programs.mesh.size, layout)
+    packed = packing.pack(rollouts, rng.normal(size=16), programs.mesh.size, layout, learning_rate=0.01)
     return to_devices(packed, programs.mesh)
 
 
@@ -55,7 +55,7 @@ def test_calls_take_what_was_compiled_ahead_and_change_no_bit(
     expected, state = [], programs.init_state(initialize(TINY, 0, scale=0.3))
     for stream in (16, 32):
         batch = batch_of(programs, stream)
-        batch = batch.replace(old_logprobs=functions[1](state.params, batch))
+        batch = batch.replace(old_logprobs=functions[1](state.params, batch).logprobs)
         state, metrics = functions[0](state, batch)
         expected.append(jax.device_get((batch.old_logprobs, state, metrics)))
     with programs.compile_ahead():
@@ -64,7 +64,7 @@ def test_calls_take_what_was_compiled_ahead_and_change_no_bit(
         state = programs.init_state(initialize(TINY, 0, scale=0.3))
         for stream, wanted in zip((16, 32), expected, strict=True):
             batch, donated = batch_of(programs, stream), state
-            batch = batch.replace(old_logprobs=programs.logprobs(state.params, batch))
+            batch = batch.replace(old_logprobs=programs.logprobs(state.params, batch).logprobs)
             state, metrics = programs.update(state, batch)
             jax.tree.map(np.testing.assert_array_equal, (batch.old_logprobs, state, metrics), wanted)
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))

@@ -54,7 +54,7 @@ def make_base(folder: Path, head_dim: int = 8, updates: int = 150) -> Path:
     decoder = Config(family="qwen2", vocab_size=len(SYMBOLS), **sizes)  # type: ignore[arg-type]
     mesh, rng = make_mesh(), np.random.default_rng(0)
     adam = config.Optimizer(learning_rate=3e-3, warmup_steps=0, beta2=0.99, weight_decay=0.0)
-    optimizer = grpo.make_optimizer(adam, updates_per_step=1)
+    optimizer = grpo.make_optimizer(adam)
     layout = packing.Layout(streams=(256,), buckets=(8,))
     objective = Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
     update, _ = grpo.make_update(decoder, optimizer, mesh, layout, grpo.Numerics(logprob_chunk=64), objective)
@@ -67,7 +67,8 @@ def make_base(folder: Path, head_dim: int = 8, updates: int = 150) -> Path:
             prompt = Prompt("", np.array([2, asked, 3], np.int32), "")
             answer = np.array([4, answered, 5, 1], np.int32)
             examples.append(Rollout(prompt, answer, np.zeros(4, np.float32), "stop", 0))
-        batch = packing.pack(examples, np.ones(32, np.float32), mesh.size, layout, on_policy=True)
+        rate = adam.learning_rate
+        batch = packing.pack(examples, np.ones(32), mesh.size, layout, learning_rate=rate, on_policy=True)
         state, _ = update(state, to_devices(batch, mesh))
         jax.block_until_ready(state)  # XLA on CPUs can stall on collectives of two updates at a time
     save(Model(decoder, state.params), folder)

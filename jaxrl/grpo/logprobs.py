@@ -23,6 +23,7 @@ def token_logprobs(
     *,
     temperature: float,
     chunk: int,
+    entropy_gradient: bool = False,
 ) -> tuple[Float32[jax.Array, " N"], Float32[jax.Array, " N"]]:
     """log softmax(h W^T / temperature)[target] and the softmax's entropy, for each token.
 
@@ -32,15 +33,16 @@ def token_logprobs(
       targets: token ids.
       temperature: of sampling; the policy is the distribution that was sampled from.
       chunk: tokens whose [chunk, V] logits exist at one time, computed again in the backward pass; divides N.
+      entropy_gradient: whether the entropies carry a gradient.
 
     Returns:
-      log-probabilities and entropies in nats. The entropy carries no gradient.
+      log-probabilities and entropies in nats.
     """
     chex.assert_rank([hidden, head, targets], [2, 2, 1])
     chex.assert_is_divisible(hidden.shape[0], chunk)
     with jax.named_scope("lm_head"):
-        logprobs, entropy = _token_logprobs(hidden, head, targets, temperature, chunk)
-    return logprobs, jax.lax.stop_gradient(entropy)
+        logprobs, entropy = _token_logprobs(hidden, head, targets, temperature, chunk, entropy_gradient)
+    return logprobs, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
 
 
 class Residuals(NamedTuple):
@@ -50,17 +52,19 @@ class Residuals(NamedTuple):
     head: Float[jax.Array, "V D"]  # in the compute dtype
     targets: Int[jax.Array, "chunks chunk"]
     log_z: Float32[jax.Array, "chunks chunk"]  # of the softmax
+    entropy: Float32[jax.Array, "chunks chunk"] | None  # where it has a gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_logprobs(
     hidden: Float[Array, "N D"],
     head: Float32[Array, "V D"],
     targets: Int[Array, " N"],
     temperature: float,
     chunk: int,
+    entropy_gradient: bool,
 ) -> tuple[Float32[jax.Array, " N"], Float32[jax.Array, " N"]]:
-    return _forward(hidden, head, targets, temperature, chunk)[0]
+    return _forward(hidden, head, targets, temperature, chunk, entropy_gradient)[0]
 
 
 def _forward(
@@ -69,6 +73,7 @@ def _forward(
     targets: Int[Array, " N"],
     temperature: float,
     chunk: int,
+    entropy_gradient: bool,
 ) -> tuple[tuple[Float32[jax.Array, " N"], Float32[jax.Array, " N"]], Residuals]:
     head = jnp.asarray(head, hidden.dtype)
 
@@ -81,29 +86,42 @@ def _forward(
 
     chunks = (jnp.reshape(hidden, (-1, chunk, hidden.shape[-1])), jnp.reshape(targets, (-1, chunk)))
     _, (logprobs, entropy, log_z) = jax.lax.scan(of_chunk, None, chunks)
-    return (logprobs.reshape(-1), entropy.reshape(-1)), Residuals(chunks[0], head, chunks[1], log_z)
+    residuals = Residuals(chunks[0], head, chunks[1], log_z, entropy if entropy_gradient else None)
+    return (logprobs.reshape(-1), entropy.reshape(-1)), residuals
 
 
 def _backward(
-    temperature: float, _: int, residuals: Residuals, gradients: tuple[jax.Array, jax.Array]
+    temperature: float,
+    _chunk: int,
+    _entropy_gradient: bool,
+    residuals: Residuals,
+    gradients: tuple[jax.Array, jax.Array],
 ) -> tuple[Float[jax.Array, "N D"], Float32[jax.Array, "V D"], None]:
-    """d logits = (onehot - softmax) g / temperature. Products take it in the compute dtype and sum in float32.
+    """d logits = (onehot - p) g / temperature, with p = softmax(logits) and g the gradient of the log-probability; of
+    the entropy H, with gradient e, - p (log p + H) e / temperature more.
 
-    The entropy's own gradient is not here: it would be one term more of d logits.
+    Products take it in the compute dtype and sum in float32.
     """
-    hidden, head, targets, log_z = residuals
+    hidden, head, targets, log_z, entropy = residuals
     words = jnp.arange(len(head))[None]
 
     def of_chunk(
         d_head: Float32[jax.Array, "V D"], x: tuple[jax.Array, ...]
     ) -> tuple[Float32[jax.Array, "V D"], Float[jax.Array, "chunk D"]]:
-        h, target, z, g = (y[:, None] if y.ndim == 1 else y for y in x)
-        softmax = jnp.exp(_logits(h, head, temperature) - z)
-        d_logits = (((words == target) - softmax) * (g / temperature)).astype(h.dtype)
+        h, target, z, g, *of_entropy = (y[:, None] if y.ndim == 1 else y for y in x)
+        logp = _logits(h, head, temperature) - z
+        softmax = jnp.exp(logp)
+        d_logits = ((words == target) - softmax) * (g / temperature)
+        if of_entropy:
+            own, e = of_entropy
+            d_logits -= softmax * (logp + own) * (e / temperature)
+        d_logits = d_logits.astype(h.dtype)
         d_hidden = jnp.einsum("nv,vd->nd", d_logits, head).astype(h.dtype)
         return d_head + jnp.einsum("nv,nd->vd", d_logits, h, preferred_element_type=jnp.float32), d_hidden
 
     chunks = (hidden, targets, log_z, gradients[0].reshape(log_z.shape))
+    if entropy is not None:
+        chunks += (entropy, gradients[1].reshape(log_z.shape))
     d_head, d_hidden = jax.lax.scan(of_chunk, jnp.zeros(head.shape, jnp.float32), chunks)
     return d_hidden.reshape(-1, hidden.shape[-1]), d_head, None
 

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from jaxrl.arrays import Array
 from jaxrl.grpo.advantages import sequence_weights
-from jaxrl.types import Rollout
+from jaxrl.types import Rollout, Values
 
 MOST_BUCKETS = 32  # attention lengths: each is a branch of the compiled program
 STREAM_STEPS = 16  # stream lengths are this fraction of the longest apart: each is a program of its own
@@ -45,6 +45,30 @@ class PackedBatch(flax.struct.PyTreeNode):
     micro_batches: Int32[Array, " G"]  # streams in use, the rest of M is padding
     on_policy: Bool[Array, " G"]  # the policy is the one that sampled, the ratio is 1 by definition
     response_tokens: Float32[Array, " G"]  # of the whole mini-batch, the sequences left out included
+    learning_rate: Float32[Array, " G"]  # of this update
+    # Terms that a recipe does not have are absent, and cost nothing; see `Terms`.
+    ratio_low: Float32[Array, "G M N"] | None = None
+    ratio_high: Float32[Array, "G M N"] | None = None
+    ref_logprobs: Float32[Array, "G M N"] | None = None
+    kl_weights: Float32[Array, "G M N"] | None = None
+    entropy_weights: Float32[Array, "G M N"] | None = None
+
+
+class Terms(NamedTuple):
+    """What the objective has besides weights and advantages; None is absent, else one a sequence or one a token."""
+
+    ratio_low: Values | None = None  # bounds of each token's ratio, in place of the objective's own
+    ratio_high: Values | None = None
+    ref_logprobs: Values | None = None  # under the reference (nats)
+    kl_weights: Values | None = None  # of each token's KL divergence from the reference in the loss
+    entropy_weights: Values | None = None  # of each token's entropy, taken off the loss
+
+    def present(self) -> dict[str, Values]:
+        """Those that are there, by name."""
+        return {name: values for name, values in self._asdict().items() if values is not None}
+
+
+NO_TERMS = Terms()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +225,11 @@ def most_streams(sequences: int, devices: int, stream: int, layout: Layout) -> i
 
 
 def abstract_batch(
-    sequences: int, stream: int, layout: Layout, sharding: jax.sharding.NamedSharding
+    sequences: int,
+    stream: int,
+    layout: Layout,
+    sharding: jax.sharding.NamedSharding,
+    terms: Sequence[str] = (),
 ) -> PackedBatch:
     """Shapes, dtypes and shardings of mini-batches in streams of one length.
 
@@ -210,6 +238,7 @@ def abstract_batch(
       stream: N, one of the layout's.
       layout: see `Layout`.
       sharding: of all arrays, along G.
+      terms: names of the `Terms` that are present.
     """
     devices = sharding.mesh.size
     streams = (devices, most_streams(sequences, devices, stream, layout))
@@ -231,12 +260,19 @@ def abstract_batch(
         micro_batches=array(np.int32, devices),
         on_policy=array(np.bool_, devices),
         response_tokens=array(np.float32, devices),
+        learning_rate=array(np.float32, devices),
+        **dict.fromkeys(terms, values),
     )
+
+
+def without_terms(batch: PackedBatch) -> PackedBatch:
+    """The batch as log-probabilities are computed of it: with no `Terms`."""
+    return batch.replace(**dict.fromkeys(Terms._fields))
 
 
 def fill(
     placement: Placement,
-    values: Sequence[np.ndarray] | np.ndarray,
+    values: Values | Sequence[np.ndarray],
     dtype: type[np.generic] = np.float32,
     prompts: bool = False,
 ) -> Array:
@@ -256,37 +292,61 @@ def fill(
     return streams
 
 
+def unfill(placement: Placement, streams: Float32[np.ndarray, "G M N"]) -> list[Float32[np.ndarray, " T"]]:
+    """The values of each sequence's completion in streams, one a token; the inverse of `fill`.
+
+    Args:
+      placement: where sequences lie, none left out.
+      streams: values in their places.
+    """
+    prompts, responses = placement.prompts, placement.responses
+    starts = [place.start + prompts[i] for i, place in sorted(placement.places.items())]
+    pairs = zip(sorted(placement.places.items()), starts, strict=True)
+    return [streams[place.device, place.micro_batch, at : at + responses[i]] for (i, place), at in pairs]
+
+
 def pack(
     rollouts: Sequence[Rollout],
-    advantages: Float[np.ndarray, " B"],
+    advantages: Values,
     devices: int,
     layout: Layout,
     *,
-    weights: Float[np.ndarray, " B"] | None = None,
+    learning_rate: float,
+    weights: Values | None = None,
+    old_logprobs: Values | None = None,
+    terms: Terms = NO_TERMS,
     on_policy: bool = False,
     skip_zero_advantage: bool = True,
+    placement: Placement | None = None,
 ) -> PackedBatch:
     """Packs one mini-batch.
 
     Args:
       rollouts: B sequences.
-      advantages: [B] float32, one a sequence.
+      advantages: one a sequence or one a token.
       devices: G.
       layout: see `Layout`.
-      weights: [B] of each token of a sequence in the loss (see `sequence_weights`); None gives the token mean.
+      learning_rate: of the update.
+      weights: of each token of a sequence in the loss (see `sequence_weights`); None gives the token mean.
+      old_logprobs: under the policy before the step (nats), where they are known; else 0.
+      terms: see `Terms`.
       on_policy: take the ratio as 1 (nothing has been updated since these were sampled).
-      skip_zero_advantage: leave out sequences whose loss and gradient are exactly 0; the averages still count them.
+      skip_zero_advantage: leave out sequences whose loss and gradient are exactly 0, which are those without advantage,
+        KL and entropy weight; the averages still count them.
+      placement: where sequences lie, instead.
 
     Returns:
       a PackedBatch of NumPy arrays.
     """
-    prompts = [len(r.prompt.tokens) for r in rollouts]
     responses = [len(r.tokens) for r in rollouts]
     weights = sequence_weights(np.array(responses), "token_mean", 0) if weights is None else weights
-    kept = [i for i in range(len(rollouts)) if advantages[i] != 0 or not skip_zero_advantage]
-    placement = lay_out(prompts, responses, devices, layout, kept)
+    if placement is None:
+        of_loss = [x for x in (advantages, terms.kl_weights, terms.entropy_weights) if x is not None]
+        everyone = range(len(rollouts))
+        kept = [i for i in everyone if not skip_zero_advantage or any(np.any(x[i]) for x in of_loss)]
+        placement = lay_out([len(r.prompt.tokens) for r in rollouts], responses, devices, layout, kept)
     whole = [np.zeros(0, np.int32)] * len(rollouts)
-    for i in kept:
+    for i in placement.places:
         whole[i] = np.concatenate([rollouts[i].prompt.tokens, rollouts[i].tokens])
     count = np.arange(max(map(len, whole), default=0))
     return PackedBatch(
@@ -296,9 +356,11 @@ def pack(
         buckets=placement.buckets,
         weights=fill(placement, weights),
         advantages=fill(placement, advantages),
-        old_logprobs=np.zeros(placement.shape, np.float32),
+        old_logprobs=fill(placement, np.zeros(len(rollouts)) if old_logprobs is None else old_logprobs),
         sampler_logprobs=fill(placement, [r.logprobs for r in rollouts]),
         micro_batches=placement.micro_batches,
         on_policy=np.full(devices, on_policy),
         response_tokens=np.full(devices, sum(responses), np.float32),
+        learning_rate=np.full(devices, learning_rate, np.float32),
+        **{name: fill(placement, values) for name, values in terms.present().items()},
     )

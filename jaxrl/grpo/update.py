@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxrl import config
+from jaxrl.grpo.kl import kl_penalty
 from jaxrl.grpo.logprobs import token_logprobs
 from jaxrl.grpo.mismatch import ratio_histogram
 from jaxrl.grpo.objective import Objective, policy_objective
@@ -62,10 +63,17 @@ class Update(Protocol):
     def lower(self, state: TrainState, batch: PackedBatch) -> jax.stages.Lowered: ...
 
 
-class Logprobs(Protocol):
-    """Log-probabilities (nats) of a mini-batch's tokens, [G, M, N], without gradient."""
+class Likelihoods(NamedTuple):
+    """Of a mini-batch's tokens, in nats."""
 
-    def __call__(self, params: decoder.Params, batch: PackedBatch) -> Float32[Array, "G M N"]: ...
+    logprobs: Float32[Array, "G M N"]
+    entropies: Float32[Array, "G M N"] | None  # where they were asked for
+
+
+class Logprobs(Protocol):
+    """Log-probabilities (and entropies) of a mini-batch's tokens, without gradient; the batch has no `Terms`."""
+
+    def __call__(self, params: decoder.Params, batch: PackedBatch) -> Likelihoods: ...
 
     def lower(self, params: decoder.Params, batch: PackedBatch) -> jax.stages.Lowered: ...
 
@@ -77,31 +85,43 @@ class Functions(NamedTuple):
     logprobs: Logprobs
 
 
-def make_optimizer(section: config.Optimizer, updates_per_step: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) on every parameter behind global-norm clipping, linear warm-up, then constant.
+def learning_rate(section: config.Optimizer, step: int) -> float:
+    """The rate of a step's updates: linear warm-up, learning_rate * min(step / warmup_steps, 1), then constant.
 
-    The rate is learning_rate * min(k / warmup_steps, 1) in rollout batch k = 0, 1, ...; all of a batch's updates
-    share it, and the first batch only fills the moments.
+    Args:
+      section: the recipe's.
+      step: batches of rollouts since the optimizer's start, from 0; the first one only fills the moments.
     """
-    rate, warmup_steps = section.learning_rate, section.warmup_steps
-    warmup = optax.linear_schedule(0.0, rate, warmup_steps)
+    warm = min(step / section.warmup_steps, 1.0) if section.warmup_steps else 1.0
+    return section.learning_rate * warm
 
-    def schedule(count: Int[Array, ""]) -> jax.Array:
-        return warmup(count // updates_per_step) if warmup_steps else jnp.asarray(rate)
 
+def make_optimizer(section: config.Optimizer) -> optax.GradientTransformationExtraArgs:
+    """AdamW (arXiv 1711.05101) on every parameter behind global-norm clipping.
+
+    Its `update` takes the rate as `learning_rate`: a schedule is a number that changes, so nothing is compiled again.
+    """
     return optax.chain(
         optax.clip_by_global_norm(section.max_grad_norm),
-        optax.adamw(
-            schedule,
-            b1=section.beta1,
-            b2=section.beta2,
-            eps=section.epsilon,
-            weight_decay=section.weight_decay,
-        ),
+        optax.scale_by_adam(section.beta1, section.beta2, section.epsilon),
+        optax.add_decayed_weights(section.weight_decay),
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, _descend),
     )
 
 
-def init_state(params: decoder.Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def _descend(
+    updates: decoder.Params,
+    state: optax.EmptyState,
+    params: decoder.Params | None = None,
+    *,
+    learning_rate: Float32[Array, ""],
+) -> tuple[decoder.Params, optax.EmptyState]:
+    return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+
+def init_state(
+    params: decoder.Params, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> TrainState:
     """A state at step 0 with everything where `update` wants it.
 
     Args:
@@ -115,25 +135,28 @@ def init_state(params: decoder.Params, optimizer: optax.GradientTransformation, 
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(put)
 
 
-def abstract_state(params: decoder.Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    params: decoder.Params, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; `params` may be abstract."""
     create = functools.partial(_first_state, optimizer=optimizer)
     return abstract_sharded(jax.eval_shape(create, params), mesh)
 
 
-def _first_state(params: decoder.Params, optimizer: optax.GradientTransformation) -> TrainState:
+def _first_state(params: decoder.Params, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def make_update(
     model: decoder.Config,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     layout: Layout,
     numerics: Numerics,
     objective: Objective,
+    entropies: bool = False,
 ) -> Functions:
-    """Builds `update(state, batch) -> (state, metrics)` and `logprobs(params, batch) -> [G, M, N]`, jitted.
+    """Builds `update(state, batch) -> (state, metrics)` and `logprobs(params, batch) -> Likelihoods`, jitted.
 
     `update` donates the state. It takes one AdamW step on sum(weights * token_loss) over all devices; if the
     gradient norm is not finite it changes nothing but `step`, and the metric `skipped` is 1.
@@ -145,10 +168,11 @@ def make_update(
       layout: of the batches; its attention lengths are static.
       numerics: see `Numerics`.
       objective: see `Objective`.
+      entropies: whether `logprobs` gives them too.
     """
     shapes = decoder.abstract_params(model)
     sharded = make_sharded_params(shapes, mesh.shape["fsdp"], numerics.dtype, numerics.gather)
-    device = _OnDevice(model, layout, numerics, objective, sharded)
+    device = _OnDevice(model, layout, numerics, objective, sharded, entropies)
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(shapes, optimizer, mesh))
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
     per_device, replicated = NamedSharding(mesh, P(BATCH_AXES)), NamedSharding(mesh, P())
@@ -159,7 +183,8 @@ def make_update(
         grads, totals = on_mesh(device.gradients, out_specs=(specs, P()))(state.params, batch)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            rate = batch.learning_rate[0]
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=rate)
             finite = jnp.isfinite(norm)
             keep = functools.partial(jax.tree.map, functools.partial(jnp.where, finite))
             new = TrainState(
@@ -169,7 +194,7 @@ def make_update(
             )
         return new, _averages(totals, batch.response_tokens[0]) | {"grad_norm": norm, "skipped": ~finite}
 
-    def logprobs(params: decoder.Params, batch: PackedBatch) -> Float32[Array, "G M N"]:
+    def logprobs(params: decoder.Params, batch: PackedBatch) -> Likelihoods:
         return on_mesh(device.logprobs, out_specs=P(BATCH_AXES))(params, batch)
 
     takes, gives = (shardings, per_device), (shardings, replicated)
@@ -188,6 +213,7 @@ class _OnDevice:
     numerics: Numerics
     objective: Objective
     sharded: ShardedParams
+    entropies: bool
 
     def gradients(self, params: decoder.Params, batch: PackedBatch) -> tuple[decoder.Params, Metrics]:
         """Gathers, goes through the device's own micro-batches, scatters. Metrics are summed over the mesh."""
@@ -214,17 +240,23 @@ class _OnDevice:
         total, sums, peaks = jax.lax.fori_loop(0, self.sharded.rounds(own.micro_batches), accumulate, carry)
         return self.sharded.sum(total), jax.lax.psum(sums, BATCH_AXES) | jax.lax.pmax(peaks, BATCH_AXES)
 
-    def logprobs(self, params: decoder.Params, batch: PackedBatch) -> Float32[Array, "1 M N"]:
+    def logprobs(self, params: decoder.Params, batch: PackedBatch) -> Likelihoods:
         own = jax.tree.map(lambda x: x[0], batch)
         held = self.sharded.hold(params)
 
-        def one(m: Int[Array, ""], out: Float32[Array, "M N"]) -> Float32[Array, "M N"]:
-            return out.at[m].set(self._logprobs(held, _micro_batch(own, m))[0])
+        def one(m: Int[Array, ""], out: Likelihoods) -> Likelihoods:
+            logprobs, entropy = self._logprobs(held, _micro_batch(own, m))
+            return Likelihoods(
+                out.logprobs.at[m].set(logprobs),
+                None if out.entropies is None else out.entropies.at[m].set(entropy),
+            )
 
-        rounds = self.sharded.rounds(own.micro_batches)
-        return jax.lax.fori_loop(0, rounds, one, jnp.zeros_like(own.weights))[None]
+        rounds, zeros = self.sharded.rounds(own.micro_batches), jnp.zeros_like(own.weights)
+        found = jax.lax.fori_loop(0, rounds, one, Likelihoods(zeros, zeros if self.entropies else None))
+        return jax.tree.map(lambda x: x[None], found)
 
     def _loss(self, held: decoder.Params, micro: MicroBatch) -> tuple[Float[Array, ""], dict[str, Metrics]]:
+        o = self.objective
         logprobs, entropy = self._logprobs(held, micro)
         old = jnp.where(micro.on_policy, jax.lax.stop_gradient(logprobs), micro.old_logprobs)
         loss, metrics = policy_objective(
@@ -232,14 +264,26 @@ class _OnDevice:
             old,
             micro.advantages,
             micro.weights,
-            clip_low=self.objective.clip_low,
-            clip_high=self.objective.clip_high,
-            dual_clip=self.objective.dual_clip,
+            clip_low=o.clip_low,
+            clip_high=o.clip_high,
+            dual_clip=o.dual_clip,
+            bounds=None if micro.ratio_low is None else (micro.ratio_low, micro.ratio_high),
+            surrogate=o.surrogate,
+            ratio=o.ratio,
+            sequences=None if o.ratio == "token" else jnp.cumsum(micro.positions == 0) - 1,
+            log_ratio_bound=o.log_ratio_bound,
         )
         live = micro.weights != 0
         count = live.sum().astype(jnp.float32)
         difference = jnp.where(live, jnp.abs(old - micro.sampler_logprobs), 0.0)
-        sums = {name: metrics[name] * count for name in ("clip_fraction", "clip_fraction_lower", "approx_kl")}
+        sums = {name: value * count for name, value in metrics.items() if name != "ratio_max"}
+        if micro.kl_weights is not None:
+            kl = kl_penalty(logprobs, micro.ref_logprobs, o.estimator)
+            has_kl = micro.kl_weights != 0
+            loss += jnp.sum(micro.kl_weights * jnp.where(has_kl, kl, 0.0))
+            sums |= {"kl": jnp.sum(jnp.where(has_kl, kl, 0.0)), "kl_tokens": has_kl.sum().astype(jnp.float32)}
+        if micro.entropy_weights is not None:
+            loss -= jnp.sum(micro.entropy_weights * jnp.where(micro.entropy_weights != 0, entropy, 0.0))
         sums |= {"loss": loss, "tokens": count, "sequences": jnp.sum(micro.buckets >= 0).astype(jnp.float32)}
         sums |= {"entropy": jnp.sum(jnp.where(live, entropy, 0.0)), "logprob_diff_mean": difference.sum()}
         sums |= {"ratio_histogram": ratio_histogram(old, micro.sampler_logprobs, live)}
@@ -272,6 +316,7 @@ class _OnDevice:
             jnp.roll(micro.tokens, -1),
             temperature=self.objective.temperature,
             chunk=self.numerics.logprob_chunk,
+            entropy_gradient=micro.entropy_weights is not None,
         )
         return jnp.roll(logprobs, 1), jnp.roll(entropy, 1)  # at the token's own index
 
@@ -288,6 +333,11 @@ class MicroBatch(NamedTuple):
     old_logprobs: Float32[Array, " N"]
     sampler_logprobs: Float32[Array, " N"]
     on_policy: Bool[Array, ""]
+    ratio_low: Float32[Array, " N"] | None
+    ratio_high: Float32[Array, " N"] | None
+    ref_logprobs: Float32[Array, " N"] | None
+    kl_weights: Float32[Array, " N"] | None
+    entropy_weights: Float32[Array, " N"] | None
 
 
 def _micro_batch(own: PackedBatch, m: Int[Array, ""] | int) -> MicroBatch:
@@ -296,7 +346,7 @@ def _micro_batch(own: PackedBatch, m: Int[Array, ""] | int) -> MicroBatch:
     def at(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(x, m, keepdims=False) if x.ndim else x
 
-    return MicroBatch(*(at(getattr(own, name)) for name in MicroBatch._fields))
+    return jax.tree.map(at, MicroBatch(*(getattr(own, name) for name in MicroBatch._fields)))
 
 
 def _averages(totals: Metrics, response_tokens: Float32[Array, ""]) -> Metrics:
@@ -305,8 +355,10 @@ def _averages(totals: Metrics, response_tokens: Float32[Array, ""]) -> Metrics:
     Clip fractions are shares of all response tokens, as verl counts them: tokens that were left out have a zero
     advantage and cannot be clipped. The others are means over the tokens that were trained on.
     """
-    over_all = {name: totals[name] / response_tokens for name in ("clip_fraction", "clip_fraction_lower")}
+    over_all = {name: totals[name] / response_tokens for name in totals if name.startswith("clip_fraction")}
     over_trained = {
         name: totals[name] / totals["tokens"] for name in ("approx_kl", "entropy", "logprob_diff_mean")
     }
+    if "kl" in totals:
+        over_trained["kl"] = totals["kl"] / totals["kl_tokens"]
     return totals | over_all | over_trained

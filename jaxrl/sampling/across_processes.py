@@ -98,7 +98,7 @@ def to_bytes(groups: Groups) -> bytes:
             logprobs=np.concatenate([np.zeros(0, np.float32), *(r.logprobs for r in flat)]),
             scores=np.array([r.score for r in flat], np.float64),
             undecided=np.array([r.undecided for r in flat], bool),
-            penalties=np.array([r.penalty for r in flat], np.float64),
+            rewards=np.array([r.reward for r in flat], np.float64),
             versions=np.array([r.version for r in flat], np.int64),
             stopped=np.array([r.finish_reason == "stop" for r in flat], bool),
         )
@@ -131,5 +131,5 @@ def _rollout(prompt: Prompt, arrays: Mapping[str, np.ndarray], i: int, end: int)
         version=int(arrays["versions"][i]),
         score=float(arrays["scores"][i]),
         undecided=bool(arrays["undecided"][i]),
-        penalty=float(arrays["penalties"][i]),
+        reward=float(arrays["rewards"][i]),
     )

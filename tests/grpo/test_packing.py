@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.grpo.advantages import sequence_weights
-from jaxrl.grpo.packing import Layout, PackedBatch, bucket_lengths, pack, place_sequences, stream_lengths
+from jaxrl.grpo.packing import (
+    Layout,
+    PackedBatch,
+    Terms,
+    bucket_lengths,
+    pack,
+    place_sequences,
+    stream_lengths,
+)
 from jaxrl.types import Normalization, Prompt, Rollout
 
 LONGEST = 20
@@ -38,6 +46,7 @@ class Case:
             self.advantages,
             self.devices,
             layout,
+            learning_rate=0.01,
             weights=weights,
             on_policy=self.on_policy,
             skip_zero_advantage=self.skip_zero_advantage,
@@ -126,7 +135,8 @@ def test_streams_read_back_are_the_rollouts(case: Case) -> None:
 @given(cases())
 def test_dtypes_and_determinism(case: Case) -> None:
     batch, again = vars(case.pack()), vars(case.pack())
-    floats = {"weights", "advantages", "old_logprobs", "sampler_logprobs", "response_tokens"}
+    floats = {"weights", "advantages", "old_logprobs", "sampler_logprobs", "response_tokens", "learning_rate"}
+    assert not [name for name in Terms._fields if batch.pop(name) is not None]  # what a recipe lacks is absent
     for name, value in batch.items():
         assert value.dtype == (np.float32 if name in floats else bool if name == "on_policy" else np.int32)
         np.testing.assert_array_equal(value, again[name])

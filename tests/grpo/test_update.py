@@ -40,6 +40,7 @@ from jaxrl.grpo.update import (
     Update,
     abstract_state,
     init_state,
+    learning_rate,
     make_optimizer,
     make_update,
 )
@@ -70,6 +71,7 @@ class MiniBatch(NamedTuple):
     advantages: np.ndarray  # [B]
     old_logprobs: list[np.ndarray]  # [B][T]
     on_policy: bool
+    step: int  # batches of rollouts before
 
 
 class Trainer(NamedTuple):
@@ -83,7 +85,8 @@ class Trainer(NamedTuple):
         """Packs a mini-batch and puts it on the devices, `old_logprobs` included."""
 
         def packed(rollouts: list[Rollout]) -> PackedBatch:
-            return pack(rollouts, mini.advantages, self.mesh.size, layout, **options)
+            rate = learning_rate(OPTIMIZER, mini.step)
+            return pack(rollouts, mini.advantages, self.mesh.size, layout, learning_rate=rate, **options)
 
         layout = dataclasses.replace(LAYOUT, streams=(stream,))
         options = {"on_policy": mini.on_policy} | options
@@ -93,20 +96,20 @@ class Trainer(NamedTuple):
 
 
 def with_gradients(
-    optimizer: optax.GradientTransformation, traces: list[None]
-) -> optax.GradientTransformation:
+    optimizer: optax.GradientTransformationExtraArgs, traces: list[None]
+) -> optax.GradientTransformationExtraArgs:
     """`optimizer`, with the gradients that reached it kept in its state: (gradients, its own state)."""
     State = tuple[Params, optax.OptState]
 
-    def update(grads: Params, state: State, params: Params) -> tuple[Params, State]:
+    def update(grads: Params, state: State, params: Params, **rate: Array) -> tuple[Params, State]:
         traces.append(None)
-        updates, inner = optimizer.update(grads, state[1], params)
+        updates, inner = optimizer.update(grads, state[1], params, **rate)
         return updates, (grads, inner)
 
     def init(params: Params) -> State:
         return jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def trainer(
@@ -126,7 +129,7 @@ def build(devices: int, data: int, model: Config, gather: Gather, remat: Remat, 
         pytest.skip(f"needs {devices} devices")
     mesh = mesh_over(jax.devices()[:devices], data)
     traces: list[None] = []
-    optimizer = with_gradients(make_optimizer(OPTIMIZER, UPDATES_PER_STEP), traces)
+    optimizer = with_gradients(make_optimizer(OPTIMIZER), traces)
     numerics = Numerics(dtype=dtype, remat=remat, gather=gather, logprob_chunk=8)
     objective = Objective(**CLIP, temperature=TEMPERATURE)
     functions = make_update(model, optimizer, mesh, LAYOUT, numerics, objective)
@@ -180,7 +183,7 @@ def minibatches(model: Config) -> list[MiniBatch]:
             rollouts.append(Rollout(Prompt("", tokens[:prompt], ""), tokens[prompt:], sampler, "stop", 0))
             old.append(np.float32(behind))
         advantages = group_advantages(rewards).reshape(-1)
-        return MiniBatch(rollouts, advantages, old, on_policy=k in (0, 5))
+        return MiniBatch(rollouts, advantages, old, on_policy=k in (0, 5), step=k // UPDATES_PER_STEP)
 
     return [one(k) for k in range(UPDATES)]
 
@@ -363,7 +366,8 @@ def test_two_processes_follow_the_reference(data: int, gather: Gather, tmp_path:
     expected_steps = zip(minibatches(UNTIED), trajectory(UNTIED), steps, strict=True)
     for mini, (_, _, expected), (params, found, logprobs) in expected_steps:
         batch = t.batch(mini)
-        np.testing.assert_allclose(logprobs, t.logprobs(state.params, batch), rtol=1e-5, atol=1e-5)
+        expected_logprobs = t.logprobs(state.params, batch).logprobs
+        np.testing.assert_allclose(logprobs.logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
         state, metrics = t.update(state, batch)
         assert_close(params, expected)
         assert_same_metrics(found, metrics)
@@ -405,12 +409,13 @@ def test_optimizer_is_torchs(warmup_steps: int, updates_per_step: int) -> None:
     rng = np.random.default_rng(0)
     params = {"matrix": np.float32(rng.normal(size=(3, 4))), "norm": np.ones(5, np.float32)}
     reference = Torch(params, section, updates_per_step)
-    ours = make_optimizer(section, updates_per_step)
+    ours = make_optimizer(section)
     ours_params, opt_state, step = to_jax(params), ours.init(to_jax(params)), jax.jit(ours.update)
     for k in range(12 * updates_per_step):
         before, size = ours_params, (0.02, 2.0)[k % 2]
         grads = {name: np.float32(size * rng.normal(size=p.shape)) for name, p in params.items()}
-        updates, opt_state = step(grads, opt_state, ours_params)
+        rate = learning_rate(section, k // updates_per_step)
+        updates, opt_state = step(grads, opt_state, ours_params, learning_rate=rate)
         ours_params = optax.apply_updates(ours_params, updates)
         assert_close(ours_params, reference.step(grads), 1e-6)
         if warmup_steps and k < updates_per_step:
@@ -426,7 +431,7 @@ def run(t: Trainer, old_logprobs: bool = False, stream: int = STREAM, **options:
     for mini in minibatches(UNTIED)[:4]:
         batch = t.batch(mini, stream, **options)
         if old_logprobs:
-            batch = batch.replace(old_logprobs=t.logprobs(state.params, batch))
+            batch = batch.replace(old_logprobs=t.logprobs(state.params, batch).logprobs)
         state, _ = t.update(state, batch)
     return to_numpy(state.params)
 
@@ -478,7 +483,7 @@ def test_gradients_are_summed_over_tokens_in_float32(gather: Gather) -> None:
 def test_logprobs_are_those_of_each_sequence(mesh: tuple[int, int]) -> None:
     t, mini = trainer(*mesh), minibatches(UNTIED)[2]
     batch = t.batch(mini, skip_zero_advantage=False)
-    logprobs = np.asarray(t.logprobs(t.state().params, batch))
+    logprobs = np.asarray(t.logprobs(t.state().params, batch).logprobs)
     host, found = to_numpy(batch), 0
     assert logprobs.shape == host.tokens.shape and logprobs.dtype == np.float32
     for at in np.ndindex(host.starts.shape):
@@ -537,10 +542,9 @@ def test_not_finite_changes_nothing_but_step(mesh: tuple[int, int], what: str) -
 @pytest.mark.parametrize("mesh", [(1, 1), (8, 2)])
 def test_nothing_kept_only_decays(mesh: tuple[int, int]) -> None:
     t, empty = trainer(*mesh), minibatches(UNTIED)[4]
-    state = t.state()
-    for _ in range(UPDATES_PER_STEP + 1):  # the last is the first with a rate above 0
-        state, metrics = t.update(state, t.batch(empty))
-    rate = OPTIMIZER.learning_rate / OPTIMIZER.warmup_steps
+    state, metrics = t.update(t.state(), t.batch(empty))
+    rate = learning_rate(OPTIMIZER, empty.step)
+    assert rate > 0
     decayed = jax.tree.map(lambda p: p * (1 - rate * OPTIMIZER.weight_decay), first_params(UNTIED))
     assert_close(state.params, decayed, 1e-6)
     undefined = {"approx_kl", "entropy", "logprob_diff_mean"}  # means over no tokens
@@ -618,7 +622,7 @@ def test_the_state_is_donated_and_stays_where_it_is() -> None:
 
 def test_abstract_state_is_the_states() -> None:
     t = trainer(8, 2)
-    optimizer = with_gradients(make_optimizer(OPTIMIZER, UPDATES_PER_STEP), [])
+    optimizer = with_gradients(make_optimizer(OPTIMIZER), [])
     abstract = abstract_state(decoder.abstract_params(UNTIED), optimizer, t.mesh)
     assert isinstance(abstract, TrainState)
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(t.state()), strict=True):
