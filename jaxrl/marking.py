@@ -6,7 +6,7 @@ import dataclasses
 
 from jaxrl import config
 from jaxrl.rewards import VERIFIERS, sandbox
-from jaxrl.rewards.overlong import overlong_penalty
+from jaxrl.rewards.length import overlong_penalty
 from jaxrl.types import Detokenize, OnRollout, Rollout
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias  # noqa: TID
 
 if TYPE_CHECKING:
     import numpy as np
-    from jaxtyping import Float32, Int32
+    from jaxtyping import Float, Float32, Int32
 
 # Parsed JSON or TOML of another program, whose fields are validated one by one.
 JsonObject: TypeAlias = dict[str, Any]
@@ -21,8 +21,13 @@ Order = Literal["shuffle", "copies", "replacement"]
 Engine = Literal["local", "vllm"]
 TransportName = Literal["files", "nccl"]
 OnUpdate = Literal["keep", "drain"]
-Truncation = Literal["truncated", "masked"]  # of importance weights
+Truncation = Literal["truncated", "masked", "filtered"]  # of importance weights
 Correction = Literal["none", Truncation]
+Level = Literal["token", "sequence", "geometric"]  # what an importance ratio is taken over
+# What is taken off a reward, and what divides the rest.
+Center = Literal["none", "group", "leave_one_out", "length_weighted", "second_best", "batch"]
+Scale = Literal["none", "group", "batch"]
+OnTruncated = Literal["train", "drop", "drop_wrong"]  # what becomes of truncated responses
 Dtype = Literal["bfloat16", "float32"]
 Backend = Literal["xla", "cudnn", "splash"]  # of packed attention
 Remat = Literal["full", "attention", "projections", "products", "none"]
@@ -71,6 +76,8 @@ class SamplingParams:
 
 
 Groups = Sequence[Sequence[Rollout]]  # [P][G]: the rollouts of each prompt
+# Advantages: one a sequence, or one a token of each sequence.
+Values: TypeAlias = "Float[np.ndarray, ' B'] | list[Float[np.ndarray, ' _']]"
 Say = Callable[[str], None]  # prints a line for people
 Detokenize: TypeAlias = "Callable[[np.ndarray], str]"  # token ids [T] to text
 # Called with each rollout as it finishes; what it returns takes its place.
