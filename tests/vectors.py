@@ -20,7 +20,30 @@ from jaxrl.types import JsonObject
 HERE = Path(__file__).parent / "golden" / "techniques"
 
 # What no function here computes, by "family/name", and why.
-LEFT_OUT: dict[str, str] = {}
+LEFT_OUT: dict[str, str] = {
+    "advantages/verl:gpg": "a factor on the step, sequences over those whose reward is not 0: 1 for rewards of +-1",
+    "advantages/verl:remax": "another answer to each prompt has to be sampled greedily",
+    "advantages/openrlhf:reinforce_baseline_no_std": "less two means, undivided, in no recipe",
+    "advantages/trl:scale_batch": "divides by the std of rewards over sequences, not of advantages over tokens",
+    "advantages/nemo_float32:grpo_leave_one_out": "a std of its own for each response, without that one",
+    "advantages/verl:reinforce_plus_plus_gamma0.9": "discounts tokens by their distance to the end, in no recipe",
+    "advantages/verl:optimal_token_baseline": "needs the sum of squared probabilities at each token",
+    "advantages_uneven/verl:rloo_vectorized": "gives a group of one nothing; here it keeps its reward, as in verl:rloo",
+    "advantages_uneven/rllm:grpo": "gives a group of one nothing; here it keeps its reward, as in verl:grpo",
+    "aggregation/*:global": "a share of a larger denominator, times ranks; here a mini-batch's denominators are whole",
+    "kl_terms/in_reward_verl/grpo_advantages": "sums KL over a sequence before the group's mean and std",
+    "kl_terms/in_reward_nemo*": "a token pays its own KL, not later ones",
+    "corrections/verl:*:normalised": "divides weights by their mean over the batch, in no recipe",
+    "corrections/rejection": "replaces the mask and with it the denominators, in 12 modes; here those stay",
+    "corrections/mismatch_metrics": "perplexities and divergences of a batch; here quantiles of the ratios",
+    "length/openrlhf:stop_properly_-0.5": "a negative coefficient replaces the reward; a penalty is taken off it",
+    "length/demystify:cosine": "a reward by length and correctness in place of the reward, with four bounds",
+    "length/still": "a rule of marking: an answer without a box gets -2 + 1, what a wrong one gets",
+    "groups/openrlhf_refill": "keeps the surplus of a step for the next one, when it is of an older policy",
+    "groups/drop_no_refill/rows_*": "cuts to a multiple of ranks, through groups; here any number of sequences packs",
+    "groups/polaris_substitute/by": "torch's random draw",
+    "groups/polaris_substitute/*_public_code": "marks copies against the answer of the group that they replaced",
+}
 
 
 def cases(family: str) -> list:
