@@ -511,6 +511,7 @@ def test_technique_easy_prompts_are_dropped(case: JsonObject) -> None:
     prompts, shares = np.array(case["history"]).T
     found = groups.too_easy(prompts.astype(int), shares, case["threshold"])
     assert found.tolist() == case["removed"]
+    assert not groups.too_easy(np.zeros(2, int), np.array([0.75, 1.0]), 0.875).size
     names = np.array([f"id{p:.0f}" for p in prompts])
     assert groups.too_easy(names, shares, case["threshold"]).tolist() == [f"id{p}" for p in case["removed"]]
 
