@@ -13,7 +13,7 @@ def in_band(right: Bool[np.ndarray, "P G"], keep: tuple[float, float] = (0.0, 1.
     """True for groups whose share of right answers lies strictly between two bounds.
 
     (0, 1) keeps the groups that are neither all right nor all wrong, those that a group's advantage learns from (DAPO,
-    arXiv 2503.14476, section 3.2). QuestA keeps 0.05 to 0.95, bounds that no share of 16 answers reaches.
+    arXiv 2503.14476, section 3.2). QuestA keeps 0.05 to 0.95, bounds included; no share of 16 answers is one of them.
 
     Args:
       right: by the verifier alone: a penalty that differs would make a group of wrong answers pass.
