@@ -22,11 +22,12 @@ Engine = Literal["local", "vllm"]
 TransportName = Literal["files", "nccl"]
 OnUpdate = Literal["keep", "drain"]
 Truncation = Literal["truncated", "masked", "filtered"]  # of importance weights
-Level = Literal["token", "sequence", "geometric"]  # of them
-Center = Literal["none", "group", "leave_one_out", "length_weighted", "second_best", "batch"]
-Scale = Literal["none", "group", "batch"]  # of advantages
-OnTruncated = Literal["train", "drop", "drop_wrong"]  # what becomes of truncated responses
 Correction = Literal["none", Truncation]
+Level = Literal["token", "sequence", "geometric"]  # what an importance ratio is taken over
+# What is taken off a reward, and what divides the rest.
+Center = Literal["none", "group", "leave_one_out", "length_weighted", "second_best", "batch"]
+Scale = Literal["none", "group", "batch"]
+OnTruncated = Literal["train", "drop", "drop_wrong"]  # what becomes of truncated responses
 Ratio = Literal["token", "sequence", "geometric"]  # of two policies' probabilities
 Estimator = Literal["k1", "k2", "k3", "abs"]  # of a KL divergence
 Dtype = Literal["bfloat16", "float32"]
@@ -72,9 +73,9 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
 
 
-# Numbers of sequences: [B], one each, or B arrays [T], one a token of the completion.
-Values: TypeAlias = "Float[np.ndarray, ' B'] | Sequence[Float[np.ndarray, ' T']]"
 Groups = Sequence[Sequence[Rollout]]  # [P][G]: the rollouts of each prompt
+# Numbers of B sequences: one each, or one for each token of their completions.
+Values: TypeAlias = "Float[np.ndarray, ' B'] | list[Float[np.ndarray, ' _']]"
 Say = Callable[[str], None]  # prints a line for people
 Detokenize: TypeAlias = "Callable[[np.ndarray], str]"  # token ids [T] to text
 # Called with each rollout as it finishes; what it returns takes its place.

@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 
-from jaxrl.arrays import Array
-from jaxrl.types import Truncation
+from jaxrl.types import Level, Truncation
 
 _SIDE = np.geomspace(1e-7, 20, 84)
 EDGES = np.concatenate([-_SIDE[::-1], _SIDE]).astype(np.float32)  # of log-ratios (nats), ten bins a decade
 
 
 def importance_weights(
-    trainer: Float[Array, " ..."],
-    sampler: Float[Array, " ..."],
+    trainer: Sequence[Float[np.ndarray, " _"]],
+    sampler: Sequence[Float[np.ndarray, " _"]],
     correction: Truncation,
     cap: float,
-) -> Float[jax.Array, " ..."]:
-    """Importance weights of tokens that a slightly different policy sampled; with r_t = exp(trainer_t - sampler_t)
+    floor: float | None = None,
+    level: Level = "token",
+) -> list[Float64[np.ndarray, " _"]]:
+    """Importance weights of tokens that a slightly different policy sampled, from their log-ratios d_t.
 
-        truncated: min(r_t, cap)                             (IMPALA's rho, arXiv 1802.01561; TIS, Yao et al. 2025)
-        masked:    r_t where 1 / cap <= r_t <= cap, else 0   (IcePop, arXiv 2510.18855)
+    With d_t = trainer_t - sampler_t, the ratio r of a token is by `level`
+
+        token:     exp(d_t)
+        sequence:  exp(sum of d over the sequence), the sum held within 20 nats as in verl
+        geometric: exp(mean of d over the sequence)          (GSPO, arXiv 2507.18071)
+
+    and its weight by `correction`
+
+        truncated: r, no less than floor and no more than cap (IMPALA's rho, arXiv 1802.01561; TIS, Yao et al. 2025)
+        masked:    r where floor <= r <= cap, else 0          (IcePop, arXiv 2510.18855; decoupled PPO's cap)
+        filtered:  exp(d_t) where floor <= r <= cap, else 0   (OpenRLHF's and NeMo RL's seq-mask-tis: geometric)
+
+    The loss is divided by what it is without weights: a token of weight 0 counts in its denominators.
 
     Args:
-      trainer: log-probabilities (nats) of the sampled tokens under the trainer's parameters before the update.
-      sampler: log-probabilities as the sampler gave them; the same shape.
-      correction: how large ratios are treated, see above.
+      trainer: of each sequence the log-probabilities (nats) [T_i] of its response tokens under the trainer's
+        parameters before the update.
+      sampler: log-probabilities as the sampler gave them; the same shapes.
+      correction: how large and small ratios are treated, see above.
       cap: largest ratio that is left as it is, at least 1.
+      floor: smallest one; by default 0 where ratios are truncated, else 1 / cap.
+      level: what a ratio is taken over, see above.
     """
-    chex.assert_equal_shape([trainer, sampler])
-    ratio = jnp.exp(trainer - sampler)
-    if correction == "truncated":
-        return jnp.minimum(ratio, cap)
-    return jnp.where((ratio >= 1 / cap) & (ratio <= cap), ratio, 0.0)
+    least = (0.0 if correction == "truncated" else 1 / cap) if floor is None else floor
+    weights = []
+    for ours, theirs in zip(trainer, sampler, strict=True):
+        chex.assert_equal_shape([ours, theirs])
+        apart = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+        total = apart.sum()
+        over = {"token": apart, "sequence": np.clip(total, -20, 20), "geometric": total / max(len(apart), 1)}
+        ratio = np.exp(np.broadcast_to(over[level], apart.shape))
+        if correction == "truncated":
+            weights.append(np.clip(ratio, least, cap))
+        else:
+            kept = (least <= ratio) & (ratio <= cap)
+            weights.append(np.where(kept, np.exp(apart) if correction == "filtered" else ratio, 0.0))
+    return weights
 
 
 def ratio_histogram(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +18,47 @@ from jaxrl.models import decoder
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.prepare import with_old_logprobs
 from jaxrl.programs import build_programs
-from jaxrl.types import Correction, Prompt, Rollout
+from jaxrl.types import Correction, Level, Prompt, Rollout, Truncation
 
 TINY = decoder.Config("qwen2", 16, 8, 1, 2, 1, 4, 16, 1e4, 1e-6, True, 64)
 
 
+LENGTHS = (50, 7, 1, 0)
+
+
+def logprobs() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of the sampler's in float32, and of a trainer that is far from it."""
+    rng = np.random.default_rng(0)
+    sampler = [rng.normal(-2, 1, n).astype(np.float32) for n in LENGTHS]
+    return [x + rng.normal(0, 1, len(x)) for x in sampler], sampler
+
+
 @pytest.mark.parametrize("cap", [1.0, 1.5, 4.0])
 def test_importance_weights(cap: float) -> None:
-    rng = np.random.default_rng(0)
-    sampler = rng.normal(-2, 1, (3, 50))
-    trainer = sampler + rng.normal(0, 1, (3, 50))
-    ratio = np.exp(trainer - sampler)
-    arrays = jnp.float32(trainer), jnp.float32(sampler)
-    truncated = np.minimum(ratio, cap)
-    np.testing.assert_allclose(importance_weights(*arrays, "truncated", cap), truncated, rtol=1e-5)
-    masked = np.where((ratio > cap) | (ratio < 1 / cap), 0, ratio)
-    np.testing.assert_allclose(importance_weights(*arrays, "masked", cap), masked, rtol=1e-5)
+    trainer, sampler = logprobs()
+    truncated = importance_weights(trainer, sampler, "truncated", cap)
+    masked = importance_weights(trainer, sampler, "masked", cap)
+    for i, (new, old) in enumerate(zip(trainer, sampler, strict=True)):
+        ratio = np.exp(new - np.float64(old))
+        np.testing.assert_allclose(truncated[i], np.minimum(ratio, cap), rtol=1e-12)
+        np.testing.assert_allclose(
+            masked[i], np.where((ratio > cap) | (ratio < 1 / cap), 0, ratio), rtol=1e-12
+        )
+        assert truncated[i].dtype == masked[i].dtype == np.float64
 
 
 def test_a_policy_that_is_the_sampler_needs_no_weights() -> None:
-    same = jnp.linspace(-9, 0, 20)
-    for correction in ("truncated", "masked"):
-        np.testing.assert_array_equal(importance_weights(same, same, correction, 1.0), np.ones(20))
+    same = [np.linspace(-9, 0, n) for n in LENGTHS]
+    for correction, level in itertools.product(get_args(Truncation), get_args(Level)):
+        for weights in importance_weights(same, same, correction, 1.0, level=level):
+            np.testing.assert_array_equal(weights, np.ones(len(weights)))
+
+
+def test_importance_weights_need_a_log_prob_of_both() -> None:
+    with pytest.raises(AssertionError):
+        importance_weights([np.zeros(3)], [np.zeros(2)], "truncated", 2.0)
+    with pytest.raises(ValueError):
+        importance_weights([np.zeros(3)], [], "truncated", 2.0)
 
 
 @pytest.mark.parametrize("spread", [1e-5, 1e-2, 1.0])

@@ -9,7 +9,7 @@ from jaxrl import config
 from jaxrl.grpo import group_advantages
 from jaxrl.marking import make_marker
 from jaxrl.metrics import rollout_metrics
-from jaxrl.rewards.overlong import overlong_penalty
+from jaxrl.rewards.length import overlong_penalty
 from jaxrl.types import Prompt, Rollout
 
 
