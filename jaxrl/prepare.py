@@ -31,7 +31,7 @@ from jaxrl.programs import Programs
 from jaxrl.rewards.length import dropped
 from jaxrl.types import Center, Groups, Rollout, Values
 
-Tokens = list[Float[np.ndarray, " T"]]  # a number for each token of each sequence's completion
+Tokens = list[Float[np.ndarray, " _"]]  # a number for each token of each sequence's completion
 
 
 class Known(NamedTuple):

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 
 
 def high_entropy(
-    entropies: Sequence[Float[np.ndarray, " T"]], quantile: float
-) -> list[Bool[np.ndarray, " T"]]:
+    entropies: Sequence[Float[np.ndarray, " _"]], quantile: float
+) -> list[Bool[np.ndarray, " _"]]:
     """True where a token's entropy is above the quantile of its own sequence's (linear between two tokens).
 
     Archer's is 0.8, and is taken anew by the policy of every update; here it is of the policy before the step.

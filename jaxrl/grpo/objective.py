@@ -63,9 +63,7 @@ def score(
     CISPO's own bounds are 0 and, in TRL, 5; verl's are 1 - clip_low and 1 + clip_high. With both 1 it is REINFORCE
     (and GPG's, arXiv 2504.02546).
     """
-    kept, change = jax.lax.stop_gradient(jnp.clip(ratio, low, high)), jnp.log(ratio)
-    # the ratio's gradient is that of log pi, and has none where a token is left out
-    logprobs = change + jax.lax.stop_gradient(logprobs - change)
+    kept = jax.lax.stop_gradient(jnp.clip(ratio, low, high))
     return -kept * advantages * logprobs, (ratio > high) | (ratio < low)
 
 
@@ -166,7 +164,9 @@ def policy_objective(
             own = jnp.where(live, own, 0.0)
         own = own - jax.lax.stop_gradient(own - _sequence_means(own, live, sequences))
     ratios = jnp.exp(own)
-    loss, binds = surrogate(logprobs, ratios, advantages, low, high)
+    # clip does not read them
+    own_logprobs = logprobs if surrogate is clip else jnp.where(live, logprobs, 0.0)
+    loss, binds = surrogate(own_logprobs, ratios, advantages, low, high)
     lower = None
     if surrogate is clip and math.isfinite(dual_clip):
         bound = -advantages * dual_clip

@@ -292,7 +292,7 @@ def fill(
     return streams
 
 
-def unfill(placement: Placement, streams: Float32[np.ndarray, "G M N"]) -> list[Float32[np.ndarray, " T"]]:
+def unfill(placement: Placement, streams: Float32[np.ndarray, "G M N"]) -> list[Float32[np.ndarray, " _"]]:
     """The values of each sequence's completion in streams, one a token; the inverse of `fill`.
 
     Args:

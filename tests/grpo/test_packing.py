@@ -136,7 +136,9 @@ def test_streams_read_back_are_the_rollouts(case: Case) -> None:
 def test_dtypes_and_determinism(case: Case) -> None:
     batch, again = vars(case.pack()), vars(case.pack())
     floats = {"weights", "advantages", "old_logprobs", "sampler_logprobs", "response_tokens", "learning_rate"}
-    assert not [name for name in Terms._fields if batch.pop(name) is not None]  # what a recipe lacks is absent
+    assert not [
+        name for name in Terms._fields if batch.pop(name) is not None
+    ]  # what a recipe lacks is absent
     for name, value in batch.items():
         assert value.dtype == (np.float32 if name in floats else bool if name == "on_policy" else np.int32)
         np.testing.assert_array_equal(value, again[name])

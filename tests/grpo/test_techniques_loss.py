@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from jaxrl.grpo.advantages import relative_advantages, sequence_weights
+from jaxrl.grpo.advantages import sequence_weights
 from jaxrl.grpo.gate import high_entropy
 from jaxrl.grpo.kl import kl_penalty
 from jaxrl.grpo.logprobs import token_logprobs
 from jaxrl.grpo.mismatch import importance_weights
-from jaxrl.grpo.objective import Sigmoid, clip, policy_objective, score
+from jaxrl.grpo.objective import Sigmoid, policy_objective, score
 from jaxrl.types import Correction, Estimator, JsonObject, Level, Normalization, Truncation
 from tests.vectors import cases, covered, near
 
@@ -55,7 +55,9 @@ def weights_of(mask: np.ndarray, mode: str, scale: float | None = None) -> np.nd
     return found[:, None] * mask
 
 
-def loss_and_gradient(case: JsonObject, weights: np.ndarray, advantages: ArrayLike, **options: object) -> tuple:
+def loss_and_gradient(
+    case: JsonObject, weights: np.ndarray, advantages: ArrayLike, **options: object
+) -> tuple:
     """(loss, its gradient to the log-probabilities [B, T], metrics)."""
     shape = weights.shape
     per_token = np.broadcast_to(array(advantages).reshape(shape[0], -1), shape)
@@ -65,14 +67,18 @@ def loss_and_gradient(case: JsonObject, weights: np.ndarray, advantages: ArrayLi
         flat = (x.reshape(-1) for x in (array(case["old_logprob"]), per_token, weights))
         return policy_objective(logprobs, *flat, **({"sequences": sequences} | options))
 
-    (loss, metrics), grad = jax.value_and_grad(of, has_aux=True)(jnp.asarray(array(case["logprob"]).reshape(-1)))
+    (loss, metrics), grad = jax.value_and_grad(of, has_aux=True)(
+        jnp.asarray(array(case["logprob"]).reshape(-1))
+    )
     return float(loss), np.asarray(grad).reshape(shape), metrics
 
 
 # KL
 
 
-ESTIMATORS: dict[str, tuple[Estimator, float, float]] = {  # estimator, bound of the value, bound of the log-ratio
+ESTIMATORS: dict[
+    str, tuple[Estimator, float, float]
+] = {  # estimator, bound of the value, bound of the log-ratio
     "verl_k1": ("k1", math.inf, math.inf),
     "verl_abs": ("abs", math.inf, math.inf),
     "verl_k2": ("k2", math.inf, math.inf),
@@ -109,12 +115,17 @@ def token_arrays(case: JsonObject, *names: str) -> list[np.ndarray]:
     return [array(case[name]) for name in names]
 
 
-def with_kl(case: JsonObject, weights: np.ndarray, estimator: Estimator, bound: float = 10) -> tuple[float, np.ndarray]:
+def with_kl(
+    case: JsonObject, weights: np.ndarray, estimator: Estimator, bound: float = 10
+) -> tuple[float, np.ndarray]:
     """The KL term and its gradient to the log-probabilities; `weights` have the coefficient."""
     logprobs, reference = token_arrays(case, "logprob", "ref_logprob")
 
     def of(x: jax.Array) -> jax.Array:
-        return jnp.sum(weights * jnp.where(weights != 0, kl_penalty(x, jnp.asarray(reference), estimator, (bound, 20)), 0.0))
+        return jnp.sum(
+            weights
+            * jnp.where(weights != 0, kl_penalty(x, jnp.asarray(reference), estimator, (bound, 20)), 0.0)
+        )
 
     value, grad = jax.value_and_grad(of)(jnp.asarray(logprobs))
     return float(value), np.asarray(grad)
@@ -232,7 +243,10 @@ def test_technique_policy_losses(case: JsonObject) -> None:
         if name == "trl:cispo":
             options["clip_high"] = float(params["ratio_max"] - 1)
         if name == "verl:geo_mean":  # its bounds are of the log-ratio
-            options |= {"clip_low": 1 - math.exp(-params["clip_low"]), "clip_high": math.expm1(params["clip_high"])}
+            options |= {
+                "clip_low": 1 - math.exp(-params["clip_low"]),
+                "clip_high": math.expm1(params["clip_high"]),
+            }
         weights, given = weights_of(mask, mode), case
         if name == "verl:geo_mean":  # rows without a token count
             weights = weights * np.sum(mask.any(axis=1)) / len(mask)
@@ -262,7 +276,9 @@ def test_technique_policy_losses(case: JsonObject) -> None:
 def test_technique_archer(case: JsonObject) -> None:
     mask = array(case["mask"])
     lengths = mask.sum(axis=1).astype(int)
-    found = high_entropy([array(x)[:n] for x, n in zip(case["token_entropy"], lengths, strict=True)], case["quantile"])
+    found = high_entropy(
+        [array(x)[:n] for x, n in zip(case["token_entropy"], lengths, strict=True)], case["quantile"]
+    )
     high = np.array([np.pad(x, (0, mask.shape[1] - len(x))) for x in found])
     near(high * mask, array(case["high_entropy_mask"]) * mask)
     narrow, wide = case["clip_low_entropy"], case["clip_high_entropy"]
@@ -323,7 +339,9 @@ def test_technique_corrected_losses(case: JsonObject) -> None:
         ratios = importance_weights(trainer, sampler, *correction_of(name, cap, floor))
         weights = weights_of(mask, TOKEN)
         weights *= np.array([np.pad(r, (0, mask.shape[1] - len(r))) for r in ratios])
-        options = DUAL if name.startswith("verl") else {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": math.inf}
+        options = (
+            DUAL if name.startswith("verl") else {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": math.inf}
+        )
         options = options | {key: value for key, value in params.items() if key in options}
         options |= {"clip_low": params["clip"], "clip_high": params["clip"]} if "clip" in params else {}
         loss, grad, _ = loss_and_gradient(case, weights, case["advantages"], **options)
