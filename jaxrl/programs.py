@@ -210,7 +210,8 @@ def objective_of(recipe: config.Recipe) -> Objective:
       InputError: for a surrogate of the recipe's that cannot be imported.
     """
     loss, name = recipe.loss, recipe.loss.surrogate
-    named = {"clip": clip, "score": score, "sigmoid": Sigmoid(loss.sigmoid_positive, loss.sigmoid_negative)}
+    sigmoid = Sigmoid(loss.sigmoid_positive, loss.sigmoid_negative)
+    named: dict[str, Surrogate] = {"clip": clip, "score": score, "sigmoid": sigmoid}
     surrogate = cast(Surrogate, load_plugin("loss.surrogate", name)) if is_plugin(name) else named[name]
     return Objective(
         loss.clip_low,

@@ -119,7 +119,7 @@ def _backward(
         d_hidden = jnp.einsum("nv,vd->nd", d_logits, head).astype(h.dtype)
         return d_head + jnp.einsum("nv,nd->vd", d_logits, h, preferred_element_type=jnp.float32), d_hidden
 
-    chunks = (hidden, targets, log_z, gradients[0].reshape(log_z.shape))
+    chunks: tuple[jax.Array, ...] = (hidden, targets, log_z, gradients[0].reshape(log_z.shape))
     if entropy is not None:
         chunks += (entropy, gradients[1].reshape(log_z.shape))
     d_head, d_hidden = jax.lax.scan(of_chunk, jnp.zeros(head.shape, jnp.float32), chunks)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxrl.arrays import Array
 from jaxrl.types import Estimator, Ratio
 
-Losses = tuple[Float[jax.Array, " ..."], Bool[jax.Array, " ..."]]
+Losses = tuple[Float[Array, " ..."], Bool[Array, " ..."]]
 
 
 class Surrogate(Protocol):

@@ -267,7 +267,7 @@ class _OnDevice:
             clip_low=o.clip_low,
             clip_high=o.clip_high,
             dual_clip=o.dual_clip,
-            bounds=None if micro.ratio_low is None else (micro.ratio_low, micro.ratio_high),
+            bounds=micro.bounds,
             surrogate=o.surrogate,
             ratio=o.ratio,
             sequences=None if o.ratio == "token" else jnp.cumsum(micro.positions == 0) - 1,
@@ -277,7 +277,7 @@ class _OnDevice:
         count = live.sum().astype(jnp.float32)
         difference = jnp.where(live, jnp.abs(old - micro.sampler_logprobs), 0.0)
         sums = {name: value * count for name, value in metrics.items() if name != "ratio_max"}
-        if micro.kl_weights is not None:
+        if micro.kl_weights is not None and micro.ref_logprobs is not None:
             kl = kl_penalty(logprobs, micro.ref_logprobs, o.estimator)
             has_kl = micro.kl_weights != 0
             loss += jnp.sum(micro.kl_weights * jnp.where(has_kl, kl, 0.0))
@@ -338,6 +338,12 @@ class MicroBatch(NamedTuple):
     ref_logprobs: Float32[Array, " N"] | None
     kl_weights: Float32[Array, " N"] | None
     entropy_weights: Float32[Array, " N"] | None
+
+    @property
+    def bounds(self) -> tuple[Float32[Array, " N"], Float32[Array, " N"]] | None:
+        """Of each token's ratio, where they are not the objective's."""
+        low, high = self.ratio_low, self.ratio_high
+        return None if low is None or high is None else (low, high)
 
 
 def _micro_batch(own: PackedBatch, m: Int[Array, ""] | int) -> MicroBatch:

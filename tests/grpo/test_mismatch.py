@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl import config
-from jaxrl.grpo import packing
 from jaxrl.grpo.mismatch import EDGES, importance_weights, ratio_histogram, ratio_quantiles
 from jaxrl.models import decoder
-from jaxrl.parallel.mesh import make_mesh
-from jaxrl.prepare import with_old_logprobs
-from jaxrl.programs import build_programs
-from jaxrl.types import Correction, Level, Prompt, Rollout, Truncation
+from jaxrl.types import Level, Truncation
 
 TINY = decoder.Config("qwen2", 16, 8, 1, 2, 1, 4, 16, 1e4, 1e-6, True, 64)
 
@@ -81,45 +74,3 @@ def test_quantiles_of_agreement_and_of_nothing() -> None:
     counts = ratio_histogram(jnp.zeros(9), jnp.zeros(9), jnp.ones(9, bool))
     assert ratio_quantiles(np.asarray(counts), (0.01, 0.5, 0.99)) == [1.0, 1.0, 1.0]
     assert np.isnan(ratio_quantiles(np.zeros(len(EDGES) + 1), (0.5,))[0])
-
-
-def make_batch(on_policy: bool) -> packing.PackedBatch:
-    rng = np.random.default_rng(2)
-    ids = np.arange(9, dtype=np.int32)
-    logprobs = [-rng.random(n).astype(np.float32) for n in (5, 9, 2)]
-    rollouts = [Rollout(Prompt("", ids[:3], ""), ids[: len(x)], x, "stop", 0) for x in logprobs]
-    advantages, layout = np.array([1, -1, 1], np.float32), packing.Layout((32,), (16,))
-    return packing.pack(rollouts, advantages, jax.device_count(), layout, on_policy=on_policy)
-
-
-@pytest.mark.parametrize("correction", ["none", "truncated", "masked"])
-@pytest.mark.parametrize("stale", [False, True])
-@pytest.mark.parametrize("on_policy", [False, True])
-def test_what_ratios_are_relative_to(correction: Correction, stale: bool, on_policy: bool) -> None:
-    sections = {"sampler": {"correction": correction, "correction_cap": 1.5}, "model": {"remat": "full"}}
-    recipe = config.from_dict(sections)
-    packed = make_batch(on_policy and correction == "none" and not stale)
-    apart = np.random.default_rng(3).normal(0, 0.5, packed.tokens.shape).astype(np.float32)
-    scored = []
-
-    def logprobs(params: decoder.Params, batch: packing.PackedBatch) -> jax.Array:
-        scored.append(batch)
-        return batch.sampler_logprobs + apart
-
-    programs = dataclasses.replace(build_programs(recipe, TINY, make_mesh()), logprobs=logprobs)
-    batch = jax.device_get(with_old_logprobs(recipe, programs, packed, {}, stale))
-    ratio = np.exp(np.float64(apart))
-    weights, old = packed.weights, packed.sampler_logprobs + apart
-    if correction == "none" and stale:
-        assert not scored
-        old = packed.sampler_logprobs
-    elif correction == "none" and on_policy:
-        assert not scored and batch.on_policy.all()
-        old = packed.old_logprobs
-    elif correction == "truncated":
-        weights = weights * np.minimum(ratio, 1.5)
-    elif correction == "masked":
-        weights = weights * np.where((ratio > 1.5) | (ratio < 1 / 1.5), 0, ratio)
-    np.testing.assert_allclose(batch.old_logprobs, old, rtol=1e-6)
-    np.testing.assert_allclose(batch.weights, weights, rtol=1e-5)
-    assert np.count_nonzero(packed.weights) == 16

@@ -62,6 +62,7 @@ TEMPERATURE, CLIP = 0.8, {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
 OPTIMIZER = config.Optimizer(
     learning_rate=0.01, warmup_steps=3, beta2=0.95, epsilon=1e-4, weight_decay=0.1, max_grad_norm=2.05
 )
+OBJECTIVE = Objective(**CLIP, temperature=TEMPERATURE)
 UPDATES_PER_STEP = 2
 UPDATES = 8
 
@@ -119,20 +120,22 @@ def trainer(
     gather: Gather = "step",
     remat: Remat = "full",
     dtype: Dtype = "float32",
+    objective: Objective = OBJECTIVE,
 ) -> Trainer:
-    return build(devices, data, model, gather, remat, dtype)
+    return build(devices, data, model, gather, remat, dtype, objective)
 
 
 @functools.cache
-def build(devices: int, data: int, model: Config, gather: Gather, remat: Remat, dtype: Dtype) -> Trainer:
+def build(
+    devices: int, data: int, model: Config, gather: Gather, remat: Remat, dtype: Dtype, objective: Objective
+) -> Trainer:
     if jax.device_count() < devices:
         pytest.skip(f"needs {devices} devices")
     mesh = mesh_over(jax.devices()[:devices], data)
     traces: list[None] = []
     optimizer = with_gradients(make_optimizer(OPTIMIZER), traces)
     numerics = Numerics(dtype=dtype, remat=remat, gather=gather, logprob_chunk=8)
-    objective = Objective(**CLIP, temperature=TEMPERATURE)
-    functions = make_update(model, optimizer, mesh, LAYOUT, numerics, objective)
+    functions = make_update(model, optimizer, mesh, LAYOUT, numerics, objective, entropies=True)
 
     def state() -> TrainState:
         return init_state(to_jax(first_params(model)), optimizer, mesh)
