@@ -173,7 +173,7 @@ def _corrected(section: config.Sampler, mini: MiniBatch) -> MiniBatch:
 
 
 def _times(values: Values, factor: float) -> Values:
-    return [factor * x for x in values]
+    return values * factor if isinstance(values, np.ndarray) else [factor * x for x in values]
 
 
 def minibatches(
@@ -215,7 +215,9 @@ def minibatches(
         known = _in_order(parts, np.concatenate([chosen for chosen, _ in dealt]))
     rewards = np.array([rollout.reward for rollout in rollouts])
     advantages = method.advantages(rewards, of_group, lengths, known)
-    advantages = [np.where(left_out, 0.0, a) for left_out, a in zip(out, advantages, strict=True)]
+    advantages = [
+        np.broadcast_to(a, n) * ~left_out for a, n, left_out in zip(advantages, lengths, out, strict=True)
+    ]
     if known and stale and recipe.sampler.correction == "none":
         known = known._replace(old=[rollout.logprobs for rollout in rollouts])
     found = []

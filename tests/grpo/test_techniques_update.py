@@ -103,7 +103,12 @@ CASES = {
     "cispo": of(cispo, lambda d: -d, surrogate=score, estimator="k1"),
     "sapo": of(sapo, jnp.abs, surrogate=Sigmoid(0.7, 1.3), estimator="abs"),
 }
-MESHES = [(1, 1, "step"), (2, 1, "layer"), (8, 2, "step")]
+MESHES = [(1, 1, "step"), (2, 1, "layer"), (8, 2, "step"), (8, 1, "layer")]
+RUNS = [
+    pytest.param(name, *mesh, marks=() if name == "gspo" or mesh == MESHES[1] else pytest.mark.slow)
+    for name in CASES
+    for mesh in MESHES
+]
 
 
 @functools.cache
@@ -171,8 +176,7 @@ def in_place(rollout: Rollout, arrays: list[np.ndarray]) -> list[np.ndarray]:
     return [padded(whole), placed[0] > 0, *placed[1:]]
 
 
-@pytest.mark.parametrize(("devices", "data", "gather"), MESHES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "devices", "data", "gather"), RUNS)
 def test_technique_is_the_plain_sum_on_any_mesh(name: str, devices: int, data: int, gather: Gather) -> None:
     t = trainer(devices, data, gather=gather, objective=CASES[name].objective)
     loss, expected = reference(name)
