@@ -61,6 +61,7 @@ class Workload:
     cap: int  # longest response
     spread: float = 0.8  # standard deviation over mean of the log-normal lengths, before the cap
     updates: int = 4
+    epochs: int = 1  # passes of these over a step's sequences
     logprob_passes: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
     trained: float = 1.0  # share of sequences that are trained on: zero advantages may be left out
     remat: Remat = "full"
@@ -250,7 +251,7 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
         decode=decode,
         tail=tail,
         old_logprobs=w.logprob_passes * share * pass_seconds(w.model, whole, hardware).total,
-        update=share * pass_seconds(w.model, whole, hardware, w.remat).total,
+        update=w.epochs * share * pass_seconds(w.model, whole, hardware, w.remat).total,
         communication=w.updates * traffic / (link * BANDWIDTH),
         publish=2 * size / PUBLISH_RATE,
     )
@@ -300,6 +301,7 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
+        **({"reference": 4 * size / shards} if recipe.kl.coefficient else {}),
         "activations": stream * c.layers * kept_bytes(c, cast(Remat, recipe.model.remat), compute),
         "temporaries": held + max(layer, logits),
     }
@@ -489,7 +491,7 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
         "parameters": parameters(c),
         "capped_fraction": float((lengths >= w.cap).mean()),
         "steps": [dataclasses.asdict(step) | {"total": step.total} for step in steps],
-        "flops": {"old log-probs": w.logprob_passes * forward, "update": 3 * forward},
+        "flops": {"old log-probs": w.logprob_passes * forward, "update": 3 * w.epochs * forward},
         "bytes": compiled_bytes(recipe, c, trainers, a.hardware)
         if a.compile
         else estimated_bytes(recipe, c, trainers),
@@ -516,7 +518,11 @@ def _require_possible(a: Assumptions) -> None:
 
 
 def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
-    updates = recipe.updates_per_step
+    in_loss = recipe.kl.coefficient and recipe.kl.place == "loss"
+    skips = not in_loss and not recipe.entropy.bonus and recipe.advantage.scale != "batch"
+    first = (
+        1 / recipe.minibatches if recipe.loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1 else 0
+    )
     return Workload(
         model=c,
         prompts=recipe.rollout.prompts,
@@ -525,9 +531,10 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
         response_tokens=a.mean_response,
         cap=recipe.rollout.max_tokens,
         spread=a.spread,
-        updates=updates,
-        logprob_passes=1 - 1 / updates if recipe.loss.skip_first_old_logprobs else 1.0,
-        trained=1 - a.zero_advantage,
+        updates=recipe.updates_per_step,
+        epochs=recipe.optimizer.epochs,
+        logprob_passes=1 - first + bool(recipe.kl.coefficient),
+        trained=1 - a.zero_advantage if skips else 1.0,
         remat=cast(Remat, recipe.model.remat),  # by `with_remat`
         eager=a.eager,
         tensor=a.tensor,
