@@ -260,6 +260,7 @@ def _placed(
         terms=terms,
         on_policy=exact,
         skip_zero_advantage=recipe.loss.skip_zero_advantage,
+        sequences=programs.sequences,
     )
     batch = to_devices(packed, programs.mesh)
     if known:
@@ -288,7 +289,7 @@ def _known(
     """Log-probabilities of all of these sequences, on the host of every process."""
     lengths = [len(r.prompt.tokens) for r in rollouts], [len(r.tokens) for r in rollouts]
     devices, layout = programs.mesh.size, programs.layout
-    placement = packing.lay_out(*lengths, devices, layout)
+    placement = packing.lay_out(*lengths, devices, layout, sequences=programs.sequences)
     nothing = np.zeros(len(rollouts))
     packed = packing.pack(rollouts, nothing, devices, layout, learning_rate=0.0, placement=placement)
     batch = to_devices(packed, programs.mesh)

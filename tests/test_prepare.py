@@ -256,6 +256,18 @@ def test_several_epochs_need_the_log_probs_of_the_first_mini_batch() -> None:
     assert recipe_of(optimizer={"epochs": 2}).updates_per_step == 4
 
 
+def test_refused_prompts_change_no_shape() -> None:
+    """Fewer survivors are no other program."""
+    recipe = recipe_of()
+    programs, _ = programs_of(recipe)
+    shapes = set()
+    for count in (4, 3, 1):
+        groups = groups_of(MIXED)[:count]
+        found = minibatches(recipe, make_method(recipe), programs, groups, RATE, POLICY)
+        shapes |= {batch.tokens.shape[:2] for batch in found}
+    assert len(shapes) == 1
+
+
 def test_batch_scale_trains_on_groups_that_agree() -> None:
     batches, _, rollouts = prepare(recipe_of(advantage={"scale": "batch"}))
     assert values(

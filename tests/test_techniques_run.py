@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tiny_run
-from tests.parallel.test_processes import assert_same_weights, complete
+from parallel.test_processes import assert_same_weights, complete
 
 RECIPES: dict[str, dict[str, Any]] = {
     # a reference, Archer's gate, a bonus, IcePop, REINFORCE++-baseline, two epochs, terms of the length

@@ -185,6 +185,7 @@ def lay_out(
     devices: int,
     layout: Layout,
     kept: Sequence[int] | None = None,
+    sequences: int = 0,
 ) -> Placement:
     """Decides where the sequences of a mini-batch lie.
 
@@ -194,6 +195,7 @@ def lay_out(
       devices: G.
       layout: see `Layout`.
       kept: indices of the sequences to place; all where None.
+      sequences: those of a whole mini-batch, where this one may lack some.
 
     Returns:
       a Placement. Its M is what the longest sequences there can be would take, so that a run has a shape for each
@@ -205,7 +207,8 @@ def lay_out(
     used = np.zeros(devices, np.int32)
     for place in placed:
         used[place.device] = max(used[place.device], place.micro_batch + 1)
-    rows = max(most_streams(len(prompts), devices, stream, layout), int(used.max(initial=1)))
+    rows = most_streams(max(sequences, len(prompts)), devices, stream, layout)
+    rows = max(rows, int(used.max(initial=1)))
     starts = np.zeros((devices, rows, layout.segments), np.int32)
     buckets = np.full((devices, rows, layout.segments), -1, np.int32)
     filled = np.zeros((devices, rows), int)
@@ -317,6 +320,7 @@ def pack(
     terms: Terms = NO_TERMS,
     on_policy: bool = False,
     skip_zero_advantage: bool = True,
+    sequences: int = 0,
     placement: Placement | None = None,
 ) -> PackedBatch:
     """Packs one mini-batch.
@@ -333,6 +337,7 @@ def pack(
       on_policy: take the ratio as 1 (nothing has been updated since these were sampled).
       skip_zero_advantage: leave out sequences whose loss and gradient are exactly 0, which are those without advantage,
         KL and entropy weight; the averages still count them.
+      sequences: see `lay_out`.
       placement: where sequences lie, instead.
 
     Returns:
@@ -344,7 +349,8 @@ def pack(
         of_loss = [x for x in (advantages, terms.kl_weights, terms.entropy_weights) if x is not None]
         everyone = range(len(rollouts))
         kept = [i for i in everyone if not skip_zero_advantage or any(np.any(x[i]) for x in of_loss)]
-        placement = lay_out([len(r.prompt.tokens) for r in rollouts], responses, devices, layout, kept)
+        prompts = [len(r.prompt.tokens) for r in rollouts]
+        placement = lay_out(prompts, responses, devices, layout, kept, sequences)
     whole = [np.zeros(0, np.int32)] * len(rollouts)
     for i in placement.places:
         whole[i] = np.concatenate([rollouts[i].prompt.tokens, rollouts[i].tokens])

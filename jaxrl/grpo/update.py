@@ -114,7 +114,7 @@ def _descend(
     state: optax.EmptyState,
     params: decoder.Params | None = None,
     *,
-    learning_rate: Float32[Array, ""],
+    learning_rate: Float[Array, ""] | float,
 ) -> tuple[decoder.Params, optax.EmptyState]:
     return jax.tree.map(lambda u: -learning_rate * u, updates), state
 

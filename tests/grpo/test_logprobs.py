@@ -103,6 +103,37 @@ def test_entropy_carries_no_gradient() -> None:
     assert not any(np.asarray(g).any() for g in jax.grad(entropy, (0, 1))(hidden, head))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_entropy_gradient_is_that_of_finite_differences(temperature: float) -> None:
+    """In float64 from whole logits, along random directions; together with the log-probability's own."""
+    hidden, head, targets, cotangent = inputs()
+    of_entropy = np.random.default_rng(7).normal(size=TOKENS)
+
+    def plain(hidden: np.ndarray, head: np.ndarray) -> float:
+        logits = np.float64(hidden) @ np.float64(head).T / temperature
+        logp = logits - logits.max(axis=1, keepdims=True)
+        logp -= np.log(np.exp(logp).sum(axis=1, keepdims=True))
+        entropy = -np.sum(np.exp(logp) * logp, axis=1)
+        return float(np.sum(cotangent * logp[np.arange(TOKENS), targets] + of_entropy * entropy))
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        options = {"temperature": temperature, "chunk": 8, "entropy_gradient": True}
+        logprobs, entropy = token_logprobs(hidden, head, targets, **options)
+        return jnp.sum(cotangent * logprobs + of_entropy * entropy)
+
+    grads = jax.jit(jax.grad(loss, (0, 1)))(hidden, head)
+    rng, step = np.random.default_rng(8), 1e-5
+    for _ in range(5):
+        along = [rng.normal(size=x.shape) for x in (hidden, head)]
+        ahead, behind = (
+            plain(*(x + sign * step * d for x, d in zip((hidden, head), along, strict=True)))
+            for sign in (1, -1)
+        )
+        expected = (ahead - behind) / (2 * step)
+        found = sum(float(np.sum(np.float64(g) * d)) for g, d in zip(grads, along, strict=True))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
 def test_head_gradient_is_summed_in_float32() -> None:
     """256 chunks of bfloat16: the sum over chunks must not itself be rounded to bfloat16."""
     hidden, head, targets, cotangent = inputs(3, tokens=512)
@@ -131,12 +162,14 @@ def largest_array(function: Callable[..., object], *args: np.ndarray) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def test_logits_of_a_stream_never_exist() -> None:
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_logits_of_a_stream_never_exist(entropy_gradient: bool) -> None:
     hidden, head, targets, cotangent = inputs()
 
     def loss(hidden: jax.Array, head: jax.Array, chunk: int) -> jax.Array:
-        logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0, chunk=chunk)
-        return jnp.sum(cotangent * logprobs)
+        options = {"temperature": 1.0, "chunk": chunk, "entropy_gradient": entropy_gradient}
+        logprobs, entropy = token_logprobs(hidden, head, targets, **options)
+        return jnp.sum(cotangent * (logprobs + entropy))
 
     gradients = jax.value_and_grad(loss, (0, 1))
     chunked = {chunk: functools.partial(gradients, chunk=chunk) for chunk in (8, TOKENS)}

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import jax
+import plain
 import pytest
 
 from jaxrl import config
@@ -13,7 +14,6 @@ from jaxrl.grpo import logprobs, update
 from jaxrl.models import Config
 from jaxrl.parallel.mesh import mesh_over
 from jaxrl.programs import build_programs, peak_bytes
-from tests.grpo import plain
 
 MODEL = Config("qwen2", 72, 20, 2, 4, 2, 6, 24, 1e4, 1e-6, tied=True, max_positions=64)
 SIZES = {

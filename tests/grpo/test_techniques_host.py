@@ -5,19 +5,25 @@ Every name of a vector is in a table here or in vectors.LEFT_OUT, with the reaso
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vectors
+from jaxrl import config
 from jaxrl.grpo import groups
 from jaxrl.grpo.advantages import relative_advantages, sequence_weights, token_weights
 from jaxrl.grpo.mismatch import importance_weights
+from jaxrl.grpo.update import make_optimizer
 from jaxrl.rewards.length import (
     cosine_active,
     cosine_bonus,
@@ -541,3 +547,60 @@ def test_technique_vectors_are_used_or_left_out(family: str, case: JsonObject) -
     results = {name: value for name, value in case.items() if isinstance(value, dict)}
     settings = {"cosine", "prorl_v2"}
     assert set(vectors.covered(family, results)) - settings == USED[family]
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("case", vectors.cases("schedules"))
+def test_technique_optimizer_kept_and_reset(case: JsonObject) -> None:
+    """torch's AdamW: a restart of the optimizer is a new state, and with it the bias correction begins anew."""
+    given = case["adamw"]
+    with jax.enable_x64(True):
+        for name, resets in (("kept", []), ("reset", given["reset_before_update"])):
+            names = {"beta1": "beta1", "beta2": "beta2", "epsilon": "eps", "weight_decay": "weight_decay"}
+            section = config.Optimizer(
+                max_grad_norm=1e9, **{ours: float(given[theirs]) for ours, theirs in names.items()}
+            )
+            optimizer, params = make_optimizer(section), {"p": jnp.asarray(given["start"], jnp.float64)}
+            state = optimizer.init(params)
+            for k, grad in enumerate(given["grads"]):
+                state = optimizer.init(params) if k in resets else state
+                grads = {"p": jnp.asarray(grad, jnp.float64)}
+                updates, state = optimizer.update(grads, state, params, learning_rate=given["lr"])
+                params = optax.apply_updates(params, updates)
+                vectors.near(params["p"], given["params"][name][k], 1e-9, f"{name} {k}")
+
+
+def test_technique_list_of_what_is_left_out(capsys: pytest.CaptureFixture) -> None:
+    """Each entry matches a vector that there is."""
+    with capsys.disabled():
+        print("\nleft out of the vectors of techniques:")
+        for name, reason in sorted(vectors.LEFT_OUT.items()):
+            print(f"  {name}: {reason}")
+    names = set[str]()
+    for path in vectors.HERE.glob("*.json"):
+        for case in vectors.read(path):
+            names |= set(paths(case, path.stem))
+    for pattern in vectors.LEFT_OUT:
+        assert fnmatch.filter(names, pattern) or fnmatch.filter(names, f"{pattern}/*"), pattern
+
+
+def paths(values: object, prefix: str) -> Iterator[str]:
+    """family/key/key of all that is in a case; values and their groups of names have none of their own."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield f"{prefix}/{key}"
+            yield from paths(value, f"{prefix}/{key}")
+            if key in (
+                "advantages",
+                "token_advantages",
+                "modes",
+                "estimators",
+                "weights",
+                "shaped",
+                "systems",
+            ):
+                yield from paths(value, prefix)
+            if key == "losses":
+                yield from paths(value, prefix)

@@ -23,7 +23,7 @@ from jaxrl.grpo.mismatch import importance_weights
 from jaxrl.grpo.objective import Sigmoid, policy_objective, score
 from jaxrl.rewards.length import truncated_reward
 from jaxrl.types import Center, Correction, Estimator, JsonObject, Level, Normalization, Scale, Truncation
-from tests.vectors import cases, covered, near
+from vectors import cases, covered, near
 
 MODES: dict[str, Normalization] = {
     "token-mean": "token_mean",

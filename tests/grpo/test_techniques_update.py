@@ -13,14 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jaxrl.arrays import Array
-from jaxrl.grpo.objective import Objective, Sigmoid, score
-from jaxrl.grpo.packing import PackedBatch, Terms, pack
-from jaxrl.models.decoder import Params
-from jaxrl.parallel.mesh import to_devices
-from jaxrl.types import Gather, Rollout
-from tests.grpo.test_update import (
+from test_update import (
     LAYOUT,
     LONGEST,
     OBJECTIVE,
@@ -36,6 +29,13 @@ from tests.grpo.test_update import (
     trainer,
     whole_logprobs,
 )
+
+from jaxrl.arrays import Array
+from jaxrl.grpo.objective import Objective, Sigmoid, score
+from jaxrl.grpo.packing import PackedBatch, Terms, pack
+from jaxrl.models.decoder import Params
+from jaxrl.parallel.mesh import to_devices
+from jaxrl.types import Gather, Rollout
 
 LOW, HIGH = 0.7, 1.4  # bounds of half of the tokens; the others have the objective's
 
