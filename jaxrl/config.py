@@ -384,7 +384,7 @@ class Loss(Section):
     dual_clip: Annotated[float, Field(gt=1)] = 10.0
     """Bound of the loss for negative advantages, in units of -A, for surrogate = "clip"; inf is none (verl
     clip_ratio_c)."""
-    log_ratio_bound: Annotated[float, Field(gt=0)] = math.inf
+    log_ratio_bound: Annotated[float, Field(ge=1)] = math.inf
     """Log-ratios are cut off at +- this (verl 0.4.0, JustRL's: none; 20 since)."""
     sigmoid_positive: PositiveFloat = 1.0
     """Temperature of surrogate = "sigmoid" where the advantage is positive (SAPO)."""
@@ -667,6 +667,15 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         r.reward.overlong_tokens <= r.rollout.max_tokens,
         f"reward.overlong_tokens = {r.reward.overlong_tokens} is more than rollout.max_tokens = "
         f"{r.rollout.max_tokens}; lower it",
+    )
+    yield (
+        r.length.truncated_factor == 1 or r.reward.wrong >= 0,
+        f"length.truncated_factor = {r.length.truncated_factor} raises reward.wrong = {r.reward.wrong} of an answer "
+        "that was cut off; set reward.wrong to 0, or use length.truncated_penalty",
+    )
+    yield (
+        bool(r.length.cosine_on) or not r.length.cosine_off,
+        f"length.cosine_off = {r.length.cosine_off} with length.cosine_on = 0 is never on; set cosine_on, to 100 say",
     )
     yield (
         not r.eval.every or bool(r.eval.path or r.eval.benchmarks),

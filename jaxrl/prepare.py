@@ -102,6 +102,8 @@ def make_method(recipe: config.Recipe) -> Method:
 
 def _advantages(recipe: config.Recipe, in_reward: bool) -> Advantages:
     section, kl = recipe.advantage, recipe.kl
+    own = load_plugin("advantage.center", section.center) if is_plugin(section.center) else None
+    center = cast(Center, "none" if own else section.center)
 
     def advantages(
         rewards: Float[np.ndarray, " B"],
@@ -109,26 +111,16 @@ def _advantages(recipe: config.Recipe, in_reward: bool) -> Advantages:
         lengths: Int[np.ndarray, " B"],
         known: Known | None,
     ) -> Values:
-        costs, center = None, section.center
+        if own:
+            rewards = np.asarray(own(rewards, groups, lengths), np.float64)
+        costs = None
         if in_reward:
             assert known and known.reference
             pairs = zip(known.old, known.reference, strict=True)
             costs = [kl.coefficient * kl_penalty(old, reference, kl.estimator) for old, reference in pairs]
-        if is_plugin(center):
-            rewards, center = np.asarray(own(rewards, groups, lengths), np.float64), "none"
-        return relative_advantages(
-            rewards,
-            groups,
-            lengths,
-            center=cast(Center, center),
-            scale=section.scale,
-            epsilon=section.epsilon,
-            costs=costs,
-        )
+        choose = functools.partial(relative_advantages, center=center, scale=section.scale)
+        return choose(rewards, groups, lengths, epsilon=section.epsilon, costs=costs)
 
-    own = (
-        load_plugin("advantage.center", section.center) if is_plugin(section.center) else relative_advantages
-    )
     return advantages
 
 

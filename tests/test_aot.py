@@ -38,6 +38,7 @@ class Case:
     gather: Gather = "step"
     stream: int = 32_768
     scoring: bool = False
+    more: tuple[str, ...] = ()  # of the recipe
 
 
 CASES = {
@@ -51,6 +52,9 @@ SLOW = {
     "full": Case(27 * GB, remat="full"),
     "attention": Case(30 * GB, remat="attention"),
     "projections": Case(36 * GB, remat="projections"),
+    "terms": Case(
+        72 * GB, more=("--kl.coefficient", "1e-3", "--entropy.bonus", "1e-3", "--entropy.quantile", "0.8")
+    ),
     "none": Case(100 * GB, remat="none", stream=16_384),
     "layer": Case(62 * GB, gather="layer"),
     "one": Case(50 * GB, devices=1, remat="attention"),
@@ -82,7 +86,7 @@ def compiled(name: str) -> Compiled:
     if not aot.available(case.hardware):
         pytest.skip(f"no compiler for {case.hardware} here: make aot")
     changes = ["--model.remat", case.remat, "--mesh.gather", case.gather, "--mesh.data", str(case.hosts)]
-    changes += ["--packing.stream_tokens", str(case.stream)]
+    changes += ["--packing.stream_tokens", str(case.stream), *case.more]
     recipe = config.load(RECIPE, changes)
     mesh = mesh_over(aot.devices(case.hardware, case.devices, case.hosts), recipe.mesh.data)
     programs: Programs = build_programs(recipe, MODEL, mesh)

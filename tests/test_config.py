@@ -31,7 +31,8 @@ JUSTRL = {
     "rollout.top_p": 1.0,
     "rollout.top_k": 0,
     "reward.verifier": "strict_boxed",
-    "advantage.normalize_std": True,
+    "advantage.center": "group",
+    "advantage.scale": "group",
     "advantage.epsilon": 1e-6,
     "loss.clip_low": 0.2,
     "loss.clip_high": 0.28,
@@ -192,6 +193,12 @@ def test_overrides_that_cannot_be_read_exit_with_2(
         ("[run]\nsteps = -1", ("run.steps = -1", "greater than or equal to 0")),
         ("[rollout]\ntop_p = 0.0", ("rollout.top_p = 0.0", "greater than 0")),
         ("[rollout]\ntop_p = 1.1", ("rollout.top_p = 1.1", "less than or equal to 1")),
+        (
+            "[advantage]\nnormalize_std = true",
+            ("unknown key 'advantage.normalize_std'", "now advantage.scale"),
+        ),
+        ('[advantage]\ncenter = "mean"', ("advantage.center = 'mean'", "none, group", "module:function")),
+        ('[loss]\nsurrogate = "my loss:f"', ("loss.surrogate = 'my loss:f'", "clip, score, sigmoid")),
         ("[loss]\ndual_clip = 1.0", ("loss.dual_clip = 1.0", "greater than 1")),
         ("[optimizer]\nbeta2 = 1.0", ("optimizer.beta2 = 1.0", "less than 1")),
         ("[optimizer]\nlearning_rate = nan", ("optimizer.learning_rate = nan", "finite")),
@@ -221,12 +228,13 @@ def refused(number: float) -> set[str]:
 
 NUMERIC = {key for key in FIELDS if type(value(Recipe(), key)) in (int, float)}
 REAL = {key for key in NUMERIC if type(value(Recipe(), key)) is float}
-UNBOUNDED = {"loss.dual_clip", "sampler.correction_cap"}  # infinity turns them off
+UNBOUNDED = {"loss.dual_clip", "loss.log_ratio_bound", "sampler.correction_cap"}  # infinity turns them off
 
 
 def test_a_number_that_devices_do_not_hold_is_named_in_every_field() -> None:
-    for number in (-1, math.nan, -math.inf, 1e-46, -1e-400 or -1e-46):
+    for number in (math.nan, -math.inf, 1e-46, -1e-400 or -1e-46):
         assert refused(number) == NUMERIC
+    assert refused(-1) == NUMERIC - {"reward.wrong"}  # the one that may be negative
     for number in (math.inf, 1e39, 10**400):
         assert refused(number) >= NUMERIC - UNBOUNDED
     for number in (1 << 31, 1 << 63):
@@ -273,6 +281,21 @@ IMPOSSIBLE = {
         {"reward": {"overlong_tokens": 20_000}},
         ("reward.overlong_tokens = 20000", "rollout.max_tokens = 15360", "lower it"),
         {"reward": {"overlong_tokens": 15_360}},
+    ),
+    "cut_off_for_a_better_reward": (
+        {"length": {"truncated_factor": 0.0}},
+        ("length.truncated_factor = 0.0", "reward.wrong = -1.0", "set reward.wrong to 0"),
+        {"reward": {"wrong": 0.0}},
+    ),
+    "a_cosine_that_is_never_on": (
+        {"length": {"cosine_off": 5}},
+        ("length.cosine_off = 5", "set cosine_on"),
+        {"length": {"cosine_on": 100}},
+    ),
+    "part_of_the_vocabulary": (
+        {"rollout": {"top_p": 0.9, "top_k": 20}},
+        ("rollout.top_p = 0.9", "rollout.top_k = 20", "whole vocabulary", "eval.top_p"),
+        {"rollout": {"top_p": 1.0, "top_k": 0}},
     ),
     "nothing_to_evaluate_on": (
         {"eval": {"every": 50}},
