@@ -77,7 +77,8 @@ class Compiled:
     case: Case
     bytes: int
     size: int  # characters of the program
-    costs: list[hlo.Cost]  # every loop with a dynamic number of trips taken twice
+    costs: list[hlo.Cost]  # every loop with a dynamic number of trips taken once
+    twice: list[hlo.Cost]  # and taken twice
 
 
 @functools.cache
@@ -96,8 +97,9 @@ def compiled(name: str) -> Compiled:
     else:
         program = programs.update.lower(state, batch).compile()
     text = program.as_text()
-    costs = hlo.costs(hlo.parse(text), HARDWARE[case.hardware], lambda _: hlo.Loop(2))
-    return Compiled(case, peak_bytes(program), len(text), costs)
+    parsed, hardware = hlo.parse(text), HARDWARE[case.hardware]
+    once, twice = (hlo.costs(parsed, hardware, lambda _, n=n: hlo.Loop(n)) for n in (1, 2))
+    return Compiled(case, peak_bytes(program), len(text), once, twice)
 
 
 @pytest.mark.parametrize("name", [*ALL, *(pytest.param(name, marks=pytest.mark.slow) for name in TPU)])
@@ -115,12 +117,15 @@ def test_matrix_products_take_half_precision(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_loop_copies_streams(name: str) -> None:
-    """None in attention's loops over segments; in the scan over layers, what a fiftieth of the time pays for."""
+    """None in attention's loops over segments. In the scan over layers there are some, which cost next to nothing but
+    where all is kept for the backward pass."""
     found = compiled(name)
     stream = found.case.stream * MODEL.kv_heads * MODEL.head_dim  # elements of a stream's keys
-    copies = [c for c in found.costs if c.op == "copy" and c.times > 1 and c.arrays[0].size >= stream]
-    assert not [c for c in copies if c.times > MODEL.layers]
-    assert sum(c.seconds for c in copies) < 0.02 * sum(c.seconds for c in found.costs)
+    copies = [c for c in found.twice if c.op == "copy" and c.times > 1 and c.arrays[0].size >= stream]
+    # twice through a device's micro-batches; a loop over segments inside of it would make it four times
+    assert not [c for c in copies if c.times > 2 * MODEL.layers]
+    share = sum(c.seconds for c in copies) / sum(c.seconds for c in found.twice)
+    assert share < (0.06 if found.case.remat == "none" else 0.02)
 
 
 @pytest.mark.parametrize("name", ALL)
