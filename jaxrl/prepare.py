@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxrl import config
 from jaxrl.grpo import packing, verl
@@ -126,12 +126,12 @@ def _advantages(recipe: config.Recipe, in_reward: bool) -> Advantages:
 
 def _with_kl(coefficient: float, mini: MiniBatch) -> MiniBatch:
     """The divergence from the reference in the loss, averaged as the policy's term is."""
-    return mini._replace(terms=mini.terms._replace(kl_weights=_times(mini.weights, coefficient)))
+    return mini._replace(terms=mini.terms._replace(kl_weights=_product(mini.weights, coefficient)))
 
 
 def _with_bonus(coefficient: float, mini: MiniBatch) -> MiniBatch:
     """An entropy bonus, averaged as the policy's term is."""
-    return mini._replace(terms=mini.terms._replace(entropy_weights=_times(mini.weights, coefficient)))
+    return mini._replace(terms=mini.terms._replace(entropy_weights=_product(mini.weights, coefficient)))
 
 
 def _with_gate(recipe: config.Recipe, mini: MiniBatch) -> MiniBatch:
@@ -164,8 +164,14 @@ def _corrected(section: config.Sampler, mini: MiniBatch) -> MiniBatch:
     return mini._replace(weights=[w * r for w, r in zip(mini.weights, ratios, strict=True)])
 
 
-def _times(values: Values, factor: float) -> Values:
-    return values * factor if isinstance(values, np.ndarray) else [factor * x for x in values]
+def _product(values: Values, factors: Bool[np.ndarray, " B"] | float) -> Values:
+    if isinstance(values, np.ndarray):
+        return values * factors
+    return [x * factor for x, factor in zip(values, np.broadcast_to(factors, len(values)), strict=True)]
+
+
+def _taken(values: Values, chosen: Int[np.ndarray, " B"]) -> Values:
+    return values[chosen] if isinstance(values, np.ndarray) else [values[i] for i in chosen]
 
 
 def minibatches(
@@ -207,9 +213,7 @@ def minibatches(
         known = _in_order(parts, np.concatenate([chosen for chosen, _ in dealt]))
     rewards = np.array([rollout.reward for rollout in rollouts])
     advantages = method.advantages(rewards, of_group, lengths, known)
-    advantages = [
-        np.broadcast_to(a, n) * ~left_out for a, n, left_out in zip(advantages, lengths, out, strict=True)
-    ]
+    advantages = _product(advantages, ~out)
     if known and stale and recipe.sampler.correction == "none":
         known = known._replace(old=[rollout.logprobs for rollout in rollouts])
     found = []
@@ -217,7 +221,7 @@ def minibatches(
         mini = MiniBatch(
             [rollouts[i] for i in chosen],
             in_loss[chosen],
-            [advantages[i] for i in chosen],
+            _taken(advantages, chosen),
             weights,
             known=known and _chosen(known, chosen),
         )
