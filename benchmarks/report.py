@@ -57,7 +57,8 @@ def make_rollout(rng: np.random.Generator, prompt: Prompt, length: int, step: in
     """Random words, of which two fifths were not certain."""
     tokens = rng.integers(0, len(WORDS), length)
     logprobs = -rng.exponential(0.4, length).astype(np.float32) * (rng.random(length) < 0.4)
-    return Rollout(prompt, tokens, logprobs, "stop", step, score=float(rng.choice([-1, 1])))
+    score = float(rng.choice([-1, 1]))
+    return Rollout(prompt, tokens, logprobs, "stop", step, score=score, reward=score)
 
 
 def seconds_to_show(page: Path) -> float | None:

@@ -646,7 +646,7 @@ def test_nothing_moves_between_host_and_device() -> None:
     t = trainer(8, 2)
     state, batch = t.state(), t.batch(minibatches(UNTIED)[1])
     with jax.transfer_guard("disallow"):
-        old = t.logprobs(state.params, batch)
+        old = t.logprobs(state.params, batch).logprobs
         state, metrics = t.update(state, batch.replace(old_logprobs=old))
         jax.block_until_ready((state, metrics))
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"(?i)disallowed"):

@@ -103,7 +103,7 @@ def test_a_recipe_divides_a_step(normalization: str) -> None:
     rollouts = [
         Rollout(Prompt("", ids[:3], ""), ids[:n], np.zeros(n, np.float32), "stop", 0) for n in lengths
     ]
-    found = list(divide(recipe, rollouts))
+    found = list(divide(recipe, rollouts, lengths))
     assert len(found) == 2 and sorted(np.concatenate([chosen for chosen, _ in found])) == list(range(31))
     for chosen, weights in found:
         tokens = np.array([len(rollouts[i].tokens) for i in chosen])

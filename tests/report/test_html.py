@@ -67,7 +67,7 @@ def rollout(problem: str, sample: int, step: int) -> Rollout:
     prompt = Prompt(problem, np.array([1, 4], np.int32), "<b>4</b>")
     finish: FinishReason = "length" if sample == 7 else "stop"
     score, penalty = 1.0 if sample < 3 else -1.0, -0.25 if sample == 7 else 0.0
-    return Rollout(prompt, tokens, logprobs, finish, step, score, penalty)
+    return Rollout(prompt, tokens, logprobs, finish, step, score, score + penalty)
 
 
 class Scripts(HTMLParser):
