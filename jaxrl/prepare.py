@@ -207,24 +207,20 @@ def minibatches(
     out = np.array([dropped(rule, r.finish_reason == "length", r.score > 0) for r in rollouts])
     in_loss = np.where(out, 0, lengths) if rule == "drop" else lengths
     dealt = list(divide(recipe, rollouts, in_loss))
-    known = None
+    known, order = list[Known](), np.concatenate([chosen for chosen, _ in dealt])
     if method.looks:
-        parts = [_known(programs, [rollouts[i] for i in chosen], params, reference) for chosen, _ in dealt]
-        known = _in_order(parts, np.concatenate([chosen for chosen, _ in dealt]))
+        known = [_known(programs, [rollouts[i] for i in chosen], params, reference) for chosen, _ in dealt]
     rewards = np.array([rollout.reward for rollout in rollouts])
-    advantages = method.advantages(rewards, of_group, lengths, known)
+    advantages = method.advantages(rewards, of_group, lengths, _in_order(known, order) if known else None)
     advantages = _product(advantages, ~out)
-    if known and stale and recipe.sampler.correction == "none":
-        known = known._replace(old=[rollout.logprobs for rollout in rollouts])
     found = []
     for k, (chosen, weights) in enumerate(dealt):
-        mini = MiniBatch(
-            [rollouts[i] for i in chosen],
-            in_loss[chosen],
-            _taken(advantages, chosen),
-            weights,
-            known=known and _chosen(known, chosen),
-        )
+        own = [rollouts[i] for i in chosen]
+        mini = MiniBatch(own, in_loss[chosen], _taken(advantages, chosen), weights)
+        if known:
+            mini = mini._replace(known=known[k])
+        if known and stale and recipe.sampler.correction == "none":
+            mini = mini._replace(known=known[k]._replace(old=[rollout.logprobs for rollout in own]))
         mini = functools.reduce(lambda mini, technique: technique(mini), method.techniques, mini)
         exact = method.exact_ratio and k == 0 and not stale and not method.looks
         found.append(_placed(recipe, programs, mini, learning_rate, params, reference, stale, exact))
@@ -312,10 +308,6 @@ def _in_order(parts: Sequence[Known], order: Int[np.ndarray, " B"]) -> Known:
         return [flat[i] for i in np.argsort(order)]
 
     return Known(*map(joined, zip(*parts, strict=True)))  # type: ignore[arg-type]
-
-
-def _chosen(known: Known, chosen: Int[np.ndarray, " B"]) -> Known:
-    return Known(*(None if x is None else [x[i] for i in chosen] for x in known))  # type: ignore[arg-type]
 
 
 def divide(
