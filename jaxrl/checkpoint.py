@@ -365,7 +365,7 @@ class Checkpoints:
         values, manifest = self._json(step, "recipe"), self.manifest(step)
         if manifest and _digest(values) != manifest["recipe"]:
             raise Damaged("its recipe has changed since it was written")
-        return config.from_dict(values, str(self.directory / str(step)))
+        return config.from_earlier(values, str(self.directory / str(step)))
 
     def manifest(self, step: int) -> Manifest | None:
         """The manifest of a checkpoint; None for one of a version that wrote none.

@@ -298,7 +298,8 @@ class Sampler(Section):
     correction_cap: Annotated[float, Field(ge=1)] = 2.0
     """Largest importance weight (verl rollout_is_threshold; IcePop in ProRL v2: 5)."""
     correction_floor: Annotated[Float, Field(ge=0, le=1)] = 0.0
-    """Smallest importance weight; 0 is 1 / cap for masked and filtered, and none for truncated (ProRL v2: 0.5)."""
+    """Smallest importance weight: truncated raises others to it, masked and filtered leave them out; 0 is none (IcePop
+    in ProRL v2: 0.5)."""
 
 
 @dataclass(frozen=True)
@@ -540,6 +541,19 @@ def from_dict(values: Mapping[str, object], source: str = "recipe") -> Recipe:
     return recipe
 
 
+def from_earlier(values: Mapping[str, Mapping[str, object]], source: str) -> Recipe:
+    """A recipe that a run has written, maybe by an earlier version.
+
+    Raises:
+      InputError: see `from_dict`.
+    """
+    sections = {name: dict(section) for name, section in values.items()}
+    advantage = sections.get("advantage", {})
+    if "normalize_std" in advantage:
+        advantage["scale"] = "group" if advantage.pop("normalize_std") else "none"
+    return from_dict(sections, source)
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a TOML recipe and applies `--section.key value` overrides.
 
@@ -669,9 +683,18 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"{r.rollout.max_tokens}; lower it",
     )
     yield (
-        r.length.truncated_factor == 1 or r.reward.wrong >= 0,
-        f"length.truncated_factor = {r.length.truncated_factor} raises reward.wrong = {r.reward.wrong} of an answer "
-        "that was cut off; set reward.wrong to 0, or use length.truncated_penalty",
+        r.length.truncated_factor == 1 or (r.reward.wrong >= 0 and not r.reward.overlong_tokens),
+        f"length.truncated_factor = {r.length.truncated_factor} raises rewards below 0, as reward.wrong = "
+        f"{r.reward.wrong} and reward.overlong_tokens = {r.reward.overlong_tokens} give them; set both to 0, or use "
+        "length.truncated_penalty",
+    )
+    gated = bool(r.entropy.quantile)
+    yield (
+        not gated
+        or (r.kl.place == "loss" and r.loss.surrogate != "sigmoid" and "verl" not in r.loss.normalization),
+        f"entropy.quantile = {r.entropy.quantile} is about bounds of the ratio and a KL term in the loss, averaged by "
+        'token or sequence; use kl.place = "loss", another loss.surrogate than "sigmoid", and another '
+        'loss.normalization than "verl_dynamic"',
     )
     yield (
         bool(r.length.cosine_on) or not r.length.cosine_off,

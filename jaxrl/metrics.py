@@ -81,19 +81,16 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
     def values(name: str) -> Float[np.ndarray, " U"]:
         return np.array([float(u[name]) for u in updates])
 
-    def mean(name: str) -> float:
-        trained = np.where(tokens > 0, values(name) * tokens, 0)
-        return float(np.sum(trained) / tokens.sum()) if tokens.sum() else np.nan
+    def mean(name: str, counts: Float[np.ndarray, " U"] | None = None) -> float:
+        counts = tokens if counts is None else counts
+        trained = np.where(counts > 0, values(name) * counts, 0)
+        return float(np.sum(trained) / counts.sum()) if counts.sum() else np.nan
 
     tokens = values("tokens")
-    names = {"kl": "policy/kl_reference"} | {
-        f"clip_fraction_{side}": f"update/clip_fraction_{side}" for side in ("low", "high")
-    }
-    terms = {
-        name: float(np.nanmean(values(of_update)))
-        for of_update, name in names.items()
-        if of_update in updates[0]
-    }
+    names = {f"clip_fraction_{side}": f"update/clip_fraction_{side}" for side in ("low", "high")}
+    terms = {name: float(np.nanmean(values(own))) for own, name in names.items() if own in updates[0]}
+    if "kl" in updates[0]:
+        terms["policy/kl_reference"] = mean("kl", values("kl_tokens"))
     ratios = np.sum([u["ratio_histogram"] for u in updates], axis=0)
     low, median, high = ratio_quantiles(ratios, (0.01, 0.5, 0.99))
     return {

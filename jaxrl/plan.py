@@ -62,7 +62,7 @@ class Workload:
     spread: float = 0.8  # standard deviation over mean of the log-normal lengths, before the cap
     updates: int = 4
     epochs: int = 1  # passes of these over a step's sequences
-    logprob_passes: float = 1.0  # forward passes without gradient: old log-probs, a reference model's
+    logprob_passes: float = 1.0  # forward passes over all sequences: old log-probs, a reference model's
     trained: float = 1.0  # share of sequences that are trained on: zero advantages may be left out
     remat: Remat = "full"
     eager: bool = False
@@ -250,7 +250,7 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
         prefill=prefill,
         decode=decode,
         tail=tail,
-        old_logprobs=w.logprob_passes * share * pass_seconds(w.model, whole, hardware).total,
+        old_logprobs=w.logprob_passes / trainers * pass_seconds(w.model, whole, hardware).total,
         update=w.epochs * share * pass_seconds(w.model, whole, hardware, w.remat).total,
         communication=w.updates * traffic / (link * BANDWIDTH),
         publish=2 * size / PUBLISH_RATE,
@@ -484,14 +484,14 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
     steps.sort(key=lambda step: step.total)
     trainers, lengths = steps[0].trainers, response_lengths(w)
     recipe = with_remat(recipe, c, trainers, hardware)
-    forward = sequence_flops(c, lengths + w.prompt_tokens) * w.trained
+    forward = sequence_flops(c, lengths + w.prompt_tokens)
     return {
         "recipe": config.to_dict(recipe),
         "assumptions": dataclasses.asdict(a),
         "parameters": parameters(c),
         "capped_fraction": float((lengths >= w.cap).mean()),
         "steps": [dataclasses.asdict(step) | {"total": step.total} for step in steps],
-        "flops": {"old log-probs": w.logprob_passes * forward, "update": 3 * w.epochs * forward},
+        "flops": {"old log-probs": w.logprob_passes * forward, "update": 3 * w.epochs * w.trained * forward},
         "bytes": compiled_bytes(recipe, c, trainers, a.hardware)
         if a.compile
         else estimated_bytes(recipe, c, trainers),
@@ -518,11 +518,20 @@ def _require_possible(a: Assumptions) -> None:
 
 
 def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
-    in_loss = recipe.kl.coefficient and recipe.kl.place == "loss"
-    skips = not in_loss and not recipe.entropy.bonus and recipe.advantage.scale != "batch"
-    first = (
-        1 / recipe.minibatches if recipe.loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1 else 0
+    advantage, loss = recipe.advantage, recipe.loss
+    # groups that agree have nothing to learn, unless something else than their mean is taken off, or there are terms
+    by_group = (
+        advantage.center not in ("none", "batch")
+        and ":" not in advantage.center
+        and advantage.scale != "batch"
     )
+    terms = (
+        recipe.kl.coefficient or recipe.entropy.bonus or recipe.length.cosine or recipe.reward.overlong_tokens
+    )
+    trained = 1 - a.zero_advantage if by_group and not terms and loss.skip_zero_advantage else 1.0
+    looks = recipe.sampler.correction != "none" or recipe.entropy.quantile or recipe.kl.place == "reward"
+    skipped = 1 / recipe.minibatches if loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1 else 0
+    passes = 1.0 if looks else (1 - skipped) * trained
     return Workload(
         model=c,
         prompts=recipe.rollout.prompts,
@@ -533,8 +542,8 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
         spread=a.spread,
         updates=recipe.updates_per_step,
         epochs=recipe.optimizer.epochs,
-        logprob_passes=1 - first + bool(recipe.kl.coefficient),
-        trained=1 - a.zero_advantage if skips else 1.0,
+        logprob_passes=passes + bool(recipe.kl.coefficient),
+        trained=trained,
         remat=cast(Remat, recipe.model.remat),  # by `with_remat`
         eager=a.eager,
         tensor=a.tensor,

@@ -13,10 +13,10 @@ from typing import NamedTuple, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int
 
 from jaxrl import config
+from jaxrl.errors import InputError, first_line
 from jaxrl.grpo import packing, verl
 from jaxrl.grpo.advantages import relative_advantages, sequence_weights
 from jaxrl.grpo.gate import high_entropy
@@ -25,6 +25,7 @@ from jaxrl.grpo.mismatch import importance_weights
 from jaxrl.grpo.packing import NO_TERMS, Terms
 from jaxrl.grpo.update import Likelihoods
 from jaxrl.models import decoder
+from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import to_devices
 from jaxrl.plugins import is_plugin, load_plugin
 from jaxrl.programs import Programs
@@ -112,7 +113,7 @@ def _advantages(recipe: config.Recipe, in_reward: bool) -> Advantages:
         known: Known | None,
     ) -> Values:
         if own:
-            rewards = np.asarray(own(rewards, groups, lengths), np.float64)
+            rewards = _checked(section.center, own, rewards, groups, lengths)
         costs = None
         if in_reward:
             assert known and known.reference
@@ -122,6 +123,26 @@ def _advantages(recipe: config.Recipe, in_reward: bool) -> Advantages:
         return choose(rewards, groups, lengths, epsilon=section.epsilon, costs=costs)
 
     return advantages
+
+
+def _checked(name: str, function: Callable[..., object], *arrays: np.ndarray) -> Float[np.ndarray, " B"]:
+    """What a function of the recipe's gives for [B] rewards, their groups and lengths.
+
+    Raises:
+      InputError: if it raises, or gives something else than B finite numbers.
+    """
+    try:
+        found = np.asarray(function(*arrays), np.float64)
+    except Exception as error:  # whatever it raises
+        raise InputError(
+            f'advantage.center = "{name}": {type(error).__name__}: {first_line(error)}'
+        ) from error
+    if found.shape != arrays[0].shape or not np.isfinite(found).all():
+        raise InputError(
+            f'advantage.center = "{name}" gave {found.dtype} of shape {found.shape}; it has to give '
+            f"{len(arrays[0])} finite numbers, one for each reward"
+        )
+    return found
 
 
 def _with_kl(coefficient: float, mini: MiniBatch) -> MiniBatch:
@@ -158,10 +179,10 @@ def _corrected(section: config.Sampler, mini: MiniBatch) -> MiniBatch:
         [np.asarray(rollout.logprobs, np.float64) for rollout in mini.rollouts],
         section.correction,
         section.correction_cap,
-        section.correction_floor or None,
+        section.correction_floor,
         section.correction_level,
     )
-    return mini._replace(weights=[w * r for w, r in zip(mini.weights, ratios, strict=True)])
+    return mini._replace(terms=mini.terms._replace(corrections=ratios))
 
 
 def _product(values: Values, factors: Bool[np.ndarray, " B"] | float) -> Values:
@@ -251,7 +272,8 @@ def _placed(
         old_logprobs=known and known.old,
         terms=terms,
         on_policy=exact,
-        skip_zero_advantage=recipe.loss.skip_zero_advantage,
+        # without advantage, another's surrogate may still have a loss
+        skip_zero_advantage=recipe.loss.skip_zero_advantage and not is_plugin(recipe.loss.surrogate),
         sequences=programs.sequences,
     )
     batch = to_devices(packed, programs.mesh)
@@ -287,8 +309,7 @@ def _known(
     batch = to_devices(packed, programs.mesh)
 
     def tokens(streams: jax.Array) -> Tokens:
-        whole = multihost_utils.process_allgather(streams, tiled=True)
-        return [np.asarray(x, np.float64) for x in packing.unfill(placement, whole)]
+        return [np.asarray(x, np.float64) for x in packing.unfill(placement, processes.whole(streams))]
 
     own = likelihoods(programs, params, batch)
     return Known(
@@ -326,7 +347,8 @@ def divide(
     if loss.normalization == "verl_dynamic":
         whole = [len(r.prompt.tokens) + len(r.tokens) for r in rollouts]
         for mini in verl.divide(whole, loss.verl_ranks, recipe.minibatches, loss.verl_tokens):
-            yield verl.weights(mini, lengths)
+            chosen, weights = verl.weights(mini, lengths)
+            yield chosen, weights * (lengths[chosen] > 0)
         return
     for first in range(0, len(rollouts), size):
         chosen = np.arange(first, min(first + size, len(rollouts)))
@@ -337,7 +359,8 @@ def _weights_of(recipe: config.Recipe, lengths: Int[np.ndarray, " B"]) -> Float[
     """The weight of each sequence's tokens; sequences without tokens in the loss have none, and do not count."""
     live, weights = lengths > 0, np.zeros(len(lengths))
     normalization = "token_mean" if recipe.loss.normalization == "verl_dynamic" else recipe.loss.normalization
-    weights[live] = sequence_weights(lengths[live], normalization, recipe.rollout.max_tokens)
+    if live.any():
+        weights[live] = sequence_weights(lengths[live], normalization, recipe.rollout.max_tokens)
     return weights
 
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar, cast
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -213,6 +214,9 @@ def objective_of(recipe: config.Recipe) -> Objective:
     sigmoid = Sigmoid(loss.sigmoid_positive, loss.sigmoid_negative)
     named: dict[str, Surrogate] = {"clip": clip, "score": score, "sigmoid": sigmoid}
     surrogate = cast(Surrogate, load_plugin("loss.surrogate", name)) if is_plugin(name) else named[name]
+    _require_losses(name, surrogate)
+    # sequences without advantage are computed for their other terms, and 0 times an infinite ratio is not 0
+    bound = 20.0 if {"kl_weights", "entropy_weights"} & {*terms_of(recipe)} else math.inf
     return Objective(
         loss.clip_low,
         loss.clip_high,
@@ -220,14 +224,36 @@ def objective_of(recipe: config.Recipe) -> Objective:
         recipe.rollout.temperature,
         surrogate,
         loss.ratio,
-        loss.log_ratio_bound,
+        min(loss.log_ratio_bound, bound),
         recipe.kl.estimator,
     )
 
 
+def _require_losses(name: str, surrogate: Surrogate) -> None:
+    """Refuses a surrogate that does not give a loss and a flag for each token.
+
+    Raises:
+      InputError: naming it.
+    """
+    tokens, bound = jax.ShapeDtypeStruct((7,), np.float32), 1.0
+    try:
+        losses, binds = jax.eval_shape(
+            lambda x, r, a: surrogate(x, r, a, bound, bound), tokens, tokens, tokens
+        )
+        found = (losses.shape, losses.dtype.name, binds.shape, binds.dtype.name)
+    except Exception as error:  # whatever it raises
+        raise InputError(f'loss.surrogate = "{name}": {type(error).__name__}: {first_line(error)}') from error
+    if found != ((7,), "float32", (7,), "bool"):
+        raise InputError(
+            f'loss.surrogate = "{name}" gives {found[1]}{list(found[0])} and {found[3]}{list(found[2])} for 7 tokens; '
+            "it has to give a float32 loss and a bool for each"
+        )
+
+
 def terms_of(recipe: config.Recipe) -> tuple[str, ...]:
     """The names of the `packing.Terms` that the recipe's mini-batches have."""
-    names = ["ratio_low", "ratio_high"] * bool(recipe.entropy.quantile)
+    names = ["corrections"] * (recipe.sampler.correction != "none")
+    names += ["ratio_low", "ratio_high"] * bool(recipe.entropy.quantile)
     names += ["ref_logprobs", "kl_weights"] * bool(recipe.kl.coefficient and recipe.kl.place == "loss")
     names += ["entropy_weights"] * bool(recipe.entropy.bonus)
     return tuple(names)

@@ -284,8 +284,13 @@ IMPOSSIBLE = {
     ),
     "cut_off_for_a_better_reward": (
         {"length": {"truncated_factor": 0.0}},
-        ("length.truncated_factor = 0.0", "reward.wrong = -1.0", "set reward.wrong to 0"),
+        ("length.truncated_factor = 0.0", "reward.wrong = -1.0", "set both to 0"),
         {"reward": {"wrong": 0.0}},
+    ),
+    "a_gate_of_nothing": (
+        {"entropy": {"quantile": 0.8}, "kl": {"place": "reward"}},
+        ("entropy.quantile = 0.8", 'kl.place = "loss"'),
+        {"kl": {"place": "loss"}},
     ),
     "a_cosine_that_is_never_on": (
         {"length": {"cosine_off": 5}},

@@ -142,20 +142,24 @@ def test_the_plain_recipe_looks_at_nothing_but_rewards() -> None:
 @pytest.mark.parametrize("correction", ["none", "truncated", "masked"])
 @pytest.mark.parametrize("stale", [False, True])
 def test_what_ratios_are_relative_to(correction: str, stale: bool) -> None:
-    sampler = {"correction": correction, "correction_cap": 1.3, "correction_level": "token"}
+    sampler = {"correction": correction, "correction_cap": 1.3}
+    sampler |= {"correction_floor": 0.8} if correction == "masked" else {}
     batches, scored, rollouts = prepare(recipe_of(sampler=sampler), stale)
     assert batches[0].on_policy.all() == (correction == "none" and not stale)
     expected = {("none", False): 1, ("none", True): 0}.get((correction, stale), 2)
     assert scored.asked == [POLICY] * expected
     batch, total = batches[1], sum(len(r.tokens) for r in rollouts[6:])
+    assert (batch.corrections is None) == (correction == "none")
     for rollout in rollouts[6:9]:  # the last group is all right
         ratio = np.exp(POLICY * np.sin(rollout.tokens * 1.7))
         weight = {"none": np.ones_like(ratio), "truncated": np.minimum(ratio, 1.3)}
-        weight["masked"] = np.where((ratio > 1.3) | (ratio < 1 / 1.3), 0, ratio)
+        weight["masked"] = np.where((ratio > 1.3) | (ratio < 0.8), 0, ratio)
         old = rollout.logprobs if stale and correction == "none" else moved(rollout, POLICY)
         np.testing.assert_allclose(values(batch, "old_logprobs", rollout), old, rtol=1e-5, atol=1e-6)
-        found = values(batch, "weights", rollout) * total
-        np.testing.assert_allclose(found, weight[correction], rtol=1e-5)
+        np.testing.assert_allclose(values(batch, "weights", rollout), 1 / total, rtol=1e-6)
+        if correction != "none":
+            found = values(batch, "corrections", rollout)
+            np.testing.assert_allclose(found, weight[correction], rtol=1e-5)
 
 
 def test_technique_kl_and_bonus_keep_all_sequences_and_are_weighted_as_the_loss() -> None:
@@ -179,7 +183,8 @@ def test_technique_corrections_leave_the_other_terms_alone() -> None:
     batches, _, rollouts = prepare(recipe_of(kl={"coefficient": 0.25}, sampler=sampler))
     total, out = sum(len(r.tokens) for r in rollouts[:6]), 0
     for rollout in rollouts[:6]:
-        out += np.sum(values(batches[0], "weights", rollout) == 0)
+        out += np.sum(values(batches[0], "corrections", rollout) == 0)
+        np.testing.assert_allclose(values(batches[0], "weights", rollout), 1 / total, rtol=1e-6)
         np.testing.assert_allclose(values(batches[0], "kl_weights", rollout), 0.25 / total, rtol=1e-6)
     assert out
 
@@ -215,6 +220,26 @@ def test_technique_gate_by_entropy(normalization: str) -> None:
             weight = 1 / sum(low) if normalization == "token_mean" else 1 / (6 * n)
             expected = np.where(h, 0, 0.25 * weight)
             np.testing.assert_allclose(values(batch, "kl_weights", rollout), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "normalization", ["token_mean", "sequence_mean", "sequence_sum", "dr_grpo", "verl_dynamic"]
+)
+def test_technique_answers_that_are_dropped_have_no_term_at_all(normalization: str) -> None:
+    """Half of them, and then all of a step."""
+    sections = {"loss": {"normalization": normalization, "verl_ranks": 2, "verl_tokens": 64}}
+    sections |= {"kl": {"coefficient": 0.5}, "entropy": {"bonus": 0.1}, "length": {"on_truncated": "drop"}}
+    for cut in ({0, 1, 5, 7, 9, 10, 11}, set(range(12))):
+        batches, _, rollouts = prepare(recipe_of(**sections), cut=cut)
+        found = {i for i in range(12) if any(lies_in(batch, rollouts[i]) for batch in batches)}
+        assert found == set(range(12)) - cut
+
+
+def lies_in(batch: packing.PackedBatch, rollout: Rollout) -> bool:
+    try:
+        return bool(values(batch, "kl_weights", rollout).any())
+    except LookupError:
+        return False
 
 
 @pytest.mark.parametrize("rule", ["train", "drop", "drop_wrong"])
@@ -311,6 +336,44 @@ def test_a_recipe_names_its_own_advantage_and_surrogate() -> None:
     batches, _, rollouts = prepare(recipe)
     assert values(batches[1], "advantages", rollouts[7])[0] == -8
     assert objective_of(recipe).surrogate is squared
+
+
+def scalar(logprobs, ratio, advantages, low, high):
+    return (-advantages * ratio).sum(), ratio > high
+
+
+def single(rewards: np.ndarray, groups: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rewards[:1]
+
+
+def undefined(rewards: np.ndarray, groups: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rewards * np.nan
+
+
+def failing(*arrays: np.ndarray) -> np.ndarray:
+    raise ZeroDivisionError("a bug\nof mine")
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (single, "gave float64 of shape .1,.; it has to give 12 finite numbers"),
+        (undefined, "it has to give 12 finite numbers"),
+        (failing, "ZeroDivisionError: a bug$"),
+    ],
+)
+def test_what_a_function_of_ones_own_gives_is_checked(function: object, text: str) -> None:
+    name = f"{__name__}:{function.__name__}"
+    with pytest.raises(InputError, match=f"advantage.center = .*{text}"):
+        prepare(recipe_of(advantage={"center": name}))
+
+
+@pytest.mark.parametrize(
+    ("function", "text"), [(scalar, "float32.. and bool.7."), (failing, "ZeroDivisionError")]
+)
+def test_a_surrogate_is_called_before_it_is_compiled(function: object, text: str) -> None:
+    with pytest.raises(InputError, match=f"loss.surrogate = .*{text}"):
+        objective_of(recipe_of(loss={"surrogate": f"{__name__}:{function.__name__}"}))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def score(
     (and GPG's, arXiv 2504.02546).
     """
     kept = jax.lax.stop_gradient(jnp.clip(ratio, low, high))
-    return -kept * advantages * logprobs, (ratio > high) | (ratio < low)
+    return -kept * advantages * logprobs, ((ratio > high) | (ratio < low)) & (advantages != 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +113,7 @@ def policy_objective(
     clip_low: float,
     clip_high: float,
     dual_clip: float,
+    corrections: Float[Array, " ..."] | None = None,
     bounds: tuple[Float[Array, " ..."], Float[Array, " ..."]] | None = None,
     surrogate: Surrogate = clip,
     ratio: Ratio = "token",
@@ -138,6 +139,7 @@ def policy_objective(
       weights: [..., T]; 0 leaves a token out. They decide how the loss is averaged (see `token_weights`).
       clip_low, clip_high: the ratio's range is [1 - clip_low, 1 + clip_high] ...
       dual_clip: bound on the loss of a token with A < 0, in units of -A; infinite is none.
+      corrections: [..., T] factors of the weights, see `jaxrl.grpo.mismatch`; the means below are without them.
       bounds: ... or these, [..., T] each: low and high of every token.
       surrogate: of a token's ratio.
       ratio: "token", "sequence" or "geometric".
@@ -155,18 +157,19 @@ def policy_objective(
     if math.isfinite(log_ratio_bound):
         log_ratio = jnp.clip(log_ratio, -log_ratio_bound, log_ratio_bound)
     low, high = bounds if bounds else (1 - clip_low, 1 + clip_high)
-    own = log_ratio
+    own, cut = log_ratio, None
     if ratio != "token":
         assert sequences is not None
         if ratio == "geometric":
             better = jnp.minimum(log_ratio, jnp.log(high))
             own = jnp.where(advantages > 0, better, jnp.maximum(log_ratio, jnp.log(low)))
-            own = jnp.where(live, own, 0.0)
+            cut, own = live & (own != log_ratio), jnp.where(live, own, 0.0)
         own = own - jax.lax.stop_gradient(own - _sequence_means(own, live, sequences))
     ratios = jnp.exp(own)
     # clip does not read them
     own_logprobs = logprobs if surrogate is clip else jnp.where(live, logprobs, 0.0)
     loss, binds = surrogate(own_logprobs, ratios, advantages, low, high)
+    binds = binds if cut is None else binds | cut
     lower = None
     if surrogate is clip and math.isfinite(dual_clip):
         bound = -advantages * dual_clip
@@ -186,7 +189,8 @@ def policy_objective(
     if bounds:
         metrics["clip_fraction_low"] = mean(binds & (ratios < low))
         metrics["clip_fraction_high"] = mean(binds & (ratios > high))
-    return jnp.sum(weights * jnp.where(live, loss, 0.0)), metrics
+    loss = jnp.where(live, loss, 0.0)
+    return jnp.sum(weights * (loss if corrections is None else corrections * loss)), metrics
 
 
 def _sequence_means(

@@ -47,6 +47,7 @@ class PackedBatch(flax.struct.PyTreeNode):
     response_tokens: Float32[Array, " G"]  # of the whole mini-batch, the sequences left out included
     learning_rate: Float32[Array, " G"]  # of this update
     # Terms that a recipe does not have are absent, and cost nothing; see `Terms`.
+    corrections: Float32[Array, "G M N"] | None = None
     ratio_low: Float32[Array, "G M N"] | None = None
     ratio_high: Float32[Array, "G M N"] | None = None
     ref_logprobs: Float32[Array, "G M N"] | None = None
@@ -57,6 +58,9 @@ class PackedBatch(flax.struct.PyTreeNode):
 class Terms(NamedTuple):
     """What the objective has besides weights and advantages; None is absent, else one a sequence or one a token."""
 
+    corrections: Values | None = (
+        None  # factors of the weights in the policy's term alone; 0 leaves a token out of it
+    )
     ratio_low: Values | None = None  # bounds of each token's ratio, in place of the objective's own
     ratio_high: Values | None = None
     ref_logprobs: Values | None = None  # under the reference (nats)

@@ -264,6 +264,7 @@ class _OnDevice:
             old,
             micro.advantages,
             micro.weights,
+            corrections=micro.corrections,
             clip_low=o.clip_low,
             clip_high=o.clip_high,
             dual_clip=o.dual_clip,
@@ -333,6 +334,7 @@ class MicroBatch(NamedTuple):
     old_logprobs: Float32[Array, " N"]
     sampler_logprobs: Float32[Array, " N"]
     on_policy: Bool[Array, ""]
+    corrections: Float32[Array, " N"] | None
     ratio_low: Float32[Array, " N"] | None
     ratio_high: Float32[Array, " N"] | None
     ref_logprobs: Float32[Array, " N"] | None

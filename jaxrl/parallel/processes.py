@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import ipaddress
 import itertools
 import os
@@ -227,6 +228,20 @@ def exchange(mine: bytes) -> list[bytes]:
             pieces.append(np.asarray(multihost_utils.broadcast_one_to_all(piece, is_source)).tobytes())
         received.append(b"".join(pieces)[: int(size)])
     return received
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array [G, ...] with a row on each device, on the host of every process. Nothing is compiled for its shape."""
+    shards = array.addressable_shards
+    with io.BytesIO() as file:
+        rows = np.concatenate([np.asarray(shard.data) for shard in shards])
+        np.savez(file, rows=rows, places=[shard.index[0].start or 0 for shard in shards])
+        parts = exchange(file.getvalue())
+    found = np.zeros(array.shape, array.dtype)
+    for part in parts:
+        with np.load(io.BytesIO(part), allow_pickle=False) as arrays:
+            found[arrays["places"]] = arrays["rows"]
+    return found
 
 
 class _Client(Protocol):

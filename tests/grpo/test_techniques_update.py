@@ -120,6 +120,7 @@ def terms() -> tuple[Terms, list[np.ndarray]]:
     found = Terms(
         ratio_low=[np.where(w, LOW, 0.9) for w in wide],
         ratio_high=[np.where(w, HIGH, 1.1) for w in wide],
+        corrections=[rng.random(n) * (rng.random(n) < 0.8) for n in sizes],
         ref_logprobs=[r.logprobs + rng.normal(0, 0.5, len(r.tokens)) for r in rollouts],
         kl_weights=[0.02 * rng.random(n) * (rng.random(n) < 0.7) for n in sizes],
         entropy_weights=[0.03 * rng.random(n) * (rng.random(n) < 0.7) for n in sizes],
@@ -149,10 +150,10 @@ def reference(name: str) -> tuple[float, Params]:
     @jax.jit
     @jax.value_and_grad
     def one(params: Params, tokens: Array, live: Array, *arrays: Array) -> Array:
-        old, a, low, high, ref, kl_weights, entropy_weights = arrays
+        old, a, corrections, low, high, ref, kl_weights, entropy_weights = arrays
         logp = whole_logprobs(UNTIED, params, tokens)
         now, entropy = logp[np.arange(LONGEST - 1), tokens[1:]], -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-        loss = case.loss(Token(now, old, a, low, high, live)) / total
+        loss = corrections * case.loss(Token(now, old, a, low, high, live)) / total
         loss += kl_weights * case.kl(ref - now) - entropy_weights * entropy
         return jnp.sum(jnp.where(live, loss, 0.0))
 
@@ -185,6 +186,9 @@ def test_technique_is_the_plain_sum_on_any_mesh(name: str, devices: int, data: i
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-4, abs=1e-6)
     own, _ = terms()
     trained = np.concatenate([k != 0 for k in own.kl_weights])
+    assert float(metrics["tokens"]) == len(
+        trained
+    )  # those that a correction leaves out are measured all the same
     assert float(metrics["kl_tokens"]) == trained.sum() and np.isfinite(metrics["kl"])
 
 
