@@ -58,7 +58,7 @@ def score(
     low: Float[Array, " ..."] | float,
     high: Float[Array, " ..."] | float,
 ) -> Losses:
-    """l = -sg(clip(r, low, high)) A log pi: every token keeps its gradient (CISPO, arXiv 2506.13585, eq. 4).
+    """l = -sg(clip(r, low, high)) A log pi: every token keeps its gradient (CISPO, arXiv 2506.13585).
 
     CISPO's own bounds are 0 and, in TRL, 5; verl's are 1 - clip_low and 1 + clip_high. With both 1 it is REINFORCE
     (and GPG's, arXiv 2504.02546).
@@ -69,7 +69,7 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class Sigmoid:
-    """l = -A (4 / tau) sigmoid(tau (r - 1)), a soft clip without bounds (SAPO, arXiv 2511.20347, eq. 5 and 6).
+    """l = -A (4 / tau) sigmoid(tau (r - 1)), a soft clip without bounds (SAPO, arXiv 2511.20347).
 
     Attributes:
       positive, negative: tau where A > 0, and elsewhere.
@@ -129,9 +129,9 @@ def policy_objective(
     Other surrogates than `clip` take the place of the first line, and have no dual clip. Two ratios are one for all
     tokens of a sequence, and each token's own log-probability carries its gradient; with x_t = logp_t - old_t,
 
-        sequence:  r = exp(mean_t x_t)                                       (GSPO, arXiv 2507.18071, eq. 7 and 14)
+        sequence:  r = exp(mean_t x_t)                                       (GSPO, arXiv 2507.18071)
         geometric: r = exp(mean_t y_t), y_t = min(x_t, log high) where A_t > 0, else max(x_t, log low)
-                                                                             (GMPO, arXiv 2507.20673, eq. 4)
+                                                                             (GMPO, arXiv 2507.20673)
 
     Args:
       logprobs, old_logprobs: [..., T] log-probabilities (nats) of the sampled tokens now and when sampled.
