@@ -529,7 +529,8 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
         recipe.kl.coefficient or recipe.entropy.bonus or recipe.length.cosine or recipe.reward.overlong_tokens
     )
     trained = 1 - a.zero_advantage if by_group and not terms and loss.skip_zero_advantage else 1.0
-    looks = recipe.sampler.correction != "none" or recipe.entropy.quantile or recipe.kl.place == "reward"
+    in_reward = recipe.kl.coefficient and recipe.kl.place == "reward"
+    looks = recipe.sampler.correction != "none" or recipe.entropy.quantile or in_reward
     skipped = 1 / recipe.minibatches if loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1 else 0
     passes = 1.0 if looks else (1 - skipped) * trained
     return Workload(

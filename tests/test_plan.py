@@ -21,6 +21,7 @@ from jaxrl.plan import (
     KNOWN,
     Assumptions,
     Workload,
+    _workload,
     best_split,
     compiled_bytes,
     compiler,
@@ -347,3 +348,23 @@ def test_with_the_gpu_compiler_it_compiles_and_is_named(
 def test_the_real_recipe_compiles_for_its_real_mesh() -> None:
     held = compiled_bytes(config.Recipe(), R1_DISTILL, 8, "H100")
     assert held["parameters"] + held["optimizer"] == pytest.approx(12 * 1_777_088_000 / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained", "passes"),
+    [
+        ([], 0.6, 0.75 * 0.6),
+        (["--loss.skip_zero_advantage", "false"], 1, 0.75),
+        (["--advantage.scale", "batch"], 1, 0.75),
+        (["--kl.coefficient", "0.001"], 1, 1.75),
+        (["--kl.coefficient", "0.001", "--kl.place", "reward"], 1, 2),
+        (["--sampler.correction", "masked"], 0.6, 1),
+        (["--optimizer.epochs", "2"], 0.6, 0.6),
+    ],
+)
+def test_a_workload_has_the_sequences_and_passes_of_its_techniques(
+    changes: list[str], trained: float, passes: float
+) -> None:
+    recipe = config.load(Path(__file__).parents[1] / "recipes" / "justrl-deepseek-1.5b.toml", changes)
+    found = _workload(recipe, next(iter(KNOWN.values())), Assumptions(zero_advantage=0.4))
+    assert (found.trained, found.logprob_passes) == (pytest.approx(trained), pytest.approx(passes))

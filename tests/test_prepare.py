@@ -6,6 +6,7 @@ The trainer's log-probabilities are stood in for: the sampler's, plus what "para
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -231,13 +232,13 @@ def test_technique_answers_that_are_dropped_have_no_term_at_all(normalization: s
     sections |= {"kl": {"coefficient": 0.5}, "entropy": {"bonus": 0.1}, "length": {"on_truncated": "drop"}}
     for cut in ({0, 1, 5, 7, 9, 10, 11}, set(range(12))):
         batches, _, rollouts = prepare(recipe_of(**sections), cut=cut)
-        found = {i for i in range(12) if any(lies_in(batch, rollouts[i]) for batch in batches)}
+        found = {i for i in range(12) if any(lies(batch, rollouts[i]) for batch in batches)}
         assert found == set(range(12)) - cut
 
 
-def lies_in(batch: packing.PackedBatch, rollout: Rollout) -> bool:
+def lies(batch: packing.PackedBatch, rollout: Rollout) -> bool:
     try:
-        return bool(values(batch, "kl_weights", rollout).any())
+        return bool(values(batch, "weights", rollout).any())
     except LookupError:
         return False
 
@@ -336,6 +337,21 @@ def test_a_recipe_names_its_own_advantage_and_surrogate() -> None:
     batches, _, rollouts = prepare(recipe)
     assert values(batches[1], "advantages", rollouts[7])[0] == -8
     assert objective_of(recipe).surrogate is squared
+
+
+def test_anothers_surrogate_gets_sequences_without_advantage_too() -> None:
+    batches, _, rollouts = prepare(recipe_of(loss={"surrogate": f"{__name__}:squared"}))
+    assert all(lies(batches[1], rollout) for rollout in rollouts[6:])
+
+
+def test_log_ratios_are_bounded_where_sequences_without_advantage_are_computed() -> None:
+    """0 times an infinite ratio is not 0."""
+    for sections, bound in (
+        ({}, math.inf),
+        ({"kl": {"coefficient": 0.1}}, 20),
+        ({"entropy": {"bonus": 0.1}}, 20),
+    ):
+        assert objective_of(recipe_of(**sections)).log_ratio_bound == bound
 
 
 def scalar(logprobs, ratio, advantages, low, high):

@@ -185,3 +185,17 @@ def test_shapes_must_be_equal(index: int) -> None:
     arrays[index] = np.zeros((2, 1), np.float32)
     with pytest.raises(AssertionError):
         policy_objective(*arrays, **RANGE)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_technique_the_geometric_ratio_counts_the_tokens_that_it_cuts(advantage: float) -> None:
+    """Half of the log-ratios are beyond the bound on their side; a good token is cut above, a bad one below."""
+    log_ratio = np.float32(advantage * np.array([1.0, 0.0, 2.0, -1.0]))
+    arrays = (
+        log_ratio,
+        np.zeros(4, np.float32),
+        np.full(4, advantage, np.float32),
+        np.full(4, 0.25, np.float32),
+    )
+    _, metrics = policy_objective(*arrays, **RANGE, ratio="geometric", sequences=np.zeros(4, np.int32))
+    assert float(metrics["clip_fraction"]) == 0.5
