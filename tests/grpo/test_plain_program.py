@@ -45,7 +45,7 @@ def operations(text: str) -> Counter[str]:
     return Counter(re.sub(r"[%@][\w#:.]+", "_", line).strip() for line in text.splitlines())
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_techniques_that_are_off_cost_no_operation_and_no_byte(
     devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
