@@ -341,6 +341,16 @@ class KL(Section):
     estimator: Estimator = "k3"
     """Of each token's KL divergence, see docs/techniques.md (none in JustRL)."""
 
+    @property
+    def in_loss(self) -> bool:
+        """Whether there is a term of the loss."""
+        return self.coefficient > 0 and self.place == "loss"
+
+    @property
+    def in_reward(self) -> bool:
+        """Whether the divergence is taken off advantages."""
+        return self.coefficient > 0 and self.place == "reward"
+
 
 @dataclass(frozen=True)
 class Entropy(Section):
@@ -521,6 +531,11 @@ class Recipe:
     def updates_per_step(self) -> int:
         """Optimizer updates of a step: one for each mini-batch and epoch."""
         return self.minibatches * self.optimizer.epochs
+
+    @property
+    def looks(self) -> bool:
+        """Whether a technique looks at all log-probs of a step before its mini-batches are packed."""
+        return self.sampler.correction != "none" or self.kl.in_reward or self.entropy.quantile > 0
 
     @property
     def max_tokens(self) -> int:

@@ -27,6 +27,7 @@ from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
 from jaxrl.models.decoder import KEPT, Config, forward_flops
 from jaxrl.parallel.mesh import mesh_over
+from jaxrl.plugins import is_plugin
 from jaxrl.types import JsonObject, Remat
 
 Lengths = Int[np.ndarray, " N"]  # of responses or whole sequences, in tokens
@@ -522,17 +523,15 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
     # groups that agree have nothing to learn, unless something else than their mean is taken off, or there are terms
     by_group = (
         advantage.center not in ("none", "batch")
-        and ":" not in advantage.center
+        and not is_plugin(advantage.center)
         and advantage.scale != "batch"
     )
     terms = (
         recipe.kl.coefficient or recipe.entropy.bonus or recipe.length.cosine or recipe.reward.overlong_tokens
     )
     trained = 1 - a.zero_advantage if by_group and not terms and loss.skip_zero_advantage else 1.0
-    in_reward = recipe.kl.coefficient and recipe.kl.place == "reward"
-    looks = recipe.sampler.correction != "none" or recipe.entropy.quantile or in_reward
     skipped = 1 / recipe.minibatches if loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1 else 0
-    passes = 1.0 if looks else (1 - skipped) * trained
+    passes = 1.0 if recipe.looks else (1 - skipped) * trained
     return Workload(
         model=c,
         prompts=recipe.rollout.prompts,

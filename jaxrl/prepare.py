@@ -82,26 +82,25 @@ def make_method(recipe: config.Recipe) -> Method:
     Raises:
       InputError: for a function of the recipe's that cannot be imported.
     """
-    kl, entropy, loss, corrects = recipe.kl, recipe.entropy, recipe.loss, recipe.sampler.correction != "none"
+    kl, entropy = recipe.kl, recipe.entropy
     techniques: list[Technique] = []
-    if kl.coefficient and kl.place == "loss":
+    if kl.in_loss:
         techniques.append(functools.partial(_with_kl, kl.coefficient))
     if entropy.bonus:
         techniques.append(functools.partial(_with_bonus, entropy.bonus))
     if entropy.quantile:
         techniques.append(functools.partial(_with_gate, recipe))
-    if corrects:
+    if recipe.sampler.correction != "none":
         techniques.append(functools.partial(_corrected, recipe.sampler))
-    in_reward = bool(kl.coefficient) and kl.place == "reward"
     return Method(
-        _advantages(recipe, in_reward),
+        _advantages(recipe),
         tuple(techniques),
-        looks=corrects or in_reward or bool(entropy.quantile),
-        exact_ratio=loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1,
+        looks=recipe.looks,
+        exact_ratio=recipe.loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1,
     )
 
 
-def _advantages(recipe: config.Recipe, in_reward: bool) -> Advantages:
+def _advantages(recipe: config.Recipe) -> Advantages:
     section, kl = recipe.advantage, recipe.kl
     own = load_plugin("advantage.center", section.center) if is_plugin(section.center) else None
     center = cast(Center, "none" if own else section.center)
@@ -115,7 +114,7 @@ def _advantages(recipe: config.Recipe, in_reward: bool) -> Advantages:
         if own:
             rewards = _checked(section.center, own, rewards, groups, lengths)
         costs = None
-        if in_reward:
+        if kl.in_reward:
             assert known and known.reference
             pairs = zip(known.old, known.reference, strict=True)
             costs = [kl.coefficient * kl_penalty(old, reference, kl.estimator) for old, reference in pairs]

@@ -216,7 +216,7 @@ def objective_of(recipe: config.Recipe) -> Objective:
     surrogate = cast(Surrogate, load_plugin("loss.surrogate", name)) if is_plugin(name) else named[name]
     _require_losses(name, surrogate)
     # sequences without advantage are computed for their other terms, and 0 times an infinite ratio is not 0
-    bound = 20.0 if {"kl_weights", "entropy_weights"} & {*terms_of(recipe)} else math.inf
+    bound = 20.0 if recipe.kl.in_loss or recipe.entropy.bonus else math.inf
     return Objective(
         loss.clip_low,
         loss.clip_high,
@@ -254,7 +254,7 @@ def terms_of(recipe: config.Recipe) -> tuple[str, ...]:
     """The names of the `packing.Terms` that the recipe's mini-batches have."""
     names = ["corrections"] * (recipe.sampler.correction != "none")
     names += ["ratio_low", "ratio_high"] * bool(recipe.entropy.quantile)
-    names += ["ref_logprobs", "kl_weights"] * bool(recipe.kl.coefficient and recipe.kl.place == "loss")
+    names += ["ref_logprobs", "kl_weights"] * recipe.kl.in_loss
     names += ["entropy_weights"] * bool(recipe.entropy.bonus)
     return tuple(names)
 

@@ -14,19 +14,16 @@ from jaxtyping import Bool, Float, Int
 from jaxrl.arrays import Array
 from jaxrl.types import Estimator, Ratio
 
-Losses = tuple[Float[Array, " ..."], Bool[Array, " ..."]]
+Tokens = Float[Array, " ..."]
+Bound = Tokens | float
+Losses = tuple[Tokens, Bool[Array, " ..."]]
 
 
 class Surrogate(Protocol):
     """The loss of tokens, without their weights. Recipes may name one of their own as "module:function"."""
 
     def __call__(
-        self,
-        logprobs: Float[Array, " ..."],
-        ratio: Float[Array, " ..."],
-        advantages: Float[Array, " ..."],
-        low: Float[Array, " ..."] | float,
-        high: Float[Array, " ..."] | float,
+        self, logprobs: Tokens, ratio: Tokens, advantages: Tokens, low: Bound, high: Bound
     ) -> Losses:
         """The losses, and where a bound of the ratio has cut the gradient off.
 
@@ -38,26 +35,14 @@ class Surrogate(Protocol):
         """
 
 
-def clip(
-    logprobs: Float[Array, " ..."],
-    ratio: Float[Array, " ..."],
-    advantages: Float[Array, " ..."],
-    low: Float[Array, " ..."] | float,
-    high: Float[Array, " ..."] | float,
-) -> Losses:
+def clip(logprobs: Tokens, ratio: Tokens, advantages: Tokens, low: Bound, high: Bound) -> Losses:
     """l = max(-A r, -A clip(r, low, high))  (PPO, arXiv 1707.06347, eq. 7)."""
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, low, high)
     return jnp.maximum(plain, clipped), clipped > plain
 
 
-def score(
-    logprobs: Float[Array, " ..."],
-    ratio: Float[Array, " ..."],
-    advantages: Float[Array, " ..."],
-    low: Float[Array, " ..."] | float,
-    high: Float[Array, " ..."] | float,
-) -> Losses:
+def score(logprobs: Tokens, ratio: Tokens, advantages: Tokens, low: Bound, high: Bound) -> Losses:
     """l = -sg(clip(r, low, high)) A log pi: every token keeps its gradient (CISPO, arXiv 2506.13585).
 
     CISPO's own bounds are 0 and, in TRL, 5; verl's are 1 - clip_low and 1 + clip_high. With both 1 it is REINFORCE
@@ -79,12 +64,7 @@ class Sigmoid:
     negative: float = 1.05
 
     def __call__(
-        self,
-        logprobs: Float[Array, " ..."],
-        ratio: Float[Array, " ..."],
-        advantages: Float[Array, " ..."],
-        low: Float[Array, " ..."] | float,
-        high: Float[Array, " ..."] | float,
+        self, logprobs: Tokens, ratio: Tokens, advantages: Tokens, low: Bound, high: Bound
     ) -> Losses:
         tau = jnp.where(advantages > 0, self.positive, self.negative)
         return -advantages * 4 / tau * jax.nn.sigmoid(tau * (ratio - 1)), jnp.zeros_like(ratio, bool)

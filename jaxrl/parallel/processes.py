@@ -232,6 +232,8 @@ def exchange(mine: bytes) -> list[bytes]:
 
 def whole(array: jax.Array) -> np.ndarray:
     """An array [G, ...] with a row on each device, on the host of every process. Nothing is compiled for its shape."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
     shards = array.addressable_shards
     with io.BytesIO() as file:
         rows = np.concatenate([np.asarray(shard.data) for shard in shards])
