@@ -1,4 +1,4 @@
-"""The recipe: everything that defines a run, as frozen dataclasses loaded from TOML.
+"""The sections of a recipe, which is everything that defines a run, as frozen dataclasses.
 
 Every default is JustRL's value as run (arXiv 2512.16649 and its released scripts, verl v0.4.0), so an empty
 recipe with a model and a data set is the paper's baseline. Where a value is ours, its line says so.
@@ -6,27 +6,18 @@ recipe with a model and a data set is the paper's baseline. Where a value is our
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import difflib
 import ipaddress
-import itertools
-import json
 import math
 import os
 import re
-import tomllib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
-import tomli_w
 import tyro
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from jaxrl.errors import InputError, first_line
 from jaxrl.types import (
     Backend,
     Center,
@@ -34,6 +25,7 @@ from jaxrl.types import (
     Dtype,
     Engine,
     Estimator,
+    Filter,
     Gather,
     Level,
     Normalization,
@@ -42,6 +34,7 @@ from jaxrl.types import (
     Order,
     Ratio,
     Remat,
+    Restart,
     Scale,
     TransportName,
     Verifier,
@@ -237,6 +230,20 @@ class Data(Section):
     """Leave rows without an answer out, and count them; false refuses the first one (ours)."""
     sources: tuple[Source, ...] = ()
     """Data sets to mix, each a [[data.sources]] with path and weight; data.path is not read then (ours)."""
+    min_characters: Count = 0
+    """Problems of fewer characters, prefix and suffix not counted, are left out; 0 is no bound (FastCuRL)."""
+    max_characters: Count = 0
+    """Problems of more characters are left out; 0 is no bound (FastCuRL)."""
+    hint_column: str = ""
+    """Column with a worked solution, of which what follows the last </think> is taken; see hint_share (QuestA)."""
+    hint_share: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    """Share of the solution's characters shown after the problem; solutions without the answer are left out (QuestA:
+    0.5, then 0.25)."""
+    hint_prefix: str = "\n\n## Hint."
+    """Between the problem and its hint (QuestA)."""
+    drop_solved: Share = 1.0
+    """On entering a stage, leave out prompts whose share of right answers in the stage before is above this; 1 leaves
+    out none (Polaris: 0.9)."""
 
 
 @dataclass(frozen=True)
@@ -334,12 +341,16 @@ class Advantage(Section):
 @dataclass(frozen=True)
 class KL(Section):
     coefficient: NonNegative = 0.0
-    """Of the divergence from the model that training starts from; 0 has no such reference (JustRL: none)."""
+    """Of the divergence from a reference: the model that training starts from, until a stage restarts it or
+    reset_every does; with 0 there is none (JustRL: none)."""
     place: Literal["loss", "reward"] = "loss"
     """A term of the loss, weighted like the policy's; or taken off each token's advantage with that of all later tokens
     (none in JustRL)."""
     estimator: Estimator = "k3"
     """Of each token's KL divergence, see docs/techniques.md (none in JustRL)."""
+    reset_every: Count = 0
+    """The reference becomes the policy after every so many steps of a stage, and the optimizer is kept; 0 is never
+    (ProRL v2: 250)."""
 
     @property
     def in_loss(self) -> bool:
@@ -361,6 +372,29 @@ class Entropy(Section):
     term; 0 makes no difference between tokens (none in JustRL; Archer: 0.8)."""
     clip: Annotated[Float, Field(ge=0, lt=1)] = 0.5
     """Of the tokens above the quantile (Archer)."""
+
+
+@dataclass(frozen=True)
+class Groups(Section):
+    filter: Filter = "none"
+    """What becomes of groups whose share of right answers is outside keep: they are trained on (none), left out (drop),
+    replaced by other prompts (refill, DAPO's dynamic sampling), or by copies of groups inside (substitute, Polaris)
+    (JustRL: none)."""
+    keep: tuple[Annotated[Float, Field(ge=0, le=1)], Annotated[Float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Shares of right answers between which a group is kept, bounds excluded (DAPO)."""
+    max_rounds: Count = 0
+    """Rounds of sampling a step, after which refill and substitute go on with what there is; 0 is no limit (DAPO's
+    recipe: 10)."""
+    rescue: bool = False
+    """In a group without a right answer, one becomes the newest right answer to its prompt from an earlier step
+    (described by Polaris' authors)."""
+    rescue_answers: Positive = 4096
+    """Right answers that are kept for it, one a prompt, those of the latest steps (ours)."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a step may take more than one round of sampling."""
+        return self.filter in ("refill", "substitute")
 
 
 @dataclass(frozen=True)
@@ -500,6 +534,19 @@ class Eval(Section):
 
 
 @dataclass(frozen=True)
+class StageEntry(Section):
+    """One of [[stages]]: a part of the run, whose recipe is the base with changes; see stages.py."""
+
+    until: Positive
+    """Steps of the run after which the stage ends."""
+    name: str = ""
+    restart: tuple[Restart, ...] = ()
+    """What starts anew with the stage."""
+    changes: dict[str, dict[str, object]] = field(default_factory=dict)
+    """Values by section and key, written as section.key = value."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment."""
 
@@ -512,6 +559,7 @@ class Recipe:
     advantage: Advantage = field(default_factory=Advantage)
     kl: KL = field(default_factory=KL)
     entropy: Entropy = field(default_factory=Entropy)
+    groups: Groups = field(default_factory=Groups)
     length: Length = field(default_factory=Length)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -519,6 +567,7 @@ class Recipe:
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
+    stages: Annotated[tuple[StageEntry, ...], tyro.conf.Fixed] = ()
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -541,211 +590,3 @@ class Recipe:
     def max_tokens(self) -> int:
         """Tokens of the longest prompt and completion, evaluations included."""
         return self.data.max_prompt_tokens + max(self.rollout.max_tokens, self.eval.max_tokens)
-
-
-def from_dict(values: Mapping[str, object], source: str = "recipe") -> Recipe:
-    """Validates values by section and builds a recipe.
-
-    Raises:
-      InputError: with a line per unknown key, wrong type, value out of range or impossible combination.
-    """
-    recipe = _unchecked(values, source)
-    problems = _impossible(recipe)
-    if problems:
-        raise InputError("\n".join(f"{source}: {problem}" for problem in problems))
-    return recipe
-
-
-def from_earlier(values: Mapping[str, Mapping[str, object]], source: str) -> Recipe:
-    """A recipe that a run has written, maybe by an earlier version.
-
-    Raises:
-      InputError: see `from_dict`.
-    """
-    sections = {name: dict(section) for name, section in values.items()}
-    advantage = sections.get("advantage", {})
-    if "normalize_std" in advantage:
-        advantage["scale"] = "group" if advantage.pop("normalize_std") else "none"
-    return from_dict(sections, source)
-
-
-def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a TOML recipe and applies `--section.key value` overrides.
-
-    Raises:
-      InputError: if the file is missing, is not TOML, or does not describe a possible run.
-    """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot read the recipe ({error.strerror}); give the path of a .toml file"
-        ) from None
-    except ValueError as error:  # of the syntax, the encoding, or an integer of thousands of digits
-        raise InputError(f"{path}: not valid TOML: {first_line(error)}") from None
-    except RecursionError:
-        raise InputError(f"{path}: not valid TOML: nested too deeply") from None
-    if not overrides:
-        return from_dict(values, str(path))
-    recipe = from_command_line(_unchecked(values, str(path)), overrides, f"jaxrl train {path}")
-    return from_dict(to_dict(recipe), "command line")
-
-
-def from_command_line(default: Recipe, args: list[str], program: str) -> Recipe:
-    """Overrides a recipe by `--section.key value`; `--help` prints every field and exits."""
-    return tyro.cli(
-        tyro.conf.configure(tyro.conf.FlagConversionOff)(Recipe),
-        default=default,
-        args=[{"true": "True", "false": "False"}.get(arg, arg) for arg in args],  # as TOML writes them
-        prog=program,
-        description="Overrides of the recipe's values, which are shown as defaults.",
-    )
-
-
-def to_dict(recipe: Recipe) -> dict[str, dict[str, object]]:
-    """Values by section and key."""
-    return dataclasses.asdict(recipe)
-
-
-def to_toml(recipe: Recipe) -> str:
-    """The recipe as a file that `load` reads."""
-    return tomli_w.dumps(to_dict(recipe))
-
-
-def differences(a: Recipe, b: Recipe) -> list[str]:
-    """The keys on which two recipes differ, as 'section.key: a -> b'."""
-    left, right = to_dict(a), to_dict(b)
-    return [
-        f"{section}.{key}: {value!r} -> {right[section][key]!r}"
-        for section, keys in left.items()
-        for key, value in keys.items()
-        if value != right[section][key]
-    ]
-
-
-def _unchecked(values: Mapping[str, object], source: str) -> Recipe:
-    """A recipe of the right types that may be impossible, as a file may be before overrides."""
-    try:  # JSON mode: strict about types, and still takes an integer where a float is meant
-        return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        raise InputError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    """A line for each problem, with the key and the remedy."""
-    for problem in error.errors():
-        key, message = ".".join(map(str, problem["loc"])), problem["msg"]
-        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            yield f"unknown key '{key}'; {_suggestion(problem['loc'])}"
-        elif problem["type"] in ("missing", "missing_argument"):
-            yield f"'{key}' is missing; give it"
-        else:
-            yield f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    known = [f.name for f in dataclasses.fields(Recipe)]
-    if location[:2] == ("data", "sources") and len(location) > 3:
-        known = [f.name for f in dataclasses.fields(Source)]
-    elif len(location) > 1:
-        known = [f.name for f in dataclasses.fields(getattr(Recipe(), str(location[0])))]
-    if location == ("advantage", "normalize_std"):
-        return 'it is now advantage.scale, "group" for true and "none" for false'
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
-
-
-def _impossible(r: Recipe) -> list[str]:
-    """A message for each combination of values that cannot be."""
-    rules = itertools.chain(_packing_rules(r), _training_rules(r), _sampling_rules(r))
-    return [message for possible, message in rules if not possible]
-
-
-def _packing_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
-    longest = r.data.max_prompt_tokens + r.rollout.max_tokens
-    stream, bucket, chunk = r.packing.stream_tokens, r.packing.bucket_tokens, r.packing.logprob_chunk
-    unit = math.lcm(bucket, chunk)
-    yield (
-        stream >= longest,
-        f"packing.stream_tokens = {stream} cannot hold one sequence of data.max_prompt_tokens + "
-        f"rollout.max_tokens = {longest}; raise it to {-(-longest // unit) * unit} or lower those two",
-    )
-    yield (
-        stream % bucket == 0,
-        f"packing.stream_tokens = {stream} is not a multiple of packing.bucket_tokens = {bucket}; "
-        f"use {-(-stream // unit) * unit}",
-    )
-    yield (
-        stream % chunk == 0,
-        f"packing.logprob_chunk = {chunk} does not divide packing.stream_tokens = {stream}; use a divisor",
-    )
-
-
-def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
-    yield (
-        r.mesh.gather == "step" or r.model.remat != "none",
-        'mesh.gather = "layer" with model.remat = "none" keeps every layer whole for the backward pass; set '
-        'model.remat to "full" or "attention"',
-    )
-    yield (
-        r.rollout.prompts % r.optimizer.minibatch_prompts == 0,
-        f"optimizer.minibatch_prompts = {r.optimizer.minibatch_prompts} does not divide rollout.prompts = "
-        f"{r.rollout.prompts}; use a divisor",
-    )
-    yield (
-        r.reward.overlong_tokens <= r.rollout.max_tokens,
-        f"reward.overlong_tokens = {r.reward.overlong_tokens} is more than rollout.max_tokens = "
-        f"{r.rollout.max_tokens}; lower it",
-    )
-    yield (
-        r.length.truncated_factor == 1 or (r.reward.wrong >= 0 and not r.reward.overlong_tokens),
-        f"length.truncated_factor = {r.length.truncated_factor} raises rewards below 0, as reward.wrong = "
-        f"{r.reward.wrong} and reward.overlong_tokens = {r.reward.overlong_tokens} give them; set both to 0, or use "
-        "length.truncated_penalty",
-    )
-    gated = bool(r.entropy.quantile)
-    yield (
-        not gated
-        or (r.kl.place == "loss" and r.loss.surrogate != "sigmoid" and "verl" not in r.loss.normalization),
-        f"entropy.quantile = {r.entropy.quantile} is about bounds of the ratio and a KL term in the loss, averaged by "
-        'token or sequence; use kl.place = "loss", another loss.surrogate than "sigmoid", and another '
-        'loss.normalization than "verl_dynamic"',
-    )
-    yield (
-        bool(r.length.cosine_on) or not r.length.cosine_off,
-        f"length.cosine_off = {r.length.cosine_off} with length.cosine_on = 0 is never on; set cosine_on, to 100 say",
-    )
-    yield (
-        not r.eval.every or bool(r.eval.path or r.eval.benchmarks),
-        f"eval.every = {r.eval.every} with nothing to evaluate on; give eval.path or eval.benchmarks",
-    )
-
-
-def _sampling_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
-    yield (
-        r.rollout.top_p == 1 and r.rollout.top_k == 0,
-        f"rollout.top_p = {r.rollout.top_p}, rollout.top_k = {r.rollout.top_k}: the trainer's log-probs are of the "
-        "whole vocabulary, so every ratio would be off; use 1.0 and 0, and eval.top_p for evaluation",
-    )
-    yield (
-        r.rollout.temperature > 0,
-        f"rollout.temperature = 0 samples one answer {r.rollout.samples} times over; raise it, to 1.0 say",
-    )
-    for key, temperature in (("rollout", r.rollout.temperature), ("eval", r.eval.temperature)):
-        yield (
-            not 0 < temperature < COLDEST,
-            f"{key}.temperature = {temperature} is too low to sample at; use {COLDEST} or more",
-        )
-    yield (
-        r.rollout.engine == "local" or bool(r.sampler.urls) != bool(r.sampler.servers),
-        'rollout.engine = "vllm" needs either sampler.urls, of servers that run, or sampler.servers, to start so many',
-    )
-    yield (
-        len({*r.sampler.urls}) == len(r.sampler.urls),
-        f"sampler.urls = {', '.join(r.sampler.urls)}: a server is named twice; name each once",
-    )
-    yield (
-        r.sampler.max_staleness == 0 or r.rollout.engine == "vllm",
-        f"sampler.max_staleness = {r.sampler.max_staleness} needs a sampler on devices of its own; set rollout.engine "
-        'to "vllm"',
-    )

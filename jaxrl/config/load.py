@@ -1,0 +1,200 @@
+"""Recipes from TOML, with overrides, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import tomli_w
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from jaxrl.config.rules import impossible
+from jaxrl.config.sections import Recipe, Source, StageEntry
+from jaxrl.errors import InputError, first_line
+from jaxrl.types import JsonObject
+
+
+def from_dict(values: Mapping[str, object], source: str = "recipe") -> Recipe:
+    """Validates values by section and builds a recipe.
+
+    Raises:
+      InputError: with a line per unknown key, wrong type, value out of range or impossible combination.
+    """
+    recipe = _unchecked(values, source)
+    problems = impossible(recipe)
+    if problems:
+        raise InputError("\n".join(f"{source}: {problem}" for problem in problems))
+    return recipe
+
+
+def from_earlier(values: JsonObject, source: str) -> Recipe:
+    """A recipe that a run has written, maybe by an earlier version.
+
+    Raises:
+      InputError: see `from_dict`.
+    """
+    sections = {name: dict(part) if isinstance(part, dict) else part for name, part in values.items()}
+    advantage = sections.get("advantage", {})
+    if "normalize_std" in advantage:
+        advantage["scale"] = "group" if advantage.pop("normalize_std") else "none"
+    return from_dict(sections, source)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a TOML recipe and applies `--section.key value` overrides.
+
+    Raises:
+      InputError: if the file is missing, is not TOML, or does not describe a possible run.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot read the recipe ({error.strerror}); give the path of a .toml file"
+        ) from None
+    except ValueError as error:  # of the syntax, the encoding, or an integer of thousands of digits
+        raise InputError(f"{path}: not valid TOML: {first_line(error)}") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid TOML: nested too deeply") from None
+    if not overrides:
+        return from_dict(values, str(path))
+    recipe = from_command_line(_unchecked(values, str(path)), overrides, f"jaxrl train {path}")
+    return from_dict(to_dict(recipe), "command line")
+
+
+def from_command_line(default: Recipe, args: list[str], program: str) -> Recipe:
+    """Overrides a recipe by `--section.key value`; `--help` prints every field and exits."""
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed)(Recipe),
+        default=default,
+        args=[{"true": "True", "false": "False"}.get(arg, arg) for arg in args],  # as TOML writes them
+        prog=program,
+        description="Overrides of the recipe's values, which are shown as defaults.",
+    )
+
+
+def to_dict(recipe: Recipe) -> JsonObject:
+    """Values by section and key, and the stages where there are some, as a file has them."""
+    values = dataclasses.asdict(recipe)
+    entries = values.pop("stages")
+    stages = [{**{k: v for k, v in each.items() if k != "changes"}, **each["changes"]} for each in entries]
+    return {**values, "stages": stages} if stages else values
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as a file that `load` reads."""
+    return tomli_w.dumps(to_dict(recipe))
+
+
+def flat(recipe: Recipe) -> dict[str, object]:
+    """Values by "section.key", those of stages by "stages.0.section.key"."""
+    values = to_dict(recipe)
+    stages = {f"stages.{number}": stage for number, stage in enumerate(values.pop("stages", []))}
+    found: dict[str, object] = {}
+    for name, part in (values | stages).items():
+        for key, value in part.items():
+            inner = value.items() if name in stages and isinstance(value, dict) else None
+            found |= (
+                {f"{name}.{key}.{k}": v for k, v in inner} if inner is not None else {f"{name}.{key}": value}
+            )
+    return found
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """The keys on which two recipes differ, as 'section.key: a -> b'; None where a recipe has no such stage or key."""
+    left, right = flat(a), flat(b)
+    keys = dict.fromkeys((*left, *right))
+    return [
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}" for key in keys if left.get(key) != right.get(key)
+    ]
+
+
+def _unchecked(values: Mapping[str, object], source: str) -> Recipe:
+    """A recipe of the right types that may be impossible, as a file may be before overrides."""
+    entries = values.get("stages")
+    if entries is not None:
+        values = {**values, "stages": _gathered(entries, source)}
+    recipe = _validated(values, source)
+    if not recipe.stages:
+        return recipe
+    run = values.get("run")
+    if isinstance(run, Mapping) and run.get("steps", recipe.stages[-1].until) != recipe.stages[-1].until:
+        raise InputError(
+            f"{source}: run.steps = {recipe.run.steps}, and the last stage ends at until = {recipe.stages[-1].until}; "
+            "leave run.steps out"
+        )
+    stages = tuple(_typed(recipe, number, source) for number in range(len(recipe.stages)))
+    run_section = dataclasses.replace(recipe.run, steps=stages[-1].until)
+    return dataclasses.replace(recipe, run=run_section, stages=stages)
+
+
+def _validated(values: Mapping[str, object], source: str) -> Recipe:
+    try:  # JSON mode: strict about types, and still takes an integer where a float is meant
+        return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise InputError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
+
+
+def _gathered(entries: object, source: str) -> list[JsonObject]:
+    """Entries of [[stages]] with the tables of sections under `changes`."""
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise InputError(f"{source}: stages is no list of tables; write [[stages]] before each")
+    own, sections = _names(StageEntry), _names(Recipe)
+    found: list[JsonObject] = []
+    for number, entry in enumerate(entries):
+        changes = {key: value for key, value in entry.items() if key not in own or key == "changes"}
+        for key, value in changes.items():
+            if key not in sections or not isinstance(value, dict):
+                raise InputError(
+                    f"{source}: unknown key 'stages.{number}.{key}'; a stage has until, name, restart, and keys with "
+                    "their sections, such as rollout.max_tokens"
+                )
+        found.append({key: entry[key] for key in entry if key not in changes} | {"changes": changes})
+    return found
+
+
+def _typed(recipe: Recipe, number: int, source: str) -> StageEntry:
+    """A stage whose changes are checked, and of the types of their fields."""
+    entry, base = recipe.stages[number], to_dict(recipe)
+    base.pop("stages")
+    for section, keys in entry.changes.items():
+        base[section] = {**base[section], **keys}
+    changed = _validated(base, f"{source}: stages.{number}")
+    typed = {
+        section: {key: getattr(getattr(changed, section), key) for key in keys}
+        for section, keys in entry.changes.items()
+    }
+    return dataclasses.replace(entry, changes=typed)
+
+
+def _names(kind: type[Recipe | StageEntry]) -> set[str]:
+    return {f.name for f in dataclasses.fields(kind)}
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    """A line for each problem, with the key and the remedy."""
+    for problem in error.errors():
+        key, message = ".".join(map(str, problem["loc"])), problem["msg"]
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            yield f"unknown key '{key}'; {_suggestion(problem['loc'])}"
+        elif problem["type"] in ("missing", "missing_argument"):
+            yield f"'{key}' is missing; give it"
+        else:
+            yield f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    known = [f.name for f in dataclasses.fields(Recipe)]
+    if location[:2] == ("data", "sources") and len(location) > 3:
+        known = [f.name for f in dataclasses.fields(Source)]
+    elif len(location) > 1:
+        known = [f.name for f in dataclasses.fields(getattr(Recipe(), str(location[0])))]
+    if location == ("advantage", "normalize_std"):
+        return 'it is now advantage.scale, "group" for true and "none" for false'
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
