@@ -293,7 +293,9 @@ MIXTURE = (data.Part(7, 1.0), data.Part(40, 2.5), data.Part(13, 0.001))
 def test_every_source_goes_through_its_own_epochs(size: int) -> None:
     steps = -(-6000 // size) if size > 1 else 300
     stream = [
-        int(p.id) for step in range(steps) for p in data.batch(PROMPTS, 3, step, size, "shuffle", MIXTURE)
+        int(p.id)
+        for step in range(steps)
+        for p in data.batch(PROMPTS, 3, step * size, size, "shuffle", MIXTURE)
     ]
     assert len(stream) == steps * size
     for first, last in ((0, 7), (7, 47), (47, 60)):
@@ -305,7 +307,9 @@ def test_every_source_goes_through_its_own_epochs(size: int) -> None:
 
 def test_a_stream_does_not_depend_on_the_batch_size() -> None:
     whole = data.batch(PROMPTS, 3, 0, 6000, "shuffle", MIXTURE)
-    assert [p for step in range(60) for p in data.batch(PROMPTS, 3, step, 100, "shuffle", MIXTURE)] == whole
+    assert [
+        p for step in range(60) for p in data.batch(PROMPTS, 3, step * 100, 100, "shuffle", MIXTURE)
+    ] == whole
     assert data.batch(PROMPTS, 4, 0, 6000, "shuffle", MIXTURE) != whole
 
 
@@ -334,4 +338,4 @@ GOLDEN = {
 
 @pytest.mark.parametrize(("order", "expected"), GOLDEN.items())
 def test_one_source_is_drawn_as_before_there_were_several(order: Order, expected: list[int]) -> None:
-    assert [int(p.id) for p in data.batch(PROMPTS[:40], 1, 4, 9, order)] == expected
+    assert [int(p.id) for p in data.batch(PROMPTS[:40], 1, 4 * 9, 9, order)] == expected

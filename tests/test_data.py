@@ -394,7 +394,9 @@ def ids(prompts: list[Prompt]) -> list[str]:
 @given(n=st.integers(1, 40), size=st.integers(1, 100), seed=st.integers(0, 2**32))
 def test_every_epoch_visits_every_prompt_once(n: int, size: int, seed: int) -> None:
     steps = -(-3 * n // size)
-    stream = [i for step in range(steps) for i in ids(data.batch(PROMPTS[:n], seed, step, size, "shuffle"))]
+    stream = [
+        i for step in range(steps) for i in ids(data.batch(PROMPTS[:n], seed, step * size, size, "shuffle"))
+    ]
     assert len(stream) == steps * size
     for epoch in range(3):
         assert Counter(stream[epoch * n : (epoch + 1) * n]) == Counter(ids(PROMPTS[:n]))
@@ -407,29 +409,31 @@ def test_every_epoch_visits_every_prompt_once(n: int, size: int, seed: int) -> N
     order=st.sampled_from(["shuffle", "copies", "replacement"]),
 )
 def test_a_batch_depends_on_its_arguments_alone(size: int, seed: int, step: int, order: Order) -> None:
-    first = ids(data.batch(PROMPTS, seed, step, size, order))
+    first = ids(data.batch(PROMPTS, seed, step * size, size, order))
     np.random.seed(0)
-    data.batch(PROMPTS, seed + 1, step, size, order)
-    assert ids(data.batch(PROMPTS, seed, step, size, order)) == first
+    data.batch(PROMPTS, seed + 1, step * size, size, order)
+    assert ids(data.batch(PROMPTS, seed, step * size, size, order)) == first
     assert len(first) == size
 
 
 @pytest.mark.parametrize("order", ["shuffle", "copies", "replacement"])
 def test_steps_epochs_and_seeds_differ(order: Order) -> None:
-    batches = [ids(data.batch(PROMPTS, 1, step, len(PROMPTS), order)) for step in range(20)]
+    batches = [ids(data.batch(PROMPTS, 1, step * len(PROMPTS), len(PROMPTS), order)) for step in range(20)]
     assert len({tuple(chosen) for chosen in batches}) == 20
     assert ids(data.batch(PROMPTS, 2, 0, len(PROMPTS), order)) != batches[0]
 
 
 def test_an_epoch_of_copies_has_every_prompt_a_hundred_times() -> None:
-    drawn = [i for step in range(100) for i in ids(data.batch(PROMPTS, 1, step, 40, "copies"))]
+    drawn = [i for step in range(100) for i in ids(data.batch(PROMPTS, 1, step * 40, 40, "copies"))]
     assert set(Counter(drawn).values()) == {100}
     repeats = [40 - len(set(drawn[first : first + 40])) for first in range(0, 4000, 40)]
     assert np.mean(repeats) == pytest.approx(40 * (1 - 1 / 40) ** 40, abs=1)  # as of independent draws
 
 
 def test_replacement_draws_evenly_and_with_repeats() -> None:
-    drawn = Counter(i for step in range(100) for i in ids(data.batch(PROMPTS, 1, step, 40, "replacement")))
+    drawn = Counter(
+        i for step in range(100) for i in ids(data.batch(PROMPTS, 1, step * 40, 40, "replacement"))
+    )
     assert len(drawn) == 40
     assert 60 < min(drawn.values()) < max(drawn.values()) < 145  # 100 +- 10
-    assert any(len(set(ids(data.batch(PROMPTS, 1, step, 40, "replacement")))) < 40 for step in range(3))
+    assert any(len(set(ids(data.batch(PROMPTS, 1, step * 40, 40, "replacement")))) < 40 for step in range(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -25,6 +26,7 @@ ROLES = ("system", "user", "assistant")
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # that spelling's names, in keys `from` and `value`
 # Keys of a message that templates write out, and that would be lost here; others (name, id) are left out.
 UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call", "reasoning_content")
+SHORTEST_HINT = 10  # characters; a shorter one is not shown (QuestA, datasets/add_prefix.py)
 NO_NUMBERS = ("nan", "inf")  # texts that a table writes where a number is missing
 
 
@@ -68,6 +70,40 @@ def chat_of(
         )
     last = {"role": "user", "content": section.prefix + problem + section.suffix}
     return Chat([*messages[:-1], last], problem, where, arguments or {})
+
+
+def hint_of(value: object, answer: str, section: config.Data, where: str) -> str | None:
+    """What follows a problem: hint_prefix and the beginning of its solution; None without a solution with the answer.
+
+    As QuestA's datasets/add_prefix.py makes it (arXiv 2507.13266): the solution is all that follows the last </think>,
+    blanks included, and is cut to a whole number of characters; of a hint under 10 characters only the blanks that it
+    would begin with are left.
+
+    Args:
+      value: the worked solution, maybe after a thought.
+      answer: what the solution has to contain.
+      section: the recipe's [data]: hint_column, hint_share, hint_prefix.
+      where: file and row.
+
+    Raises:
+      InputError: naming the row, if the value is not text.
+    """
+    if not isinstance(value, str | None):
+        raise InputError(
+            f"{where}: '{section.hint_column}' is a {type(value).__name__}, and a worked solution is text; set "
+            "data.hint_column to a column of text"
+        )
+    solution = (value or "").rpartition("</think>")[2]
+    if not solution.strip() or answer not in solution:
+        return None
+    shown, prefix = solution[: int(len(solution) * section.hint_share)], section.hint_prefix
+    return prefix + shown if len(shown) >= SHORTEST_HINT else prefix[: len(prefix) - len(prefix.lstrip())]
+
+
+def with_hint(chat: Chat, hint: str, section: config.Data) -> Chat:
+    """The chat with a hint between its problem and the suffix."""
+    last = {"role": "user", "content": section.prefix + chat.problem + hint + section.suffix}
+    return dataclasses.replace(chat, messages=[*chat.messages[:-1], last])
 
 
 def arguments_of(value: object, section: config.Data, where: str) -> JsonObject:

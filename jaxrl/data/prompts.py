@@ -1,11 +1,11 @@
-"""Prompts: from rows to what is sampled. The batch of a step is a function of the seed and the step."""
+"""Prompts: from rows to what is sampled. A batch is a function of the seed and its place in the order."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from blake3 import blake3
 from jaxtyping import Float64, Int64
 
 from jaxrl import config
-from jaxrl.data.chats import answer_of, arguments_of, chat_of
+from jaxrl.data.chats import answer_of, arguments_of, chat_of, hint_of, with_hint
 from jaxrl.data.files import Choice, find_files, listed
 from jaxrl.data.messages import Chat
 from jaxrl.data.rows import read_rows
@@ -44,6 +44,7 @@ class Problem:
     id: str
     chat: Chat
     answer: str
+    hint: str | None = ""  # what is to follow the problem; None where no solution has the answer
 
 
 @dataclasses.dataclass
@@ -56,6 +57,8 @@ class Counts:
     unanswered: int = 0
     unmatched: int = 0  # answers that the verifier cannot match
     overlong: int = 0
+    outside: int = 0  # problems that are not between data.min_characters and data.max_characters
+    unhinted: int = 0  # rows without a worked solution that has the answer, where hints are wanted
     first_conflict: str = ""
     first_unmatched: str = ""
 
@@ -91,17 +94,34 @@ class PromptSet:
             whole.update(texts.encode() + prompt.tokens.tobytes())
         return whole.hexdigest()
 
+    def without(self, keys: Collection[str]) -> PromptSet:
+        """The same set without the prompts of these `Prompt.key`; a source without any is not drawn from."""
+        out = frozenset(keys)
+        prompts = [prompt for prompt in self.prompts if prompt.key not in out]
+        left, end = list[list[Prompt]](), 0
+        for part in self.mixture:
+            begin, end = end, end + part.prompts
+            left.append([prompt for prompt in self.prompts[begin:end] if prompt.key not in out])
+        mixture = tuple(Part(len(own), part.weight) for own, part in zip(left, self.mixture, strict=True))
+        sources = tuple(
+            dataclasses.replace(one, prompts=own) for one, own in zip(self.sources, left, strict=True)
+        )
+        return dataclasses.replace(self, prompts=prompts, sources=sources, mixture=mixture)
+
     def summary(self) -> str:
         """Lines for people: one of counts, and one for whatever needs a look."""
         if self.sources:
-            total = sum(part.weight for part in self.mixture)
-            shares = [f"{100 * part.weight / total:.3g}% of the prompts from " for part in self.mixture]
+            weights = [part.weight if part.prompts else 0.0 for part in self.mixture]
+            total = sum(weights) or 1.0
+            shares = [f"{100 * weight / total:.3g}% of the prompts from " for weight in weights]
             return "\n".join(share + one.summary() for share, one in zip(shares, self.sources, strict=True))
         c = self.counts
         unanswered = f"{c.unanswered:,} unanswered, " if c.unanswered else ""
+        outside = f"{c.outside:,} too short or long in characters, " if c.outside else ""
+        unhinted = f"{c.unhinted:,} without a worked solution that has the answer, " if c.unhinted else ""
         lines = [
             f"{self.path}: {len(self.prompts):,} prompts from {c.rows:,} rows "
-            f"({c.duplicates:,} duplicates, {unanswered}{c.overlong:,} over-long left out)"
+            f"({c.duplicates:,} duplicates, {unanswered}{outside}{unhinted}{c.overlong:,} over-long left out)"
         ]
         if len(self.files) > 1 or (self.files and self.files[0] != self.path):
             folder = os.path.commonpath([Path(file).parent for file in self.files])
@@ -134,7 +154,8 @@ def load_prompts(
     Args:
       section: the recipe's [data].
       tokenizer: of the model.
-      held_out: the recipe's [eval], to read its problems instead, the first n that are not over-long.
+      held_out: the recipe's [eval], to read its problems instead, the first n that are not over-long, of any number
+        of characters and without hints.
       verifier: is asked whether it can match the answers; None asks none.
       vocabulary: the model's, to which token ids are held; None holds them to none.
 
@@ -146,7 +167,10 @@ def load_prompts(
         choice = Choice(
             held_out.path, held_out.config, held_out.split, held_out.files, "eval", evaluation=True
         )
-        return _load(section, tokenizer, choice, verifier, vocabulary, held_out.problems)
+        whole = dataclasses.replace(
+            section, min_characters=0, max_characters=0, hint_column="", hint_share=0.0
+        )
+        return _load(whole, tokenizer, choice, verifier, vocabulary, held_out.problems)
     if not section.sources:
         choice = Choice(section.path, section.config, section.split, section.files)
         return _load(section, tokenizer, choice, verifier, vocabulary)
@@ -163,7 +187,7 @@ def load_prompts(
     ]
     weights = [source.weight for source in section.sources]
     mixture = tuple(Part(len(one.prompts), weight) for one, weight in zip(found, weights, strict=True))
-    names = ("rows", "duplicates", "conflicts", "unanswered", "unmatched", "overlong")
+    names = [f.name for f in dataclasses.fields(Counts) if not f.name.startswith("first_")]
     counts = Counts(*(sum(getattr(one.counts, name) for one in found) for name in names))
     files = tuple(file for one in found for file in one.files)
     return PromptSet(prompts, ", ".join(one.path for one in found), counts, files, tuple(found), mixture)
@@ -182,6 +206,7 @@ def _load(
     problems = list(_problems(files, section, counts))
     if not problems:
         raise InputError(f"{source}: no rows in it; give a file with problems")
+    problems = _wanted(problems, section, source, counts)
     if verifier:
         _require_matchable(problems, verifier, source, counts)
     prompts: list[Prompt] = []
@@ -192,7 +217,9 @@ def _load(
         if len(tokens) > section.max_prompt_tokens:
             counts.overlong += 1
         else:
-            prompts.append(Prompt(problem.id, tokens, problem.answer))
+            text = json.dumps([problem.chat.problem, problem.answer])
+            digest = blake3(text.encode("utf-8", "surrogatepass")).hexdigest(8)
+            prompts.append(Prompt(problem.id, tokens, problem.answer, digest))
     if not prompts:
         raise InputError(
             f"{source}: all {counts.overlong} prompts are longer than data.max_prompt_tokens = "
@@ -204,52 +231,83 @@ def _load(
 def batch(
     prompts: Sequence[Prompt],
     seed: int,
-    step: int,
+    first: int,
     size: int,
     order: Order,
     mixture: Sequence[Part] = (),
+    restart: int = 0,
 ) -> list[Prompt]:
-    """The prompts of one step, a pure function of the arguments.
+    """The prompts at some places of the order, a pure function of the arguments.
 
     `shuffle` goes through epochs, each a permutation of its own, and a batch may span two or more; an epoch of
-    `copies` has every prompt COPIES times; `replacement` draws independently. With a mixture each part has epochs of
-    its own, and every BLOCK places of the order have its share of them, to within one.
+    `copies` has every prompt COPIES times. With a mixture each part has epochs of its own, and every BLOCK places of
+    the order have its share of them, to within one. In all of these, what is at a place does not depend on the
+    batches that the order is taken in.
+
+    `replacement` draws independently, and its draws follow from both `first` and `size`: the same places in batches of
+    other sizes have other prompts.
+
+    Args:
+      prompts: all there are.
+      seed: of the order.
+      first: the place in the order of the first prompt, which is the number of those taken before.
+      size: how many to take.
+      order: see above.
+      mixture: the parts of `prompts`, in order; empty for one source. A part without prompts is not drawn from.
+      restart: number of the order, which begins anew as another one; 0 for the first.
     """
     if mixture:
-        return [prompts[i] for i in _mixed(mixture, seed, step, size, order)]
+        return [prompts[i] for i in _mixed(mixture, seed, first, size, order, restart)]
     n = len(prompts)
     if order == "replacement":
-        return [prompts[i] for i in np.random.default_rng((seed, step)).integers(n, size=size)]
+        return [prompts[i] for i in _drawing(seed, first, size, restart).integers(n, size=size)]
     rows = n * COPIES if order == "copies" else n
-    positions = range(step * size, (step + 1) * size)
-    epochs = {e: np.random.default_rng((seed, e)).permutation(rows) for e in {p // rows for p in positions}}
-    return [prompts[epochs[p // rows][p % rows] % n] for p in positions]
+    places = range(first, first + size)
+    epochs = {e: _random(seed, restart, e).permutation(rows) for e in {p // rows for p in places}}
+    return [prompts[epochs[p // rows][p % rows] % n] for p in places]
 
 
-def _mixed(mixture: Sequence[Part], seed: int, step: int, size: int, order: Order) -> Iterator[int]:
-    """Indices of the prompts of one step of a mixture."""
+def _random(seed: int, restart: int, *key: int) -> np.random.Generator:
+    """The generator of an order's part, named by one or two numbers.
+
+    The key of an order that begins anew has its number in the fourth place. The first one's has no such zeros: NumPy
+    leaves zeros out of account only within four words, and a seed of 2^32 or more is two.
+    """
+    return np.random.default_rng((seed, *key, *[0] * (2 - len(key)), restart) if restart else (seed, *key))
+
+
+def _drawing(seed: int, first: int, size: int, restart: int) -> np.random.Generator:
+    """The generator of a batch of independent draws: for batches of one size, named by the batch's number."""
+    number, rest = divmod(first, size)
+    return _random(seed, restart, number, rest) if rest else _random(seed, restart, number)
+
+
+def _mixed(
+    mixture: Sequence[Part], seed: int, first: int, size: int, order: Order, restart: int
+) -> Iterator[int]:
+    """Indices of the prompts at some places of a mixture's order."""
     counts = np.array([part.prompts for part in mixture])
     firsts = np.cumsum(counts) - counts
-    weights = np.array([part.weight for part in mixture], np.float64)
+    weights = np.array([part.weight if part.prompts else 0.0 for part in mixture], np.float64)
     ends = np.cumsum(weights / weights.sum())
-    ends[-1] = 1.0
+    ends[np.flatnonzero(counts)[-1] :] = 1.0  # rounding leaves nothing to the parts behind, which are empty
     if order == "replacement":
-        random = np.random.default_rng((seed, step))
+        random = _drawing(seed, first, size, restart)
         parts = np.searchsorted(ends, random.random(size), side="right")
         yield from (int(i) for i in firsts[parts] + random.integers(counts[parts]))
         return
-    parts, draws = _places(ends, seed, step * size, size)
+    parts, draws = _places(ends, seed, first, size, restart)
     rows = counts * COPIES if order == "copies" else counts
     epochs: dict[tuple[int, int], Int64[np.ndarray, " rows"]] = {}
     for part, draw in zip(parts.tolist(), draws.tolist(), strict=True):
         epoch, place = divmod(draw, int(rows[part]))
         if (part, epoch) not in epochs:
-            epochs[part, epoch] = np.random.default_rng((seed, epoch, part + 1)).permutation(rows[part])
+            epochs[part, epoch] = _random(seed, restart, epoch, part + 1).permutation(rows[part])
         yield int(firsts[part] + epochs[part, epoch][place] % counts[part])
 
 
 def _places(
-    ends: Float64[np.ndarray, " K"], seed: int, first: int, size: int
+    ends: Float64[np.ndarray, " K"], seed: int, first: int, size: int, restart: int
 ) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"]]:
     """The part of each of the places from `first` on, and how many places before it have the same part.
 
@@ -266,7 +324,7 @@ def _places(
     draws: list[Int64[np.ndarray, " BLOCK"]] = []
     start = first // BLOCK
     for b in range(start, len(blocks)):
-        cuts = np.random.default_rng((seed, b, 0)).permutation(BLOCK)
+        cuts = _random(seed, restart, b, 0).permutation(BLOCK)
         part = np.searchsorted(before[b], cuts, side="right")
         draw = np.zeros(BLOCK, np.int64)
         for k in range(len(ends)):
@@ -290,11 +348,12 @@ def _problems(files: Sequence[Path], section: config.Data, counts: Counts) -> It
     """
     columns = (section.problem_column, section.answer_column)
     arguments = (section.template_column,) if section.template_column else ()
+    hints = {section.hint_column: "data.hint_column"} if section.hint_column else {}
     copies: set[Key] = set()  # raw values, and what answers them
     chats: set[Key] = set()
     answers: dict[Key, str] = {}
     names: set[str] = set()
-    for where, row in read_rows(files, columns, ID_COLUMNS, arguments):
+    for where, row in read_rows(files, columns, ID_COLUMNS, arguments, hints):
         counts.rows += 1
         raw = _raw_key(row, columns) if section.deduplicate and not arguments else None
         if raw in copies:
@@ -319,7 +378,38 @@ def _problems(files: Sequence[Path], section: config.Data, counts: Counts) -> It
         name = next((str(row[c]) for c in ID_COLUMNS if row.get(c) is not None), str(counts.rows))
         name = f"{name}#{counts.rows}" if name in names else name
         names.add(name)
-        yield Problem(name, chat, answer)
+        hint = hint_of(row[section.hint_column], answer, section, where) if hints else ""
+        yield Problem(name, chat, answer, hint)
+
+
+def _wanted(problems: list[Problem], section: config.Data, source: str, counts: Counts) -> list[Problem]:
+    """The problems that are neither too short nor too long, with hints where the recipe wants them; counts the others.
+
+    Rows have their names and their duplicates before this, so a prompt has one id whatever the bounds and hints are.
+
+    Raises:
+      InputError: if there are none left.
+    """
+    low, high = section.min_characters, section.max_characters
+    lengths = [len(problem.chat.problem) for problem in problems]
+    kept = [p for p, n in zip(problems, lengths, strict=True) if low <= n and (n <= high or not high)]
+    counts.outside = len(problems) - len(kept)
+    if not kept:
+        raise InputError(
+            f"{source}: data.min_characters = {low} and data.max_characters = {high} leave out all {len(problems):,} "
+            f"problems, which have {min(lengths)} to {max(lengths)} characters; change them, 0 is no bound"
+        )
+    if not section.hint_column:
+        return kept
+    pairs = [(problem, problem.hint) for problem in kept if problem.hint is not None]
+    hinted = [dataclasses.replace(p, chat=with_hint(p.chat, hint, section)) for p, hint in pairs]
+    counts.unhinted = len(kept) - len(hinted)
+    if not hinted:
+        raise InputError(
+            f"{source}: data.hint_column = '{section.hint_column}' has no worked solution with the row's answer in "
+            f"any of {len(kept):,} rows; name the column of solutions, or empty it"
+        )
+    return hinted
 
 
 def _answer(row: JsonObject, section: config.Data, where: str) -> str | None:

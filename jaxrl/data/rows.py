@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -23,12 +23,17 @@ Rows = Iterator[tuple[str, JsonObject]]  # where a row is, for messages, and its
 Json = Iterator[
     tuple[str, object, bool]
 ]  # where a row is, the row, and whether half a character may be in it
+PROBLEM = "data.problem_column and data.answer_column"  # the keys that name most columns
 BOM = b"\xef\xbb\xbf"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, as JSON writes it
 
 
 def read_rows(
-    files: Iterable[Path], columns: Sequence[str], optional: Sequence[str] = (), objects: Sequence[str] = ()
+    files: Iterable[Path],
+    columns: Sequence[str],
+    optional: Sequence[str] = (),
+    objects: Sequence[str] = (),
+    named: Mapping[str, str] | None = None,
 ) -> Rows:
     """Yields (where, {column: value}) from the rows of files, one file after another.
 
@@ -37,17 +42,19 @@ def read_rows(
       columns: to read; a dot enters a struct.
       optional: to read where a row or file has them.
       objects: to read whole, as one value, where they are structs too; None where a row has none.
+      named: more columns to read, each with the recipe's key that names it, for messages.
 
     Raises:
       InputError: naming the file, and the row where it is known, for what cannot be read or lacks a column.
     """
+    needed = {**(named or {}), **dict.fromkeys(columns, PROBLEM)}
     for file in files:
         kind = format_of(file.name)
         if kind in (*LINES, *WHOLE):
             for where, row, halves in (_lines if kind in LINES else _whole)(file):
-                yield where, _values(where, row, halves, columns, optional, objects)
+                yield where, _values(where, row, halves, needed, optional, objects)
         else:
-            yield from _parquet_rows(file, columns, optional, objects)
+            yield from _parquet_rows(file, needed, optional, objects)
 
 
 def _lines(file: Path) -> Json:
@@ -104,7 +111,7 @@ def _values(
     where: str,
     row: object,
     halves: bool,
-    columns: Sequence[str],
+    columns: Mapping[str, str],
     optional: Sequence[str],
     objects: Sequence[str],
 ) -> JsonObject:
@@ -128,7 +135,7 @@ def _values(
 
 
 def _parquet_rows(
-    file: Path, columns: Sequence[str], optional: Sequence[str], objects: Sequence[str]
+    file: Path, columns: Mapping[str, str], optional: Sequence[str], objects: Sequence[str]
 ) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -138,7 +145,7 @@ def _parquet_rows(
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         there = _flat_table(parquet.schema_arrow.empty_table()).column_names
         _require(columns, there, str(file))
-        _require(objects, parquet.schema_arrow.names, str(file))
+        _require(dict.fromkeys(objects, "data.template_column"), parquet.schema_arrow.names, str(file))
         wanted = [*columns, *(c for c in optional if c in there)]
         for chunk in parquet.iter_batches(columns=[*wanted, *objects]):
             whole = pa.Table.from_batches([chunk])
@@ -206,10 +213,8 @@ def _shortest(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string()).cast(pa.float64()) if pa.types.is_float32(column.type) else column
 
 
-def _require(columns: Sequence[str], there: Iterable[str], where: str) -> None:
-    for name in columns:
+def _require(columns: Mapping[str, str], there: Iterable[str], where: str) -> None:
+    """Raises InputError for a column that is missing; columns are by name, with the key to set."""
+    for name, key in columns.items():
         if name not in there:
-            raise InputError(
-                f"{where}: no column '{name}'; there are: {', '.join(there)}. Set data.problem_column and "
-                "data.answer_column"
-            )
+            raise InputError(f"{where}: no column '{name}'; there are: {', '.join(there)}. Set {key}")
