@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from jaxrl.files import write_atomically, writing
 from jaxrl.report import html
 from jaxrl.report.markdown import table
-from jaxrl.report.panels import COLORS, PANELS, SUMMARY, colors_of
+from jaxrl.report.panels import COLORS, OUTCOME_COLORS, PANELS, SUMMARY, colors_of
 from jaxrl.report.runs import (
     Accuracy,
     Run,
@@ -23,24 +23,29 @@ from jaxrl.report.runs import (
     budget,
     ends,
     number,
+    prompt_counts,
     read_run,
     series,
     smooth,
+    switches,
     total,
 )
 from jaxrl.results import HeldOutResult, TrainingResult
+from jaxrl.telemetry.history import OUTCOMES, Totals, hardest, last_outcomes
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import MetricsRow
 
 Draw = Callable[[Axes], None]
 
-PANEL, OVERVIEW, BENCHMARK = (5.2, 3.4), (13.5, 7.0), (4.5, 3.4)  # inches, width and height
+PANEL, OVERVIEW, BENCHMARK = (5.2, 3.4), (4.5, 3.5), (4.5, 3.4)  # inches of a panel, width and height
 COLUMNS = 3  # of panels in one figure
 MANY = 20  # steps from which on a curve is smoothed, as in the page
 
 
 def report(directories: list[Path], out: Path | None = None, megabytes: int = 100) -> list[Path]:
     """Writes report.html, training.png (an overview), a PNG a panel, accuracy.png and benchmarks.png, and summary.md.
+
+    prompts.png is a panel where a run has a history of its prompts.
 
     Args:
       directories: run folders; several are overlaid.
@@ -61,16 +66,17 @@ def report(directories: list[Path], out: Path | None = None, megabytes: int = 10
         name: partial(_curve, runs=runs, key=key, label=label) for name, (key, label) in PANELS.items()
     }
     panels["time"] = partial(_time_split, run=runs[0])
-    written = [_save(out / "training.png", list(panels.values()), OVERVIEW)]
-    written += [_save(out / f"{name}.png", [draw], PANEL) for name, draw in panels.items()]
+    with_history = next((run for run in runs if run.history), None)
+    if with_history:
+        panels["prompts"] = partial(_outcomes, run=with_history)
+    written = [save(out / "training.png", list(panels.values()), _grid_size(OVERVIEW, len(panels)))]
+    written += [save(out / f"{name}.png", [draw], PANEL) for name, draw in panels.items()]
     if any(run.evaluations for run in runs):
-        written.append(_save(out / "accuracy.png", [partial(_accuracy, runs=runs)], PANEL))
+        written.append(save(out / "accuracy.png", [partial(_accuracy, runs=runs)], PANEL))
     names = dict.fromkeys(name for run in runs for result in run.benchmarks for name in accuracies(result))
     if names:
         curves = [partial(_benchmark, runs=runs, name=name) for name in names]
-        width, height = BENCHMARK
-        size = (width * min(COLUMNS, len(names)), height * math.ceil(len(names) / COLUMNS))
-        written.append(_save(out / "benchmarks.png", curves, size))
+        written.append(save(out / "benchmarks.png", curves, _grid_size(BENCHMARK, len(names))))
     summary, page = out / "summary.md", out / "report.html"
     write_atomically(summary, "\n".join(_summary(run) for run in runs))
     write_atomically(page, html.render(runs, megabytes))
@@ -90,6 +96,8 @@ def _curve(axes: Axes, runs: list[Run], key: str, label: str) -> None:
             axes.plot(steps, values, color=color, linewidth=1, marker=marker, label=run.name)
     axes.set_ylabel(label)
     axes.set_xlabel("step")
+    for stage in switches(runs[0]):
+        axes.axvline(stage.first + 0.5, color="#888", linewidth=1, linestyle=":")
     if len(runs) > 1 and axes.lines:
         axes.legend(frameon=False, fontsize=8)
 
@@ -104,6 +112,17 @@ def _time_split(axes: Axes, run: Run) -> None:
     axes.set_xlabel(f"step of {run.name}, after the first")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
     axes.set_ylim(0, 1.3 * max(np.sum(seconds, axis=0).max(), 1e-9))
+
+
+def _outcomes(axes: Axes, run: Run) -> None:
+    """Shares of the prompts sampled so far by their last answers, one above the other."""
+    steps = [row["step"] + 1 for row in run.history]
+    shares = last_outcomes(run.history).T
+    axes.stackplot(steps, shares, labels=OUTCOMES, colors=OUTCOME_COLORS, alpha=0.85, linewidth=0)
+    axes.set_ylabel("share of prompts, when last shown")
+    axes.set_xlabel(f"step of {run.name}")
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+    axes.set_ylim(0, 1.15)
 
 
 def _accuracy(axes: Axes, runs: list[Run]) -> None:
@@ -152,7 +171,23 @@ def _benchmark(axes: Axes, runs: list[Run], name: str) -> None:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _save(path: Path, draws: Sequence[Draw], size: tuple[float, float]) -> Path:
+def _grid_size(panel: tuple[float, float], count: int) -> tuple[float, float]:
+    """Inches of a figure of so many panels."""
+    width, height = panel
+    return width * min(COLUMNS, count), height * math.ceil(count / COLUMNS)
+
+
+def save(path: Path, draws: Sequence[Draw], size: tuple[float, float]) -> Path:
+    """Writes a figure of panels, at most COLUMNS side by side.
+
+    Args:
+      path: the image to write.
+      draws: draws each panel on its axes.
+      size: in inches, width and height.
+
+    Returns:
+      the path.
+    """
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     columns = min(COLUMNS, len(draws))
@@ -183,6 +218,10 @@ def _summary(run: Run) -> str:
     lines += table(("phase", "seconds", "share"), _phases(rows))
     used = [(name, number(value)) for name, value in budget(run).items() if "seconds" not in name]
     lines += table(("budget", "used"), used)
+    if run.prompts:
+        counts = ", ".join(f"{value:,} {name}" for name, value in prompt_counts(run).items())
+        lines += ["", f"{counts}. The hardest:"]
+        lines += table(("prompt", "answers", "right", "last step"), map(_prompt, hardest(run.prompts)))
     return "\n".join([*lines, ""])
 
 
@@ -205,6 +244,11 @@ def _benchmarks(first: TrainingResult, last: TrainingResult) -> list[tuple[str, 
 def _phases(rows: list[MetricsRow]) -> list[tuple[str, str, str]]:
     seconds, steps = {phase: total(rows, f"time/{phase}") for phase in PHASES}, total(rows, "time/step")
     return [(name, f"{s:,.1f}", f"{s / steps if steps else 0:.1%}") for name, s in seconds.items()]
+
+
+def _prompt(prompt: Totals) -> tuple[str, ...]:
+    name = " ".join(prompt.id.split()).replace("|", "\\|")  # the file's own ids, in a cell of a table
+    return name, f"{prompt.shown:,}", f"{prompt.right:,}", str(prompt.last_step + 1)
 
 
 def _percent(accuracy: Accuracy | None) -> str:

@@ -18,7 +18,8 @@ from plotly.offline import get_plotlyjs
 
 from jaxrl import config
 from jaxrl.report.panels import PANELS, SUMMARY, colors_of
-from jaxrl.report.runs import CHECKS, Run, accuracies, budget, ends, number, series
+from jaxrl.report.runs import CHECKS, Run, accuracies, budget, ends, number, prompt_counts, series, switches
+from jaxrl.telemetry.history import hardest
 from jaxrl.telemetry.rollouts import RolloutRow, read_rollouts, read_vocabulary, rollout_files
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import MetricsRow
@@ -66,6 +67,8 @@ def render(runs: list[Run], megabytes: int) -> str:
         summary=_summary(runs),
         benchmarks=_titles(runs),
         budgets=[budget(run) for run in runs],
+        prompt_counts=[prompt_counts(run) for run in runs],
+        hardest=[(run.name, hardest(run.prompts)) for run in runs if run.prompts],
         differences=_differences(runs),
         recipes=[(run.name, config.to_toml(run.recipe)) for run in runs if run.recipe],
         notes=notes,
@@ -104,6 +107,7 @@ def _curves(runs: list[Run]) -> list[dict[str, object]]:
         {
             "name": run.name,
             "color": color,
+            "switches": [[stage.first + 0.5, stage.name] for stage in switches(run)],
             "metrics": _columns(run.rows),
             "evaluations": run.evaluations,
             "benchmarks": [{"step": r["step"], "scores": accuracies(r)} for r in run.benchmarks],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 # Okabe and Ito's palette, readable with any color vision
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+OUTCOME_COLORS = ("#009E73", "#56B4E9", "#D55E00")  # of prompts whose answers are all, some and none right
 # Metric and label of each curve.
 PANELS = {
     "reward": ("reward/mean", "mean reward (+1 right, -1 wrong)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jaxrl import config
 from jaxrl.errors import InputError
 from jaxrl.results import HeldOutResult, TrainingResult
 from jaxrl.telemetry import agreement
+from jaxrl.telemetry.history import FILE, HistoryRow, Totals, read_history, totals
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import MetricsRow, read_metrics
 from jaxrl.types import JsonObject
@@ -34,6 +36,12 @@ class Run:
     evaluations: list[HeldOutResult]  # eval/*.json by step
     benchmarks: list[TrainingResult]  # eval/benchmarks/*.json by step
     recipe: config.Recipe | None  # None without a recipe.toml that this version takes
+    history: list[HistoryRow]  # prompts.jsonl; empty for older runs
+
+    @functools.cached_property
+    def prompts(self) -> list[Totals]:
+        """The totals of each prompt over the run."""
+        return totals(self.history)
 
 
 class Finding(NamedTuple):
@@ -117,12 +125,19 @@ def read_run(directory: Path) -> Run:
         evaluations=sorted(evaluations, key=lambda result: (result["step"], result["name"])),
         benchmarks=sorted(benchmarks, key=lambda result: result["step"]),
         recipe=recipe,
+        history=read_history(directory / FILE),
     )
 
 
 def series(rows: Sequence[MetricsRow], key: str) -> Values:
     """A metric over steps."""
     return np.array([np.nan if (value := row.get(key)) is None else value for row in rows], float)
+
+
+def switches(run: Run) -> list[config.Stage]:
+    """The stages of a run that have begun, but for the first."""
+    stages = config.stages_of(run.recipe) if run.recipe else ()
+    return [stage for stage in stages[1:] if stage.first < len(run.rows)]
 
 
 def total(rows: Sequence[MetricsRow], key: str) -> float:
@@ -185,10 +200,15 @@ def budget(run: Run) -> dict[str, float]:
     return used
 
 
-def token_budget(recipe: config.Recipe) -> int:
-    """Tokens a step at most: prompts x samples x longest sequence."""
-    rollout = recipe.rollout
-    return rollout.prompts * rollout.samples * (recipe.data.max_prompt_tokens + rollout.max_tokens)
+def prompt_counts(run: Run) -> dict[str, int]:
+    """Counts of the prompts that were sampled so far; empty where the run has no history of them."""
+    if not run.prompts:
+        return {}
+    return {
+        "prompts sampled": len(run.prompts),
+        "never solved": sum(not prompt.right for prompt in run.prompts),
+        "solved and lost again": sum(prompt.lost for prompt in run.prompts),
+    }
 
 
 def number(value: float) -> str:
@@ -199,11 +219,14 @@ def number(value: float) -> str:
 def _tokens(run: Run) -> dict[str, float]:
     tokens = {}
     if run.recipe:
-        rollout = run.recipe.rollout
-        tokens["tokens at most"] = float(len(run.rows) * token_budget(run.recipe))
+        stages, rollout = config.stages_of(run.recipe), run.recipe.rollout
+        each = [config.stage_at(stages, int(step)).recipe.step_tokens for step in series(run.rows, "step")]
+        tokens["tokens at most"] = float(sum(each))
         prompts = rollout.prompts - np.nan_to_num(series(run.rows, "sampler/refused"))
-        sampled = series(run.rows, "response/length_mean") * prompts * rollout.samples
-        tokens["tokens sampled"] = float(np.nansum(sampled))
+        # older runs have no count
+        estimated = series(run.rows, "response/length_mean") * prompts * rollout.samples
+        counted = series(run.rows, "sampler/tokens")
+        tokens["tokens sampled"] = float(np.nansum(np.where(np.isfinite(counted), counted, estimated)))
     return tokens | {"tokens trained on": total(run.rows, "update/tokens")}
 
 

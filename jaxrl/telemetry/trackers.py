@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
 import socket
 import struct
 import time
@@ -15,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from jaxrl.errors import InputError
-from jaxrl.files import reading, write_atomically, writing
 from jaxrl.telemetry.expendable import Expendable
+from jaxrl.telemetry.lines import StepLines, read_lines
 from jaxrl.types import Say
 
 # A row of metrics.jsonl: the step, 0 for the first, and its metrics by name; None where a value is not finite.
@@ -33,38 +30,16 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl, an object a step. Rows from `start` on are dropped: those steps are about to be run again.
-
-    Lines that are no rows are moved to metrics.damaged.jsonl, and reported.
-    """
+    """metrics.jsonl, an object a step; see `StepLines`."""
 
     def __init__(self, path: Path, start: int, say: Say) -> None:
-        rows, damaged = read_rows(path)
-        if damaged:
-            aside = path.with_name("metrics.damaged.jsonl")
-            with writing(aside), aside.open("ab") as file:
-                file.write(b"".join(line.rstrip(b"\n") + b"\n" for line in damaged))
-            say(
-                f"{path}: {len(damaged)} lines were damaged and are now in {aside}; the other {len(rows)} are kept"
-            )
-        kept = [row for row in rows if row["step"] < start]  # type: ignore[operator]
-        if missing := start - len({row["step"] for row in kept}):
-            say(f"{path}: {missing} of the {start} steps before have no row; the report leaves them out")
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._path = path
-        with writing(path):
-            self._file = path.open("a", encoding="utf-8")
+        self._lines = StepLines(path, start, say, _row_of)
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        with writing(self._path):
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._file.flush()
-            if not os.fstat(self._file.fileno()).st_nlink:
-                raise FileNotFoundError(errno.ENOENT, "it was deleted while the run wrote to it")
+        self._lines.write({"step": step, **metrics})
 
     def close(self) -> None:
-        with suppress(OSError):  # `log` has flushed, or raised
-            self._file.close()
+        self._lines.close()
 
 
 class TensorBoard:
@@ -150,23 +125,11 @@ def read_metrics(path: Path) -> list[MetricsRow]:
 
 
 def read_rows(path: Path) -> tuple[list[MetricsRow], list[bytes]]:
-    """The rows of a file, and the lines that are none; a last one without an end is neither, but a killed process's."""
-    rows, damaged = list[MetricsRow](), list[bytes]()
-    with reading(path):
-        text = path.read_bytes() if path.exists() else b""
-    for line in text.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if _is_row(row):
-            rows.append(row)
-        elif line.strip() and line.endswith(b"\n"):
-            damaged.append(line)
-    return rows, damaged
+    """The rows of a metrics.jsonl, and its damaged lines; see `read_lines`."""
+    return read_lines(path, _row_of)
 
 
-def _is_row(row: object) -> bool:
+def _row_of(row: object) -> MetricsRow | None:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return False
-    return all(value is None or isinstance(value, int | float) for value in row.values())
+        return None
+    return row if all(value is None or isinstance(value, int | float) for value in row.values()) else None

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from faults import permissions_bind
 from jaxrl import checkpoint, cli
 from jaxrl.errors import InputError
 from jaxrl.lock import alone
+from jaxrl.telemetry.history import History, read_history
 from jaxrl.telemetry.rollouts import write_rollouts
 from jaxrl.telemetry.trackers import open_trackers, read_metrics
 from jaxrl.types import Prompt, Rollout
@@ -28,6 +30,7 @@ FILES = (
     "lock",
     "metrics.jsonl",
     "metrics.damaged.jsonl",
+    "prompts.jsonl",
     "rollouts/step_000001.jsonl",
     "rollouts/vocabulary.json",
     "eval/step_000002.json",
@@ -133,13 +136,15 @@ def test_a_damaged_file_costs_no_history_silently(
         for path, data in contents(run)
         if path.startswith("checkpoints-damaged")
     }
-    renewed = ["lock", "metrics.jsonl", "recipe.toml", "rollouts/vocabulary.json", name]
+    renewed = ["lock", "metrics.jsonl", "prompts.jsonl", "recipe.toml", "rollouts/vocabulary.json", name]
     if "going on from step 2" in output:  # on another mesh than before
         renewed += ["rollouts/step_000002.jsonl", "rollouts/step_000003.jsonl"]
     kept = {path: data for path, data in before.items() if path not in renewed}
     assert not [path for path, data in kept.items() if not after.get(path, b"").startswith(data)]
-    steps = len(read_metrics(run / "metrics.jsonl")) if status == 0 else 5
-    assert steps == 5 or f"{5 - steps} of the 4 steps" in output or "metrics.damaged.jsonl" in output, output
+    for kind, read in (("metrics", read_metrics), ("prompts", read_history)):
+        steps = len(read(run / f"{kind}.jsonl")) if status == 0 else 5
+        said_so = f"{kind}.jsonl: {5 - steps} of the 4 steps" in output or f"{kind}.damaged.jsonl" in output
+        assert steps == 5 or said_so, output
     if name.startswith("checkpoints/4") and how != "mode 000" and before.get(name):
         assert after.get(name) == before[name] or status == 0, output
 
@@ -148,6 +153,7 @@ WRITTEN = (
     "lock",
     "metrics.jsonl",
     "metrics.damaged.jsonl",
+    "prompts.jsonl",
     "rollouts/step_000003.jsonl",
     "rollouts/vocabulary.json",
     "tensorboard/events*",
@@ -165,10 +171,12 @@ def test_writers_go_on_from_a_damaged_file_or_name_it(tmp_path: Path, file: str,
         with (
             alone(tmp_path, "training", lines.append),
             open_trackers(tmp_path, begin, say=lines.append) as trackers,
+            closing(History(tmp_path / "prompts.jsonl", begin, lines.append)) as history,
         ):
             for step in range(begin, end):
                 for tracker in trackers:
                     tracker.log(step, {"a": 0.5})
+                history.log(step, [[rollout]])
                 write_rollouts(tmp_path, step, [[rollout]], str)
 
     steps(0, 3)
@@ -185,5 +193,7 @@ def test_writers_go_on_from_a_damaged_file_or_name_it(tmp_path: Path, file: str,
     except (InputError, PermissionError, IsADirectoryError) as error:  # the command line makes a line of it
         assert str(damaged) in str(error)
     else:
-        kept = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
-        assert kept == list(range(5)) or f"{5 - len(kept)} of the 3 steps" in " ".join(lines)
+        for kind, read in (("metrics", read_metrics), ("prompts", read_history)):
+            kept = [row["step"] for row in read(tmp_path / f"{kind}.jsonl")]
+            missing = f"{kind}.jsonl: {5 - len(kept)} of the 3 steps"
+            assert kept == list(range(5)) or missing in " ".join(lines)

@@ -45,6 +45,15 @@ def benchmark(folder: Path, step: int, accuracy: float) -> None:
     (folder / "eval" / "benchmarks" / f"step_{step}.json").write_text(json.dumps(result))
 
 
+def history(folder: Path, steps: int = 4) -> None:
+    """Prompts of a run, of which `lost` ends none right and `hard` never is, under names that tables have to escape."""
+    rows = []
+    for step in range(steps):
+        prompts = {"lost": [2 * (step < 2), 4], "hard | <b>": [0, 4], f"new {step}": [4, 4]}
+        rows.append({"step": step, "prompts": prompts})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def colors(path: Path) -> int:
     return len(np.unique(matplotlib.image.imread(path).reshape(-1, 4), axis=0))
 
@@ -98,6 +107,28 @@ def test_benchmarks_have_a_figure_and_rows(tmp_path: Path) -> None:
     benchmark(other, 40, 0.1)
     report([run, other])
     assert (matplotlib.image.imread(figure) != one).any()
+
+
+def test_prompts_have_a_panel_and_a_table(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
+    before = {
+        path.name: matplotlib.image.imread(path) for path in report([run, other]) if path.suffix == ".png"
+    }
+    history(other)
+    written = report([run, other])  # of which the second has one
+    names = {path.name for path in written if path.suffix == ".png"}
+    assert names == {*before, "prompts.png"}
+    figure = matplotlib.image.imread(run / "report" / "prompts.png")
+    assert len(np.unique(figure.reshape(-1, 4), axis=0)) > 20
+    overview = matplotlib.image.imread(run / "report" / "training.png")
+    rows = overview.shape[0] / before["training.png"].shape[0]
+    assert rows == 3 / 2 and overview.shape[1] == before["training.png"].shape[1]
+    summary = (run / "report" / "summary.md").read_text()
+    first, second = summary.split("## other")
+    assert "never solved" not in first
+    assert "6 prompts sampled, 1 never solved, 1 solved and lost again. The hardest:" in second
+    table = second.split("| prompt | answers | right | last step |\n|---|---|---|---|\n")[1]
+    assert table.splitlines() == ["| hard \\| <b> | 16 | 0 | 4 |", "| lost | 16 | 4 | 4 |"]
 
 
 def test_runs_without_some_metrics_are_drawn(tmp_path: Path) -> None:

@@ -153,6 +153,22 @@ def test_the_recipe_is_compared_with_justrl(tmp_path: Path) -> None:
     assert config.to_toml(config.load(two / "recipe.toml")).splitlines()[1] in html.unescape(text)
 
 
+def test_prompts_have_a_section_where_a_run_has_their_history(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    assert "<h2>Prompts</h2>" not in page_of(one, two)[2]
+    rows = [{"step": step, "prompts": {HOSTILE: [1 - step, 16], "b": [0, 8]}} for step in (0, 1)]
+    (two / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, page, text = page_of(one, two)
+    assert len(page.scripts) == 5 and HOSTILE not in text
+    counts, *tables = (
+        [re.sub(r"<.*?>|\s+", " ", line).split() for line in table.split("</table>")[0].split("<tr>")[2:]]
+        for table in re.split(r'<table id="prompts">|<table data-hardest>', text)[1:]
+    )
+    assert [[*line[-2:]] for line in counts] == [["-", "2"], ["-", "1"], ["-", "1"]]
+    (hard,) = tables
+    assert hard[0] == ["b", "16", "0", "2"] and hard[1][-3:] == ["32", "1", "2"] and len(hard) == 2
+
+
 def test_warnings_are_shown_with_their_rules(tmp_path: Path) -> None:
     _, _, text = page_of(make_run(tmp_path / "run"))
     assert "⚠ entropy collapse</a>" in text and "under half of the first tenth" in html.unescape(text)
