@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from jaxrl import config, data
-from jaxrl.config import Count, Positive, Section
+from jaxrl.config.sections import Count, Positive, Section
 from jaxrl.errors import InputError
 from jaxrl.files import at_home
 from jaxrl.rewards.latex_equality import reference

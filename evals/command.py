@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from evals import sampling
+from evals.sampling import devices_of, exported, run_folder
 from jaxrl import config
 from jaxrl.commands.options import positive, sampler_overrides
 from jaxrl.errors import InputError
@@ -18,7 +20,6 @@ from jaxrl.results import EvalProtocol
 if TYPE_CHECKING:
     from evals.judge import Judge
     from evals.suite import OpenJudge
-    from jaxrl.sampling.servers import Devices
 
 HELP = "accuracy on benchmarks, or on a recipe's held-out problems"
 TAKES_OVERRIDES = True
@@ -26,11 +27,7 @@ ONLY_BENCHMARKS = ("data", "samples", "judge", "judge_model", "judge_prompt", "j
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model = "Hugging Face folder, Hub id, or run folder, whose newest checkpoint is exported first"
-    parser.add_argument("model", help=model)
-    parser.add_argument("--samplers", metavar="URL,URL", help="sample by these vLLM servers")
-    servers = "start N vLLM servers here, or all: one on each GPU"
-    parser.add_argument("--servers", type=_servers, metavar="N", help=servers)
+    sampling.add_arguments(parser)
     parser.add_argument("--out", help="file (--recipe) or folder (--benchmarks) to write; has a default")
     add = parser.add_argument_group("held-out problems").add_argument
     add("--recipe", help="recipe with [data], [reward] and [eval]; default: the run's own")
@@ -47,15 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge-tail", type=positive, help="characters of a response's end that the judge sees")
 
 
-def _servers(text: str) -> int:
-    """An argparse type: a number of servers, or "all" for the number of GPUs."""
-    if text != "all":
-        return positive(text)
-    from jaxrl.sampling import servers
-
-    return max(1, len(servers.gpus()))
-
-
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     (_on_benchmarks if args.benchmarks else _on_held_out)(args, overrides)
 
@@ -64,19 +52,19 @@ def _on_held_out(args: argparse.Namespace, overrides: list[str]) -> None:
     for name in ONLY_BENCHMARKS:
         if getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} is for benchmarks; add --benchmarks LIST")
-    run = Path(args.model) if (Path(args.model) / "recipe.toml").exists() else None
+    run = run_folder(args.model)
     path = args.recipe or (run and run / "recipe.toml")
     if not path:
         raise InputError(
             f"{args.model} is not a run folder; say what to evaluate on with --benchmarks LIST or --recipe FILE"
         )
     recipe = config.load(path, overrides + sampler_overrides(args.samplers, args.servers))
-    devices = _devices(recipe)
+    devices = devices_of(recipe)
     from evals import held_out
-    from jaxrl.export import export
 
-    step = export(run, run / "hf") if run else 0
-    model = run / "hf" if run else args.model
+    model, step = exported(args.model, "eval")
+    if not args.recipe:  # as the run itself evaluates after so many steps
+        recipe = config.stage_at(config.stages_of(recipe), step - 1).recipe
     out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
     held_out.evaluate(recipe, model, out, args.name, step, devices)
 
@@ -96,7 +84,7 @@ def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = config.from_dict(config.to_dict(recipe), "command line")
     if recipe.eval.samples != base.eval.samples:
         raise InputError("--eval.samples is for held-out problems; benchmarks take --samples")
-    devices = _devices(recipe)  # before JAX looks for GPUs
+    devices = devices_of(recipe)  # before JAX looks for GPUs
     open_judge = _judge(args, recipe)
     folder, out = _model_of(args.model, args.out)
     job = suite.Job(args.model, folder, chosen, recipe, out, args.data, args.samples, args.protocol)
@@ -137,28 +125,9 @@ def _judge(args: argparse.Namespace, recipe: config.Recipe) -> OpenJudge | None:
     return started
 
 
-def _devices(recipe: config.Recipe) -> Devices:
-    """Where started servers run: on all GPUs. This process keeps to the CPU where they load models from files."""
-    from jaxrl.sampling import servers
-
-    if recipe.rollout.engine == "vllm" and recipe.sampler.transport == "files":
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
-    devices = servers.choose_devices(recipe.sampler.servers, trains=False)
-    servers.require_startable(recipe, devices)
-    return devices
-
-
 def _model_of(model: str, out: str | None) -> tuple[Path, Path]:
     """The model's Hugging Face folder, exported first if it is a run or a checkpoint, and the folder for results."""
-    from jaxrl.export import export, run_of
-    from jaxrl.models import hf
-
-    path = Path(model)
-    if path.parent.name != "checkpoints" and not (path / "checkpoints").is_dir():
-        return hf.resolve(model), Path(out or Path("runs/benchmarks") / path.name)
-    run, step = run_of(path)
-    folder = run / "hf" if step is None else run / "benchmarks" / f"step_{step:06d}" / "hf"
-    step = export(path, folder)
-    return folder, Path(out or run / "benchmarks" / f"step_{step:06d}")
+    folder, step = exported(model, "benchmarks")
+    run = run_folder(model)
+    default = run / "benchmarks" / f"step_{step:06d}" if run else Path("runs/benchmarks") / Path(model).name
+    return folder, Path(out or default)

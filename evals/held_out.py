@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool
 
 from evals.grade import undecided_note
 from evals.statistics import confidence
@@ -141,11 +142,7 @@ def summary(groups: Groups, params: SamplingParams, name: str, step: int) -> Hel
     Raises:
       InputError: if there is a problem without responses.
     """
-    if not all(groups):
-        refused = sum(not group for group in groups)
-        raise InputError(f"{refused} of {len(groups)} problems were refused by the sampler; see above why")
-    samples = len(groups[0])
-    right = np.array([[rollout.score for rollout in group] for group in groups]) > 0  # [P, G]
+    right, samples = right_ones(groups), len(groups[0])
     per_problem = right.mean(axis=1)
     flat = [rollout for group in groups for rollout in group]
     result: HeldOutResult = {
@@ -163,3 +160,15 @@ def summary(groups: Groups, params: SamplingParams, name: str, step: int) -> Hel
         "undecided": sum(r.undecided for r in flat),
     }
     return result
+
+
+def right_ones(groups: Groups) -> Bool[np.ndarray, "P G"]:
+    """Which of the marked responses are right.
+
+    Raises:
+      InputError: if there is a problem without responses.
+    """
+    if not all(groups):
+        refused = sum(not group for group in groups)
+        raise InputError(f"{refused} of {len(groups)} problems were refused by the sampler; see above why")
+    return np.array([[rollout.score for rollout in group] for group in groups]) > 0

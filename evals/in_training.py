@@ -40,8 +40,9 @@ class InTraining:
 
         Results of another run, or of another [eval], are kept aside.
         """
-        setup, own = run.setup, self._identity(run.setup)
-        params = held_out.evaluation_params(run.recipe, setup.sampling.stop_ids)
+        setup, own = run.setup, self._identity(run.setup, steps)
+        work = setup.works[setup.stage_at(steps - 1).number]
+        params = held_out.evaluation_params(work.recipe, work.sampling.stop_ids)
         for out in self._missing(setup, steps, own):
             if processes.chief() and out.exists():
                 aside = set_aside(out, out.parent / "other")
@@ -49,28 +50,30 @@ class InTraining:
             if out.parent.name == "benchmarks":
                 run_benchmarks(run, self.tasks, params, out, steps, own)
             else:
-                problems = HeldOut(run.recipe, self.problems, params, setup.mark)
+                problems = HeldOut(work.recipe, self.problems, params, work.mark)
                 problems.measure(run.sampler, run.progress, out, "step", steps, own)
 
     def missing(self, setup: Setup, steps: int) -> bool:
         """Whether a result of this run after so many steps is missing."""
-        return bool(self._missing(setup, steps, self._identity(setup)))
+        return bool(self._missing(setup, steps, self._identity(setup, steps)))
 
     def _missing(self, setup: Setup, steps: int, own: str) -> list[Path]:
         folder, name = setup.directory / "eval", f"step_{steps:06d}.json"
         wanted = [folder / name] * bool(self.problems) + [folder / "benchmarks" / name] * bool(self.tasks)
         return [out for out in wanted if not _is_of(out, own)]
 
-    def _identity(self, setup: Setup) -> str:
-        """A digest of the run and of how it is evaluated, on what."""
-        section = dataclasses.asdict(setup.recipe.eval)
+    def _identity(self, setup: Setup, steps: int) -> str:
+        """A digest of the run so far and of how it is evaluated, on what."""
+        section = dataclasses.asdict(setup.stage_at(steps - 1).recipe.eval)
         how = {
             key: section[key]
             for key in ("samples", "benchmark_samples", "max_tokens", "temperature", "top_p")
         }
         prompts = [*self.problems, *(prompt for task in self.tasks for prompt in task.prompts)]
         asked = [(prompt.tokens.tolist(), prompt.answer) for prompt in prompts]
-        return blake3(json.dumps([identity(setup.recipe, setup.content), how, asked]).encode()).hexdigest()
+        return blake3(
+            json.dumps([identity(setup.recipe, setup.content(steps), steps), how, asked]).encode()
+        ).hexdigest()
 
 
 def _is_of(out: Path, identity: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -56,5 +56,10 @@ def _majority(votes: Sequence[str | None], right: Sequence[float]) -> float:
 
 def distinct(texts: Sequence[str]) -> float:
     """Share of different ones among the sequences of 4 words of all the texts."""
-    grams = [g for words in map(str.split, texts) for g in zip(*(words[i:] for i in range(4)), strict=False)]
+    return distinct_4grams([text.split() for text in texts])
+
+
+def distinct_4grams(sequences: Iterable[Sequence[Hashable]]) -> float:
+    """Share of different ones among the 4-grams of all the sequences; 0 where none has one."""
+    grams = [gram for s in sequences for gram in zip(*(s[i:] for i in range(4)), strict=False)]
     return len(set(grams)) / len(grams) if grams else 0.0

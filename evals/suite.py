@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
-import re
 import secrets
 import sys
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +21,7 @@ from evals.benchmarks import Benchmark
 from evals.generate import Response, Responses, generate, in_order, read
 from evals.grade import undecided_note
 from evals.judge import Candidate, Judge
+from evals.sampling import reporter, vllm_options
 from evals.task import Task, load_tasks
 from jaxrl import config, data
 from jaxrl.errors import InputError, RunError
@@ -43,7 +41,7 @@ from jaxrl.results import (
 from jaxrl.sampling import servers
 from jaxrl.sampling.open import open_own_sampler
 from jaxrl.telemetry.progress import Progress
-from jaxrl.types import Detokenize, JsonObject, OnRollout, Rollout, SamplingParams, Say
+from jaxrl.types import Detokenize, JsonObject, SamplingParams, Say
 
 SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
 # JustRL's evaluation, as a recipe. Ours is only the number of requests that a vLLM server gets at one time.
@@ -55,10 +53,7 @@ PROTOCOL: dict[str, dict[str, object]] = {
     "sampler": {"concurrency": 256},
 }
 TOP_K = 0  # all tokens
-# Options of vLLM that decide about memory, not about responses.
-MEMORY = re.compile(r"--(gpu-memory-utilization|max-num-seqs|max-num-batched-tokens|cpu-offload-gb)[ =]\S+ ?")
 CALLS = 64  # of a vLLM sampler at one time
-EVERY = 60.0  # seconds between lines of progress, where there is no terminal
 
 # Opens a judge that keeps its files in a folder.
 OpenJudge = Callable[[Path], contextlib.AbstractContextManager[Judge]]
@@ -160,7 +155,6 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
     """
     path, recipe = job.out / "settings.json", job.recipe
     before: JsonObject = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    options = " ".join(recipe.sampler.vllm_options) if recipe.sampler.servers else ""
     seed = recipe.run.seed
     if job.protocol == "justrl_released":  # JustRL's seeds come from an unseeded generator
         seed = before.get("seed", secrets.randbelow(2**31 - 1))
@@ -179,7 +173,7 @@ def _settle(job: Job, tasks: Sequence[Task], stop_ids: tuple[int, ...]) -> Setti
         "config": blake3((job.folder / "config.json").read_bytes()).hexdigest(),
         "engine": recipe.rollout.engine,
         "dtype": recipe.model.dtype,
-        "vllm_options": MEMORY.sub("", options).strip() or "none",
+        "vllm_options": vllm_options(recipe),
         "prompts": before.get("prompts", {}) | prompts,
     }
     remedy = "give another --out, or delete it"
@@ -236,7 +230,7 @@ def _generate(
         for i, task in enumerate(tasks):
             done = len(found[task.name])
             progress.phase(task.name, task.total, done)
-            on_rollout = _reporter(task, done, progress, say)
+            on_rollout = reporter(task.name, task.total, done, progress, say)
             seeds = (seed, zlib.crc32(task.name.encode()) >> 1)  # JAX folds in 31 bits
             responses[task.name] = generate(
                 task, params, seeds, sampler, job.file(task), detokenize, on_rollout, parallel
@@ -263,25 +257,6 @@ def _fitted(job: Job, tasks: Sequence[Task]) -> config.Recipe:
         run=dataclasses.replace(job.recipe.run, directory=str(job.out)),
         data=dataclasses.replace(job.recipe.data, max_prompt_tokens=longest),
     )
-
-
-def _reporter(task: Task, done: int, progress: Progress, say: Say) -> OnRollout:
-    """Returns a callback that moves the bar, or without a terminal prints a line now and then."""
-    began = last = time.monotonic()
-    first, tokens, live = done, 0, sys.stdout.isatty()
-
-    def on_rollout(rollout: Rollout) -> Rollout:
-        nonlocal done, tokens, last
-        done, tokens, now = done + 1, tokens + len(rollout.tokens), time.monotonic()
-        progress.advance(rollout)
-        if not live and (now > last + EVERY or done == task.total):
-            last, seconds = now, max(now - began, 1e-9)
-            left = datetime.timedelta(seconds=round((task.total - done) * seconds / (done - first)))
-            speed = f"{tokens / seconds:,.0f} tokens/s"
-            say(f"{task.name}: {done:,}/{task.total:,} responses, {speed}, ETA {left}")
-        return rollout
-
-    return on_rollout
 
 
 def _grade(task: Task, responses: Responses, say: Say) -> Graded:
