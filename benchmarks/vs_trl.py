@@ -191,7 +191,7 @@ def trl_command(
 
 def batch(recipe: config.Recipe, found: data.PromptSet, step: int) -> list[Prompt]:
     size, order = recipe.rollout.prompts, recipe.data.order
-    return data.batch(found.prompts, recipe.run.seed, step, size, order, found.mixture)
+    return data.batch(found.prompts, recipe.run.seed, step * size, size, order, found.mixture)
 
 
 def watch(
