@@ -34,12 +34,13 @@ def _math(source: str, *_: object, **__: object) -> str:
 def _sections() -> list[str]:
     """A table for each section of a recipe: key, default and docstring of every field, and its type or choices."""
     lines = []
-    for name, section in get_type_hints(config.Recipe).items():
-        lines += [f"## [{name}]", "", "| key | default | |", "|---|---|---|", *_rows(section), ""]
+    for name, section in (get_type_hints(config.Recipe) | {"stages": config.StageEntry}).items():
+        title = f"[[{name}]]" if name == "stages" else f"[{name}]"
+        lines += [f"## {title}", "", "| key | default | |", "|---|---|---|", *_rows(section), ""]
     return lines
 
 
-def _rows(section: type[config.Section]) -> list[str]:
+def _rows(section: type) -> list[str]:
     """A row for each field, from the source: the docstring of a field is the string that follows it."""
     (tree,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(tree, ast.ClassDef)

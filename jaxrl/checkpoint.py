@@ -1,7 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, verified, resumed bit for bit, and never deleted by a reader.
 
 A checkpoint is the training state and the recipe, with fingerprints of both. Batches, seeds and packing follow from the
-seed and the step, so nothing else has to be kept. Orbax writes into a temporary folder and renames it when all of it is
+recipe and the step; what does not is in its ledger. A KL term's reference is written once, when it is taken, into
+`reference` beside the checkpoints that name it. Orbax writes into a temporary folder and renames it when all of it is
 on disk.
 """
 
@@ -16,10 +17,10 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn, TypedDict
+from typing import NamedTuple, NoReturn, NotRequired, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,6 +28,7 @@ from blake3 import blake3
 from jaxtyping import PyTree
 
 from jaxrl import config
+from jaxrl.config import Stage, stages_of
 from jaxrl.errors import InputError, RunError, file_error, first_line
 from jaxrl.files import set_aside, writing
 from jaxrl.fingerprint import fingerprints, path_name
@@ -34,6 +36,7 @@ from jaxrl.grpo.update import TrainState
 from jaxrl.models import decoder
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import abstract_sharded, make_mesh
+from jaxrl.reference import Reference, as_reference
 from jaxrl.types import JsonObject, Say
 
 # Keys that may change between one start of a run and the next: where, how long and on what, not what is computed.
@@ -56,6 +59,8 @@ FREE = (
 )
 # Keys under these that may not, since they change what is computed.
 FIXED = ("sampler.correction", "sampler.max_staleness")
+# Keys whose value may change where what it names has the same content; model.path is another.
+DATA_KEYS = ("data.path", "data.config", "data.split", "data.files", "data.sources")
 SHOWN = 200  # characters of another library's error that are shown
 PAUSES = (1.0, 5.0)  # seconds before a checkpoint that could not be read is tried again
 BARRIER = 300.0  # seconds
@@ -75,6 +80,24 @@ class Manifest(TypedDict):
     arrays: dict[str, str]  # "float32[2,32] 0123456789abcdef": dtype, shape and fingerprint, by path
     recipe: str  # digest of its JSON
     content: dict[str, str]  # digests of what the recipe's paths hold, by key; see `require_same_recipe`
+    ledger: NotRequired[str]  # digest of its JSON, where there is one
+    reference: NotRequired[NamedReference]
+
+
+class NamedReference(TypedDict):
+    """A reference that a checkpoint goes on with."""
+
+    step: int  # its folder
+    arrays: dict[str, str]  # as the manifest's
+
+
+class Resumed(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    state: TrainState
+    ledger: JsonObject
+    reference: Reference | None
 
 
 class Checkpoints:
@@ -84,6 +107,8 @@ class Checkpoints:
         self, directory: Path, keep_last: int = 2, keep_every: int = 0, read_only: bool = False
     ) -> None:
         self.directory = directory.absolute()
+        self.references = self.directory.with_name("reference")
+        self._named: NamedReference | None = None  # what `save` names
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every or None,
@@ -114,35 +139,91 @@ class Checkpoints:
         state: TrainState,
         recipe: config.Recipe,
         content: Mapping[str, str] = MappingProxyType({}),
+        ledger: JsonObject | None = None,
     ) -> None:
         """Starts writing `state`; returns as soon as it is copied off the devices.
+
+        It names the reference that was last kept or resumed with; those that none names any more are deleted.
 
         Args:
           step: steps done.
           state: after them.
           recipe: the run's.
           content: digests of what the recipe's paths hold, by key; such a path may move later, its content not change.
+          ledger: see `jaxrl.ledger`; None or empty is not written.
 
         Raises:
           InputError, RunError: if there is no room for it, or this or the write before it failed; see
             `jaxrl.files.writing`.
         """
-        need = sum(x.nbytes for x in jax.tree.leaves(state))
-        with writing(self.directory):
-            free = shutil.disk_usage(self.directory).free
-        if free < need:  # Orbax would fail too, after many lines of its own
-            self._fail(
-                errno.ENOSPC, f"a checkpoint takes {need / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
-            )
+        self._require_free("checkpoint", state)
         values, items = config.to_dict(recipe), _items(state)
         arrays = _described(items)
         manifest: Manifest = {"arrays": arrays, "recipe": _digest(values), "content": dict(content)}
+        more = {"ledger": ocp.args.JsonSave(ledger)} if ledger else {}
+        if ledger:
+            manifest["ledger"] = _digest(ledger)
+        if self._named:
+            manifest["reference"] = self._named
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+            **more,
             recipe=ocp.args.JsonSave(values),
             manifest=ocp.args.JsonSave({"manifest": manifest, "digest": _digest(manifest)}),
         )
         self._guarded(lambda: self._manager.save(step, args=args, force=True))
+        if processes.chief() and self.references.is_dir():
+            self._delete_references()
+
+    def keep_reference(self, reference: Reference | None) -> None:
+        """Has later checkpoints name a reference, which is written before this returns, or none.
+
+        Args:
+          reference: taken from the policy after so many steps.
+
+        Raises:
+          InputError, RunError: see `save`.
+        """
+        self._named = None
+        if reference:
+            self._named = {"step": reference.step, "arrays": _described(reference.params)}
+            self._write_reference(reference)
+
+    def _delete_references(self) -> None:
+        """Deletes those that no checkpoint names any more."""
+        needed = {str(self._named["step"])} if self._named else set[str]()
+        for step in self.steps():
+            with contextlib.suppress(FileNotFoundError):  # it is being deleted
+                text = (self.directory / str(step) / "manifest" / "metadata").read_text(encoding="utf-8")
+                named = json.loads(text)["manifest"].get("reference")
+                needed |= {str(named["step"])} if named else set()
+        with writing(self.references):
+            for folder in self.references.iterdir():
+                if folder.name not in needed:
+                    shutil.rmtree(folder)
+
+    def _write_reference(self, reference: Reference) -> None:
+        folder = self.references / str(reference.step)
+        self._require_free("reference", reference.params)
+        self._guarded(
+            self._manager.wait_until_finished
+        )  # Orbax names its barriers by the folder's name alone
+        with ocp.StandardCheckpointer() as checkpointer:
+
+            def write() -> None:
+                # one that is there is the same, or torn
+                checkpointer.save(folder, reference.params, force=True)
+                checkpointer.wait_until_finished()
+
+            self._guarded(write)
+
+    def _require_free(self, what: str, tree: PyTree[jax.Array]) -> None:
+        """Fails where there is no room on the disk: Orbax would too, after many lines of its own."""
+        need = sum(x.nbytes for x in jax.tree.leaves(tree))
+        with writing(self.directory):
+            free = shutil.disk_usage(self.directory).free
+        if free < need:
+            self._fail(errno.ENOSPC, f"a {what} takes {need / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
 
     def resume(
         self,
@@ -151,7 +232,7 @@ class Checkpoints:
         say: Say,
         raise_if_stopped: Callable[[], None],
         content: Mapping[str, str] = MappingProxyType({}),
-    ) -> tuple[int, TrainState]:
+    ) -> Resumed:
         """Reads the newest checkpoint that is whole; newer ones are then kept aside, in `checkpoints-damaged`.
 
         Args:
@@ -161,9 +242,6 @@ class Checkpoints:
           raise_if_stopped: raises what a signal asked for; a library may have swallowed it.
           content: see `save`.
 
-        Returns:
-          the step of the checkpoint and the state.
-
         Raises:
           InputError: if another recipe or model wrote it, it may not be read, or none is whole.
           RunError: if it cannot be read now. Nothing has been changed after either.
@@ -171,7 +249,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                state = self._read(step, recipe, like, raise_if_stopped, content)
+                found = self._read(step, recipe, like, raise_if_stopped, content)
             except Damaged as error:
                 damaged[step] = str(error)
                 continue
@@ -180,7 +258,7 @@ class Checkpoints:
                 say(
                     f"{self.directory / str(bad)} is damaged ({why}) and now {aside}; the one before it is used"
                 )
-            return step, state
+            return found
         reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
         raise InputError(
             f"{self.directory}: no checkpoint is whole ({reasons}); put back a copy, or set run.directory to a new "
@@ -194,7 +272,7 @@ class Checkpoints:
         like: TrainState,
         raise_if_stopped: Callable[[], None],
         content: Mapping[str, str],
-    ) -> TrainState:
+    ) -> Resumed:
         """Reads and verifies a checkpoint, several times where that fails: shared file systems have their moments.
 
         Raises:
@@ -206,16 +284,22 @@ class Checkpoints:
             try:
                 self.require_same_recipe(step, recipe, content)
                 self._require_same_model(step, like)
-                state = self.restore(step, like)
+                manifest = self.manifest(step)
+                self._named = manifest.get("reference") if manifest else None
+                reference = self.reference(as_reference(like.params, recipe.model.dtype))
+                found = Resumed(step, self.restore(step, like), self.ledger(step), reference)
             except InputError:  # all processes read the same
                 raise
             except Exception as caught:  # a torn file raises whatever its format's reader does
                 raise_if_stopped()
                 error = caught
             if not processes.any_of(error is not None):
-                return state
+                return found
             time.sleep(pause)
-        verdict = _verdict(self.directory / str(step), error) if error else ("", "")
+        folders = [self.directory / str(step)]
+        if self._named and (taken := self.references / str(self._named["step"])).exists():
+            folders.append(taken)
+        verdict = _verdict(folders, error) if error else ("", "")
         verdicts = processes.exchange(json.dumps(verdict).encode())
         kind, why = max(map(json.loads, verdicts))
         raise {"damaged": Damaged, "input": InputError, "run": RunError}[kind](why)
@@ -245,6 +329,38 @@ class Checkpoints:
         self._require_intact(step, dict(read))
         return TrainState(read["optimizer"]["step"], read["params"], read["optimizer"]["opt_state"])
 
+    def ledger(self, step: int) -> JsonObject:
+        """The ledger of a checkpoint, empty where it has none.
+
+        Raises:
+          Damaged: if it is not what was written.
+        """
+        manifest = self.manifest(step)
+        if not manifest or "ledger" not in manifest:
+            return {}
+        values = self._json(step, "ledger")
+        if _digest(values) != manifest["ledger"]:
+            raise Damaged("its ledger has changed since it was written")
+        return values
+
+    def reference(self, like: decoder.Params) -> Reference | None:
+        """Reads and verifies the reference that was last kept or resumed with; None where that is none.
+
+        Args:
+          like: its shapes, dtype and shardings.
+
+        Raises:
+          Damaged: if it is not what was written.
+        """
+        if not self._named:
+            return None
+        folder = self.references / str(self._named["step"])
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(folder, like)
+        if _described(params) != self._named["arrays"]:
+            raise Damaged(f"{folder} has changed since it was written")
+        return Reference(self._named["step"], params)
+
     def restore_params(self, step: int, like: decoder.Params) -> decoder.Params:
         """Reads and verifies the parameters alone, a third of the bytes; `like` has their shapes and shardings.
 
@@ -271,7 +387,7 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as error:  # a torn file raises whatever its format's reader does
-            kind, why = _verdict(folder, error)
+            kind, why = _verdict([folder], error)
             if kind != "damaged":
                 raise (InputError if kind == "input" else RunError)(why) from error
             older = [each for each in self.steps() if each < step]
@@ -309,10 +425,16 @@ class Checkpoints:
         folder = self.directory / str(step)
         with self.explaining(step):
             self.recipe(step)
+            self.ledger(step)
             manifest, found, mesh = self.manifest(step), dict[str, str](), make_mesh()
+            if manifest and "reference" in manifest:
+                self._named = manifest["reference"]
+                arrays = ocp.StandardCheckpointer().metadata(self.references / str(self._named["step"]))
+                like = jax.tree.map(_abstract, arrays.item_metadata.tree)
+                self.reference(abstract_sharded(like, mesh))
             for item in ITEMS:
                 arrays = ocp.StandardCheckpointer().metadata(folder / item).item_metadata.tree
-                like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+                like = jax.tree.map(_abstract, arrays)
                 args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract_sharded(like, mesh))})
                 found |= _described(dict(self._manager.restore(step, args=args)))
             wanted = manifest["arrays"] if manifest else found
@@ -340,20 +462,17 @@ class Checkpoints:
         """
         folder, manifest = self.directory / str(step), self.manifest(step)
         before = manifest["content"] if manifest else {}
-        same = [key for key, digest in content.items() if before.get(key) == digest]
         for key, digest in content.items():
             if before.get(key, digest) != digest:
                 raise InputError(
                     f"{folder} was written with another content of {key}; put the files back as they were, or set "
                     "run.directory to a new folder"
                 )
-        differing = config.differences(self.recipe(step), recipe)
-        free = (*FREE, *(f"{key}:" for key in same))
-        fixed = [d for d in differing if d.startswith(FIXED) or not d.startswith(free)]
-        if fixed:
+        same = [key for key, digest in content.items() if before.get(key) == digest]
+        if fixed := _past_differences(stages_of(self.recipe(step)), stages_of(recipe), step, same):
             raise InputError(
                 f"{folder} was written by another recipe ({'; '.join(fixed)}); put these back, or set run.directory to "
-                "a new folder"
+                f"a new folder. What is ahead may change: by a stage that begins at step {step}"
             )
 
     def recipe(self, step: int) -> config.Recipe:
@@ -407,11 +526,68 @@ class Checkpoints:
         raise file_error(self.directory, "written", number, f"{why}; {after}") from cause
 
 
-def identity(recipe: config.Recipe, content: Mapping[str, str]) -> str:
-    """A digest of what a run computes: the recipe's values that may not change, and `content` (see `save`)."""
-    values = {f"{name}.{key}": v for name, part in config.to_dict(recipe).items() for key, v in part.items()}
-    fixed = {k: v for k, v in values.items() if k.startswith(FIXED) or not k.startswith((*FREE, *content))}
-    return _digest({**fixed, **content})
+def _past_differences(
+    before: Sequence[Stage], now: Sequence[Stage], step: int, same: Sequence[str]
+) -> list[str]:
+    """What two recipes differ in that may not be, since it has had its effect on `step` steps.
+
+    Args:
+      before: the stages of one.
+      now: and of the other.
+      step: steps done.
+      same: keys whose content is the same, those of stages but the first one's by `content_key`.
+    """
+    begun = [
+        [stage for stage in stages if not stage.number or stage.first < step] for stages in (before, now)
+    ]
+    if [list(map(_begins, stages)) for stages in begun[:1]] != [
+        list(map(_begins, stages)) for stages in begun[1:]
+    ]:
+        was, now_is = ("; ".join(_begins(stage) for stage in stages) for stages in begun)
+        return [f"stages: {was} -> {now_is}"]
+    if begun[1][-1].until < step:
+        return [
+            f"{begun[1][-1].title}: until: {begun[0][-1].until} -> {begun[1][-1].until}, and {step} steps are done"
+        ]
+    found: list[str] = []
+    for old, new in zip(*begun, strict=True):
+        moved = [key for key in ("model.path", *DATA_KEYS) if content_key(new.number, key) in same]
+        free = (*FREE, *(f"{key}:" for key in moved))
+        differing = config.differences(old.recipe, new.recipe)
+        title = f"{new.title}: " if len(now) > 1 else ""
+        found += [title + d for d in differing if d.startswith(FIXED) or not d.startswith(free)]
+    return found
+
+
+def _begins(stage: Stage) -> str:
+    """Where a stage begins, and what with; names are for people."""
+    anew = f", restarts {', '.join(sorted(stage.restart))}" if stage.restart else ""
+    order = ", prompts in a new order" if stage.order == stage.number and stage.number else ""
+    return f"stage {stage.number + 1} from step {stage.first}{anew}{order}"
+
+
+def content_key(stage: int, key: str) -> str:
+    """The name of a key's content in a manifest; all stages have the same model."""
+    return f"stages.{stage}.{key}" if stage and key in DATA_KEYS else key
+
+
+def identity(recipe: config.Recipe, content: Mapping[str, str], step: int) -> str:
+    """A digest of what the first `step` steps of a run compute.
+
+    Args:
+      recipe: the run's.
+      content: see `Checkpoints.save`.
+      step: steps done.
+    """
+    found: list[object] = []
+    for stage in stages_of(recipe):
+        if not stage.number or stage.first < step:
+            values = config.flat(stage.recipe)
+            named = ("model.path", *DATA_KEYS)
+            free = (*FREE, *(key for key in named if content_key(stage.number, key) in content))
+            fixed = {k: v for k, v in values.items() if k.startswith(FIXED) or not k.startswith(free)}
+            found.append([stage.first, sorted(stage.restart), fixed])
+    return _digest([*found, dict(content)])
 
 
 def _root(error: BaseException) -> str:
@@ -434,6 +610,10 @@ def _described(tree: PyTree[jax.Array]) -> dict[str, str]:
     }
 
 
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 def _kind(array: jax.Array | jax.ShapeDtypeStruct) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
@@ -442,13 +622,13 @@ def _digest(values: object) -> str:
     return blake3(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _verdict(folder: Path, error: Exception) -> tuple[str, str]:
+def _verdict(folders: Sequence[Path], error: Exception) -> tuple[str, str]:
     """What a failed read amounts to, and why: ("input" or "run", all of the line) or ("damaged", a reason).
 
     Only what can be read to the last byte, and is not what was written, is damaged.
     """
     try:
-        for file in _files(folder):
+        for file in itertools.chain.from_iterable(map(_files, folders)):
             with file.open("rb") as data:
                 while data.read(PIECE):
                     pass
@@ -457,13 +637,13 @@ def _verdict(folder: Path, error: Exception) -> tuple[str, str]:
     except OSError as failed:
         return (
             "run",
-            f"{failed.filename or folder}: cannot be read ({failed.strerror}); the same command tries again",
+            f"{failed.filename or folders[0]}: cannot be read ({failed.strerror}); the same command tries again",
         )
     chain = list(_chain(error))
     numbers = {number for each in chain for number in _system_errors(each)}
     no_memory = any(isinstance(each, MemoryError) or "RESOURCE_EXHAUSTED" in str(each) for each in chain)
     if no_memory or numbers - MISSHAPEN:
-        return "run", f"{folder}: cannot be read ({_root(error)[:SHOWN]}); the same command tries again"
+        return "run", f"{folders[0]}: cannot be read ({_root(error)[:SHOWN]}); the same command tries again"
     return "damaged", _root(error)[:SHOWN]
 
 

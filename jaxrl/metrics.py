@@ -13,6 +13,7 @@ from jaxrl import config
 from jaxrl.grpo.mismatch import ratio_quantiles
 from jaxrl.hardware import HARDWARE
 from jaxrl.models import decoder
+from jaxrl.telemetry import agreement
 from jaxrl.types import Groups
 
 MISMATCH = ("sampler/logprob_diff", "sampler/ratio")  # what compares sampler and trainer starts so
@@ -24,9 +25,12 @@ Measured = Mapping[str, np.ndarray]  # an update's metrics, on the host
 class Record:
     """What is reported of a step."""
 
+    sampled: Groups  # [N][G], all groups
     groups: Groups  # [P][G] that were trained on
+    rescued: int  # groups that got a right answer of an earlier step
+    rounds: int  # of sampling
     refused: int  # prompts that the sampler refused
-    rewards: Float[np.ndarray, "P G"]  # penalties included
+    passes: float  # through the prompts of the present order so far
     stale: bool  # whether older parameters sampled some
     updates: Sequence[Measured]  # of each update, in order
     sampling_seconds: float  # of this process, maybe during an earlier step
@@ -36,24 +40,28 @@ class Record:
 
 def step_metrics(recipe: config.Recipe, model: decoder.Config, step: int, record: Record) -> dict[str, float]:
     """All metrics of a step that follow from its record; `step` is 0 for the first."""
-    metrics = rollout_metrics(record.groups, record.rewards) | update_metrics(record.updates)
-    metrics |= record.phases | sampler_metrics(record, step)
+    metrics = rollout_metrics(record.sampled) | update_metrics(record.updates)
+    metrics |= record.phases | sampler_metrics(record, step) | group_metrics(recipe, record)
     if record.stale and recipe.sampler.correction == "none":  # the trainer's log-probs were not computed
         metrics |= {name: np.nan for name in metrics if name.startswith(MISMATCH)}
-    metrics |= {"time/step": record.seconds, "perf/devices": float(jax.device_count())}
+    metrics |= {
+        "data/epochs": record.passes,
+        "time/step": record.seconds,
+        "perf/devices": float(jax.device_count()),
+    }
     return metrics | performance(model, record)
 
 
-def rollout_metrics(groups: Groups, rewards: Float[np.ndarray, "P G"]) -> dict[str, float]:
-    """Means over all rollouts of a step; rewards are [P, G], penalties included.
+def rollout_metrics(groups: Groups) -> dict[str, float]:
+    """Means over all rollouts of a step, [N][G], those that are not trained on included.
 
-    Correctness is the verifier's score alone; penalties do not change it.
+    Correctness is the verifier's score alone; what a reward has besides does not change it.
     """
     flat = [rollout for group in groups for rollout in group]
     lengths = np.array([len(r.tokens) for r in flat])
     right = np.array([[rollout.score > 0 for rollout in group] for group in groups])
     return {
-        "reward/mean": float(rewards.mean()),
+        "reward/mean": float(np.mean([r.reward for r in flat])),
         "reward/accuracy": float(right.mean()),
         "reward/undecided_fraction": float(np.mean([r.undecided for r in flat])),
         "groups/all_correct_fraction": float(right.all(axis=1).mean()),
@@ -64,12 +72,27 @@ def rollout_metrics(groups: Groups, rewards: Float[np.ndarray, "P G"]) -> dict[s
     }
 
 
+def group_metrics(recipe: config.Recipe, record: Record) -> dict[str, float]:
+    """What a filter and a rescue made of the groups; nothing where the recipe has neither."""
+    found: dict[str, float] = {}
+    if recipe.groups.filter != "none":
+        found["groups/sampled"] = float(len(record.sampled) + record.refused)
+        found["groups/rounds"] = float(record.rounds)
+        found["groups/trained"] = float(len(record.groups))
+        found["groups/trained_fraction"] = len({id(group) for group in record.groups}) / len(record.sampled)
+    if recipe.groups.rescue:
+        found["groups/rescued_fraction"] = record.rescued / len(record.sampled)
+    return found
+
+
 def sampler_metrics(record: Record, step: int) -> dict[str, float]:
     """How the step's batch was sampled; seconds are this process's."""
-    rollouts = [r for group in record.groups for r in group]
+    rollouts = [r for group in record.sampled for r in group]
+    tokens = sum(len(r.tokens) for r in rollouts)
     return {
         "time/sampling": record.sampling_seconds,
-        "perf/sampling_tokens_per_second": sum(len(r.tokens) for r in rollouts) / record.sampling_seconds,
+        "perf/sampling_tokens_per_second": tokens / record.sampling_seconds,
+        "sampler/tokens": float(tokens),
         "sampler/refused": float(record.refused),
         "sampler/staleness": float(step - np.mean([r.version for r in rollouts])),
     }
@@ -86,6 +109,9 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
         trained = np.where(counts > 0, values(name) * counts, 0)
         return float(np.sum(trained) / counts.sum()) if counts.sum() else np.nan
 
+    if not updates:  # no group was left to train on
+        counts = dict.fromkeys(("update/tokens", "update/sequences", "update/skipped"), 0.0)
+        return counts | {agreement.METRIC: np.nan}
     tokens = values("tokens")
     names = {f"clip_fraction_{side}": f"update/clip_fraction_{side}" for side in ("low", "high")}
     terms = {name: float(np.nanmean(values(own))) for own, name in names.items() if own in updates[0]}
@@ -115,10 +141,10 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
 def performance(model: decoder.Config, record: Record) -> dict[str, float]:
     """Tokens a second of the whole step, and the update's model FLOPs over the devices' peak where it is known."""
     lengths = np.array([len(r.prompt.tokens) + len(r.tokens) for g in record.groups for r in g], float)
-    metrics = {"perf/tokens_per_second": float(lengths.sum() / record.seconds)}
+    metrics = {"perf/tokens_per_second": float(lengths.sum() / record.seconds)}  # of those trained on
     kind = jax.devices()[0].device_kind
     peak = next((hardware.flops for name, hardware in HARDWARE.items() if name in kind), None)
-    if peak:
+    if peak and len(lengths):
         dense, attended = decoder.forward_flops(model)
         forward = dense * lengths.sum() + attended * (lengths**2).sum() / 2
         share = sum(float(u["sequences"]) for u in record.updates) / len(lengths)

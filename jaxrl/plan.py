@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal, NamedTuple, TypedDict, cast
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxrl import aot, config
 from jaxrl.errors import InputError
@@ -63,6 +64,7 @@ class Workload:
     spread: float = 0.8  # standard deviation over mean of the log-normal lengths, before the cap
     updates: int = 4
     epochs: int = 1  # passes of these over a step's sequences
+    kept: float = 1.0  # share of sampled groups that are trained on: others are sampled in their place
     logprob_passes: float = 1.0  # forward passes over all sequences: old log-probs, a reference model's
     trained: float = 1.0  # share of sequences that are trained on: zero advantages may be left out
     remat: Remat = "full"
@@ -72,6 +74,11 @@ class Workload:
     @property
     def sequences(self) -> int:
         return self.prompts * self.samples
+
+    @property
+    def refilled(self) -> int:
+        """Sequences that are sampled and not trained on."""
+        return round(self.sequences / self.kept) - self.sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,11 +241,12 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
         )
     lengths, engines = response_lengths(w), samplers // w.tensor
     # responses are dealt out in turn, so the first sampler has the longest
-    decode, tail = decode_seconds(w, hardware, lengths[::engines])
+    asked = np.concatenate([lengths, lengths[np.linspace(0, len(lengths) - 1, w.refilled).astype(int)]])
+    decode, tail = decode_seconds(w, hardware, asked[::engines])
     dense, _ = forward_flops(w.model)
     # a prompt is prefilled once for its whole group
     rate = w.tensor * PRODUCTS * hardware.flops
-    prefill = math.ceil(w.prompts / engines) * w.prompt_tokens * dense / rate
+    prefill = math.ceil(w.prompts / w.kept / engines) * w.prompt_tokens * dense / rate
     whole, share = lengths + w.prompt_tokens, w.trained / trainers
     size = parameters(w.model)
     link = hardware.nvlink if trainers <= NODE else hardware.network
@@ -302,7 +310,7 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
-        **({"reference": 4 * size / shards} if recipe.kl.coefficient else {}),
+        **({"reference": compute * size / shards} if recipe.kl.coefficient else {}),
         "activations": stream * c.layers * kept_bytes(c, cast(Remat, recipe.model.remat), compute),
         "temporaries": held + max(layer, logits),
     }
@@ -349,6 +357,7 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: st
     # heavy, and an estimate needs none of it
     from jaxrl.grpo.packing import without_terms
     from jaxrl.programs import build_programs, layout_of
+    from jaxrl.reference import as_reference
 
     recipe = with_remat(recipe, c, trainers, HARDWARE[hardware])
     jax.config.update("jax_platforms", "cpu")  # leaves the memory of GPUs alone
@@ -370,7 +379,8 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: st
     activations = min(estimated_bytes(recipe, c, trainers)["activations"], training)
     held = {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}
     if recipe.kl.coefficient:
-        held["reference"] = state.params
+        held["reference"] = as_reference(state.params, recipe.model.dtype)
+        scoring += round(_shard_bytes(state.params))  # the reference as the program takes it
     return {name: _shard_bytes(tree) for name, tree in held.items()} | {
         "activations": activations,
         "temporaries": training - activations,
@@ -403,7 +413,9 @@ def _temporary_bytes(lowered: jax.stages.Lowered, fast: bool) -> int:
 
 def _shard_bytes(tree: object) -> float:
     """Bytes on one device of a pytree of arrays with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def model_config(path: str) -> Config:
@@ -441,13 +453,18 @@ class Assumptions:
     mean_prompt: float = 150
     spread: float = 0.8
     zero_advantage: float = 0.0
+    kept: float = 1.0
     tensor: int = 1
     eager: bool = False
     compile: bool = True
 
 
 class Plan(TypedDict):
-    """The file that `jaxrl plan --json` writes."""
+    """The file that `jaxrl plan --json` writes, of a stage where the recipe has several; see `plans`."""
+
+    stage: str
+    steps_of_run: int  # that it has
+    tokens_of_step: int  # at most
 
     recipe: JsonObject
     assumptions: JsonObject  # the fields of Assumptions
@@ -459,13 +476,27 @@ class Plan(TypedDict):
     compiler: Literal["cuda", "cpu", "none"]  # of the bytes; none: by arithmetic
 
 
+def plans(recipe: config.Recipe, a: Assumptions) -> list[Plan]:
+    """The plan of each stage, in order; see `plan`."""
+    made = list[Plan]()
+    for stage in config.stages_of(recipe):
+        own = plan(stage.recipe, a)
+        own["stage"], own["steps_of_run"] = stage.name, stage.until - stage.first
+        made.append(own)
+    return made
+
+
 def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
-    """Predicts step time and memory.
+    """Predicts step time and memory of a recipe without stages.
 
     Raises:
       InputError: for options that are out of range or exclude each other, or a recipe that these devices cannot run.
     """
     _require_possible(a)
+    if a.kept < 1 and recipe.groups.filter != "refill":
+        raise InputError(
+            f'--kept = {a.kept:g} is for groups.filter = "refill", and the recipe has another; leave it out'
+        )
     c, hardware, data = model_config(recipe.model.path), HARDWARE[a.hardware], recipe.mesh.data
     decoder.require_positions(c, recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
     count = a.trainers or a.devices or (recipe.mesh.fsdp or NODE) * data
@@ -487,6 +518,9 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
     recipe = with_remat(recipe, c, trainers, hardware)
     forward = sequence_flops(c, lengths + w.prompt_tokens)
     return {
+        "stage": "whole run",
+        "steps_of_run": recipe.run.steps,
+        "tokens_of_step": recipe.step_tokens,
         "recipe": config.to_dict(recipe),
         "assumptions": dataclasses.asdict(a),
         "parameters": parameters(c),
@@ -511,8 +545,10 @@ def _require_possible(a: Assumptions) -> None:
             raise InputError(f"--{name.replace('_', '-')} = {getattr(a, name)} is not positive")
     if a.hardware not in HARDWARE:
         raise InputError(f"--hardware = {a.hardware} is not known; {', '.join(HARDWARE)} are")
-    if not (0 <= a.zero_advantage < 1 and 0 <= a.spread < 10):
-        raise InputError("--zero-advantage must be from 0 to below 1, --spread from 0 to below 10")
+    if not (0 <= a.zero_advantage < 1 and 0 <= a.spread < 10 and 0 < a.kept <= 1):
+        raise InputError(
+            "--zero-advantage must be from 0 to below 1, --spread from 0 to below 10, --kept above 0 and at most 1"
+        )
     conflict = (a.devices and a.trainers) or (a.samplers and not a.trainers)
     if conflict or min(a.trainers, a.samplers, a.devices) < 0:
         raise InputError("give --devices N to find the best split, or --trainers N and --samplers M")
@@ -542,6 +578,7 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
         spread=a.spread,
         updates=recipe.updates_per_step,
         epochs=recipe.optimizer.epochs,
+        kept=a.kept if recipe.groups.filter == "refill" else 1.0,
         logprob_passes=passes + bool(recipe.kl.coefficient),
         trained=trained,
         remat=cast(Remat, recipe.model.remat),  # by `with_remat`
@@ -550,8 +587,30 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
     )
 
 
-def show(plan: Plan) -> None:
-    """Prints a plan."""
+def show(plans: Sequence[Plan]) -> None:
+    """Prints the plans of a run's stages, and what all of it takes."""
+    console = Console()
+    for plan in plans:
+        if len(plans) > 1:
+            console.rule(Text(f"stage '{plan['stage']}', {plan['steps_of_run']:,} steps"))
+        _show(plan)
+    seconds = sum(plan["steps_of_run"] * plan["steps"][0]["total"] for plan in plans)
+    hours = (
+        sum(plan["steps_of_run"] * plan["steps"][0]["total"] * _devices(plan["steps"][0]) for plan in plans)
+        / 3600
+    )
+    steps = sum(plan["steps_of_run"] for plan in plans)
+    budget = float(sum(plan["steps_of_run"] * plan["tokens_of_step"] for plan in plans))
+    console.print(
+        f"{steps:,} steps in {seconds / 86400:.1f} days, {hours:,.0f} device hours; {budget:.2g} tokens at most"
+    )
+
+
+def _devices(step: Mapping[str, float]) -> float:
+    return step["trainers"] if step["colocated"] else step["trainers"] + step["samplers"]
+
+
+def _show(plan: Plan) -> None:
     console, steps, a = Console(), plan["steps"], Assumptions(**plan["assumptions"])
     console.print(_seconds_table(steps, a))
     trainers, flops = int(steps[0]["trainers"]), sum(plan["flops"].values())

@@ -7,6 +7,7 @@ before any log-probability is known; where a technique looks at those, they are 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
@@ -54,6 +55,9 @@ class MiniBatch(NamedTuple):
     known: Known | None = None
 
 
+Scorer = Callable[
+    [packing.PackedBatch], Likelihoods
+]  # under a reference's parameters; see `reference.scorer`
 Advantages = Callable[
     [Float[np.ndarray, " B"], Int[np.ndarray, " B"], Int[np.ndarray, " B"], Known | None], Values
 ]
@@ -201,7 +205,7 @@ def minibatches(
     groups: Groups,
     learning_rate: float,
     params: decoder.Params,
-    reference: decoder.Params | None = None,
+    reference: Scorer | None = None,
     stale: bool = False,
 ) -> list[packing.PackedBatch]:
     """The mini-batches of a step, on the devices, with the log-probabilities that their ratios are relative to.
@@ -214,13 +218,15 @@ def minibatches(
       recipe: how they are divided, weighted and packed.
       method: the recipe's, see `make_method`.
       programs: whose layout and mesh they are for.
-      groups: [P][G] marked rollouts.
+      groups: [P][G] marked rollouts; without any there are no mini-batches.
       learning_rate: of the updates.
       params: of the policy.
-      reference: those that a KL term is relative to; needed where the recipe has one.
+      reference: of what a KL term is relative to; needed where the recipe has one.
       stale: whether some were sampled by older parameters than the step's.
     """
     rollouts = [rollout for group in groups for rollout in group]
+    if not rollouts:
+        return []
     of_group = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     lengths = np.array([len(r.tokens) for r in rollouts])
     rule = recipe.length.on_truncated
@@ -253,7 +259,7 @@ def _placed(
     mini: MiniBatch,
     learning_rate: float,
     params: decoder.Params,
-    reference: decoder.Params | None,
+    reference: Scorer | None,
     stale: bool,
     exact: bool,
 ) -> packing.PackedBatch:
@@ -280,7 +286,7 @@ def _placed(
         return batch
     if terms.kl_weights is not None:
         assert reference is not None
-        batch = batch.replace(ref_logprobs=likelihoods(programs, reference, batch).logprobs)
+        batch = batch.replace(ref_logprobs=reference(packing.without_terms(batch)).logprobs)
     if stale:
         return batch.replace(old_logprobs=batch.sampler_logprobs)
     if exact:
@@ -293,11 +299,22 @@ def likelihoods(programs: Programs, params: decoder.Params, batch: packing.Packe
     return programs.logprobs(params, packing.without_terms(batch))
 
 
+def scored(programs: Programs, params: decoder.Params, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Rollouts with the log-probabilities that these parameters give their tokens, in place of a sampler's."""
+    found: list[Rollout] = []
+    for first in range(0, len(rollouts), programs.sequences):
+        some = rollouts[first : first + programs.sequences]
+        known = _known(programs, some, params, None)
+        pairs = zip(some, known.old, strict=True)
+        found += [dataclasses.replace(each, logprobs=own.astype(np.float32)) for each, own in pairs]
+    return found
+
+
 def _known(
     programs: Programs,
     rollouts: Sequence[Rollout],
     params: decoder.Params,
-    reference: decoder.Params | None,
+    reference: Scorer | None,
 ) -> Known:
     """Log-probabilities of all of these sequences, on the host of every process."""
     lengths = [len(r.prompt.tokens) for r in rollouts], [len(r.tokens) for r in rollouts]
@@ -314,7 +331,7 @@ def _known(
     return Known(
         tokens(own.logprobs),
         None if own.entropies is None else tokens(own.entropies),
-        None if reference is None else tokens(likelihoods(programs, reference, batch).logprobs),
+        None if reference is None else tokens(reference(packing.without_terms(batch)).logprobs),
     )
 
 

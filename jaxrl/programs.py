@@ -121,6 +121,13 @@ class Programs:
         """Shapes, dtypes and shardings of the state, for a restore."""
         return grpo.abstract_state(decoder.abstract_params(self.model), self.optimizer, self.mesh)
 
+    def restarted(self, state: grpo.TrainState) -> grpo.TrainState:
+        """The state with a new optimizer: no moments, no counts. Takes `state` over."""
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_state().opt_state)
+        jax.tree.map(lambda x: x.delete(), state.opt_state)  # whoever else names it, its memory is needed
+        fresh = jax.jit(self.optimizer.init, out_shardings=shardings)(state.params)
+        return grpo.TrainState(state.step, state.params, fresh)
+
     def waited(self) -> float:
         """Seconds that calls have waited for executables since this was last asked."""
         seconds = self.update.waited + self.logprobs.waited
@@ -163,6 +170,7 @@ def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh, say
     if recipe.model.remat != "auto":
         return _build(recipe, model, mesh, recipe.model.remat)
     room, choices = SHARE * device_bytes(mesh.local_devices[0]), list(decoder.KEPT)
+    room -= reference_bytes(recipe, model, mesh.shape["fsdp"])
     while True:
         remat = choices.pop()
         programs = _build(recipe, model, mesh, remat)
@@ -250,6 +258,24 @@ def _require_losses(name: str, surrogate: Surrogate) -> None:
         )
 
 
+def same_programs(a: config.Recipe, b: config.Recipe) -> bool:
+    """Whether two stages of a run compute by the same programs: they differ in what is no part of them."""
+
+    def part(recipe: config.Recipe) -> tuple[object, ...]:
+        r = recipe
+        optimizer = dataclasses.replace(r.optimizer, learning_rate=0.0, warmup_steps=0, epochs=1)
+        shape = (r.data.max_prompt_tokens, r.rollout.max_tokens, r.rollout.temperature, r.rollout.samples)
+        room = r.model.remat == "auto" and bool(r.kl.coefficient)  # a reference takes some
+        terms = (terms_of(r), r.kl.estimator, bool(r.entropy.quantile), room)
+        loss = dataclasses.replace(r.loss, normalization="token_mean", verl_ranks=1, verl_tokens=1)
+        loss = dataclasses.replace(
+            loss, skip_zero_advantage=True, skip_first_old_logprobs=True
+        )  # on the host
+        return optimizer, shape, terms, loss, r.packing
+
+    return part(a) == part(b)
+
+
 def terms_of(recipe: config.Recipe) -> tuple[str, ...]:
     """The names of the `packing.Terms` that the recipe's mini-batches have."""
     names = ["corrections"] * (recipe.sampler.correction != "none")
@@ -257,6 +283,29 @@ def terms_of(recipe: config.Recipe) -> tuple[str, ...]:
     names += ["ref_logprobs", "kl_weights"] * recipe.kl.in_loss
     names += ["entropy_weights"] * bool(recipe.entropy.bonus)
     return tuple(names)
+
+
+def reference_bytes(recipe: config.Recipe, model: decoder.Config, shards: int) -> float:
+    """Bytes of a KL term's reference on each device; 0 without one."""
+    numbers = sum(math.prod(p.shape) for p in jax.tree.leaves(decoder.abstract_params(model)))
+    return numbers * np.dtype(recipe.model.dtype).itemsize / shards if recipe.kl.coefficient else 0.0
+
+
+def require_room(recipe: config.Recipe, model: decoder.Config, mesh: Mesh) -> None:
+    """Refuses a reference that a device has no memory for beside the training state.
+
+    Raises:
+      InputError: with the bytes of both.
+    """
+    reference = reference_bytes(recipe, model, mesh.shape["fsdp"])
+    numbers = sum(math.prod(p.shape) for p in jax.tree.leaves(decoder.abstract_params(model)))
+    state, room = 3 * 4 * numbers / mesh.shape["fsdp"], device_bytes(mesh.local_devices[0])
+    if reference and state + reference > room:
+        raise InputError(
+            f"kl.coefficient = {recipe.kl.coefficient}: its reference takes {reference / 1e9:.1f} GB beside "
+            f"{state / 1e9:.1f} GB of the training state, and each device has {room / 1e9:.1f} GB; raise mesh.fsdp, or "
+            "set it to 0"
+        )
 
 
 def device_bytes(device: jax.Device) -> float:

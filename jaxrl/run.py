@@ -16,10 +16,14 @@ from blake3 import blake3
 from jax.sharding import Mesh
 
 from jaxrl import config, data, prepare
-from jaxrl.checkpoint import Checkpoints
+from jaxrl.checkpoint import DATA_KEYS, Checkpoints, content_key
+from jaxrl.collect import Collector, Work
+from jaxrl.config.stages import needs_reference, reference_at
 from jaxrl.errors import InputError, RunError
 from jaxrl.files import at_home, write_atomically, writing
 from jaxrl.grpo.update import TrainState
+from jaxrl.ledger import Ledger
+from jaxrl.ledger import from_json as ledger_from_json
 from jaxrl.marking import make_marker
 from jaxrl.metrics import Record, step_metrics
 from jaxrl.models import decoder, hf
@@ -27,17 +31,20 @@ from jaxrl.models.tensors import hash_weights
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.parallel.signals import Stop
-from jaxrl.programs import Programs, build_programs
+from jaxrl.programs import Programs, build_programs, objective_of, require_room, same_programs
+from jaxrl.reference import Reference, as_reference, take
 from jaxrl.sampling.across_processes import Shared
+from jaxrl.sampling.local import require_positions
 from jaxrl.sampling.open import open_sampler
 from jaxrl.sampling.servers import Devices
 from jaxrl.telemetry import agreement
+from jaxrl.telemetry.history import FILE, History
 from jaxrl.telemetry.profile import Compilations, Profile, resources
 from jaxrl.telemetry.progress import Progress
 from jaxrl.telemetry.rollouts import write_rollouts
 from jaxrl.telemetry.timer import Phase, Timer, watchdog
 from jaxrl.telemetry.trackers import Tracker, finite, open_trackers, read_rows
-from jaxrl.types import Detokenize, Marker, Prompt, Rollout, SamplingParams, Say, Tokenizer
+from jaxrl.types import Detokenize, SamplingParams, Say, Tokenizer
 
 
 class Evaluation(Protocol):
@@ -59,49 +66,97 @@ class Setup:
     """What a recipe names, loaded and checked. Nothing is written, and nothing has to be closed."""
 
     recipe: config.Recipe
+    stages: Sequence[config.Stage]
     directory: Path  # the run folder
     folder: Path  # the model's Hugging Face folder
     model: decoder.Config
     mesh: Mesh
-    programs: Programs
     tokenizer: Tokenizer
     detokenize: Detokenize  # without special tokens
-    method: prepare.Method
-    mark: Marker
-    prompts: Sequence[Prompt]  # all there are; see `batch`
-    mixture: Sequence[data.Part]  # of [[data.sources]]; empty for one
-    sampling: SamplingParams
-    digest: str  # of the prompts
+    works: Sequence[Work]  # of each stage, with all its prompts
     evaluation: Evaluation | None
     compilations: Compilations
     began: float  # time.monotonic()
+    say: Say
+    _programs: dict[int, Programs] = dataclasses.field(default_factory=dict)  # by stage
 
     @functools.cached_property
-    def content(self) -> dict[str, str]:
-        """Digests of what the recipe's paths hold, by key: the model folder's weights and config, and the prompts."""
+    def _digests(self) -> dict[str, str]:
+        """Digests of what the paths of each stage hold, by `checkpoint.content_key`."""
         model = blake3(hash_weights(self.folder).encode() + (self.folder / "config.json").read_bytes())
-        keys = ("path", "config", "split", "files", "sources")
-        return {"model.path": model.hexdigest()} | dict.fromkeys((f"data.{key}" for key in keys), self.digest)
+        found, known = {"model.path": model.hexdigest()}, dict[int, str]()
+        for work in self.works:
+            digest = known.setdefault(id(work.prompts), "") or work.prompts.digest()
+            known[id(work.prompts)] = digest
+            found |= {content_key(work.stage.number, key): digest for key in DATA_KEYS}
+        return found
+
+    def content(self, steps: int) -> dict[str, str]:
+        """Digests of what the recipe's paths hold, by key, of the stages that begin before so many steps are done."""
+        ahead = [stage.number for stage in self.stages if stage.number and stage.first >= steps]
+        keys = {content_key(number, key) for number in ahead for key in DATA_KEYS}
+        return {key: digest for key, digest in self._digests.items() if key not in keys}
+
+    def stage_at(self, step: int) -> config.Stage:
+        return config.stage_at(self.stages, step)
+
+    def programs(self, stage: config.Stage) -> Programs:
+        """The programs of a stage; those of an earlier one where they are the same."""
+        known = self._programs
+        if stage.number not in known:
+            same = (n for n in known if same_programs(self.stages[n].recipe, stage.recipe))
+            earlier = next(same, None)
+            known[stage.number] = (
+                build_programs(stage.recipe, self.model, self.mesh, self.say)
+                if earlier is None
+                else known[earlier]
+            )
+        return known[stage.number]
+
+    def work(self, stage: config.Stage, dropped: frozenset[str]) -> Work:
+        """The stage, without the prompts that are left out as solved.
+
+        Raises:
+          InputError: if none is left.
+        """
+        work = self.works[stage.number]
+        if not dropped:
+            return work
+        prompts = work.prompts.without(dropped)
+        if not prompts.prompts:
+            raise InputError(
+                f"{stage.title}: data.drop_solved = {stage.recipe.data.drop_solved} leaves none of the "
+                f"{len(work.prompts.prompts)} prompts of {work.prompts.path}; raise it, or take other data"
+            )
+        return dataclasses.replace(work, prompts=prompts)
 
     def evaluates(self, steps: int) -> bool:
         """Whether the recipe wants an evaluation after so many steps: before the first, every so often, at the end."""
-        every = self.recipe.eval.every
-        return self.evaluation is not None and (steps % every == 0 or steps == self.recipe.run.steps)
+        every = self.stage_at(steps - 1).recipe.eval.every
+        if self.evaluation is None or not every:
+            return False
+        return steps % every == 0 or steps == self.recipe.run.steps
 
     def owes(self, steps: int) -> bool:
         """Whether an evaluation after so many steps is wanted and missing: a stop may have come before its end."""
         return self.evaluates(steps) and self.evaluation is not None and self.evaluation.missing(self, steps)
 
-    def compile_ahead(self, start: int) -> AbstractContextManager[None]:
-        """Compiles what steps from `start` on need, in background threads; see `Programs.compile_ahead`."""
-        if start >= self.recipe.run.steps:
+    def compile_ahead(self, step: int) -> AbstractContextManager[None]:
+        """Compiles what a step's stage needs, in background threads; see `Programs.compile_ahead`."""
+        if step >= self.recipe.run.steps:
             return nullcontext()
-        return self.programs.compile_ahead(prepare.needs_logprobs(self.recipe))
+        stage = self.stage_at(step)
+        return self.programs(stage).compile_ahead(prepare.needs_logprobs(stage.recipe))
 
-    def batch(self, step: int) -> list[Prompt]:
-        """The prompts of a step, [P]: a function of the seed and the step alone."""
-        r = self.recipe
-        return data.batch(self.prompts, r.run.seed, step, r.rollout.prompts, r.data.order, self.mixture)
+
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """All that a run carries from one step to the next; a checkpoint holds what does not follow from the recipe."""
+
+    step: int  # done
+    state: TrainState
+    ledger: Ledger
+    reference: Reference | None  # where the stage has a KL term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +165,10 @@ class Run:
 
     setup: Setup
     start: int  # steps that were done before
-    reference: decoder.Params | None  # that a KL term is relative to
     sampler: Shared
     checkpoints: Checkpoints
     trackers: Sequence[Tracker]
+    history: History | None  # of the first process
     progress: Progress
     timer: Timer
     profile: Profile
@@ -125,15 +180,23 @@ class Run:
     def recipe(self) -> config.Recipe:
         return self.setup.recipe
 
-    def sample(self, step: int) -> list[list[Rollout]]:
-        """Samples this process's share of a step, marked as it comes; maybe during an earlier step, in a thread."""
+    def collector(self, work: Work, ledger: Ledger) -> Collector:
+        """Samples the steps of a stage, and shows that."""
+        progress, samples = self.progress, work.recipe.rollout.samples
 
-        def on_rollout(rollout: Rollout) -> Rollout:
-            self.progress.sampled(step, rollout)
-            return self.setup.mark(rollout, step)
+        def on_more(step: int, prompts: int, bad: int) -> None:
+            low, high = work.recipe.groups.keep
+            progress.sampling_more(step, prompts * samples, f"{bad} groups out of {low} to {high}")
 
-        seed, samples = (self.recipe.run.seed, step), self.recipe.rollout.samples
-        return self.sampler.generate(self.setup.batch(step), samples, self.setup.sampling, seed, on_rollout)
+        return Collector(work, self.sampler, ledger.cursor, ledger.answers, progress.sampled, on_more)
+
+    def save(self, carry: Carry) -> None:
+        """Starts writing a checkpoint."""
+        with self.phase("checkpoint"):
+            ledger = carry.ledger.to_json(self.setup.stages, carry.step)
+            self.checkpoints.save(
+                carry.step, carry.state, self.recipe, self.setup.content(carry.step), ledger
+            )
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -142,12 +205,14 @@ class Run:
             self.progress.phase(name.replace("_", " "))
             yield
 
-    def log(self, step: int, record: Record) -> InputError | None:
+    def log(self, work: Work, step: int, record: Record) -> InputError | None:
         """Reports a step: trackers, rollout files, progress. Returns why the run has to end after it, if it has to."""
         with self.phase("report"):
-            run, metrics = self.recipe.run, step_metrics(self.recipe, self.setup.model, step, record)
+            run, metrics = self.recipe.run, step_metrics(work.recipe, self.setup.model, step, record)
+            if len(self.setup.stages) > 1:
+                metrics["run/stage"] = float(work.stage.number + 1)
             metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
-            metrics["time/compilation_wait"] = self.setup.programs.waited()
+            metrics["time/compilation_wait"] = self.setup.programs(work.stage).waited()
             if step == self.start:
                 metrics |= self.opening | {
                     "time/compilation": self.setup.compilations.seconds,
@@ -155,22 +220,23 @@ class Run:
                 }
             for tracker in self.trackers:
                 tracker.log(step, finite(metrics))
+            if self.history:
+                self.history.log(step, record.sampled)
             if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
                 decode = self.setup.tokenizer.decode
-                write_rollouts(self.setup.directory, step, record.groups, decode, run.rollouts_keep)
+                write_rollouts(self.setup.directory, step, record.sampled, decode, run.rollouts_keep)
         self.progress.step_done(step, metrics)
         if step == self.start:
             self.say(first_step_line(metrics))
-        return self._disagreement(step, metrics[agreement.METRIC])
+        return self._disagreement(step, metrics[agreement.METRIC], work.recipe.sampler.logprob_diff_limit)
 
-    def _disagreement(self, step: int, value: float) -> InputError | None:
+    def _disagreement(self, step: int, value: float, limit: float) -> InputError | None:
         """Says where sampler and trainer agree less than before; the reason to end the run where the recipe has one."""
         line = agreement.disagreement(self.differences, value)
         if line:
             self.say(f"step {step + 1}: {line}")
         if np.isfinite(value):
             self.differences.append(value)
-        limit = self.recipe.sampler.logprob_diff_limit
         if not limit or not value > limit:
             return None
         return InputError(
@@ -212,44 +278,90 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
     if recipe.run.compilation_cache:
         _keep_programs(at_home(recipe.run.compilation_cache), say)
     compilations = Compilations()
+    stages = config.stages_of(recipe)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     folder = hf.resolve(recipe.model.path)
     model = hf.read_config(folder)
+    for stage in stages:
+        with _about(stage, stages):
+            require_room(stage.recipe, model, mesh)
+            objective_of(stage.recipe)  # imports what it names
     tokenizer = data.load_tokenizer(str(folder))
     detokenize = data.detokenizer(tokenizer)
     vocabulary = data.read_vocabulary(folder, tokenizer, model.vocab_size)
-    verifier = recipe.reward.verifier
-    prompts = data.load_prompts(recipe.data, tokenizer, verifier=verifier, vocabulary=vocabulary)
-    say(prompts.summary())
+    works = list(_works(stages, model, tokenizer, detokenize, vocabulary, say))
     say(vocabulary.summary)
     evaluation = None
-    if recipe.eval.every:
+    if any(stage.recipe.eval.every for stage in stages):
         if not load_evaluation:
             raise InputError(
                 f"eval.every = {recipe.eval.every}, and nothing evaluates; set it to 0, or give train an evaluation, "
                 "such as evals.in_training.load"
             )
         evaluation = load_evaluation(recipe, tokenizer, vocabulary)
-    r = recipe.rollout
     return Setup(
         recipe=recipe,
+        stages=stages,
         directory=Path(recipe.run.directory),
         folder=folder,
         model=model,
         mesh=mesh,
-        programs=build_programs(recipe, model, mesh, say),
-        method=prepare.make_method(recipe),
         tokenizer=tokenizer,
         detokenize=detokenize,
-        mark=make_marker(recipe, detokenize),
-        prompts=prompts.prompts,
-        mixture=prompts.mixture,
-        sampling=SamplingParams(r.temperature, r.top_p, r.top_k, r.max_tokens, vocabulary.stop_ids),
-        digest=prompts.digest(),
+        works=works,
         evaluation=evaluation,
         compilations=compilations,
         began=began,
+        say=say,
     )
+
+
+@contextmanager
+def _about(stage: config.Stage, stages: Sequence[config.Stage]) -> Iterator[None]:
+    """Has errors name the stage, where there are several."""
+    try:
+        yield
+    except InputError as error:
+        if len(stages) == 1:
+            raise
+        raise InputError(f"{stage.title}: {error}") from error
+
+
+def _works(
+    stages: Sequence[config.Stage],
+    model: decoder.Config,
+    tokenizer: Tokenizer,
+    detokenize: Detokenize,
+    vocabulary: data.Vocabulary,
+    say: Say,
+) -> Iterator[Work]:
+    """What each stage's recipe names; prompts are read once where stages have the same."""
+    sets: list[tuple[config.Data, str, data.PromptSet]] = []
+    for stage in stages:
+        r = stage.recipe
+        section, verifier = dataclasses.replace(r.data, drop_solved=1.0, order="shuffle"), r.reward.verifier
+        prompts = next((known for *key, known in sets if key == [section, verifier]), None)
+        with _about(stage, stages):
+            if prompts is None:
+                prompts = data.load_prompts(section, tokenizer, verifier=verifier, vocabulary=vocabulary)
+                sets.append((section, verifier, prompts))
+                say(prompts.summary() if len(stages) == 1 else f"{stage.title}: {prompts.summary()}")
+            if stage.number and r.rollout.engine == "local":
+                for prompt in prompts.prompts:
+                    require_positions(prompt, r.rollout.max_tokens, model)
+            yield Work(
+                stage,
+                prompts,
+                prepare.make_method(r),
+                make_marker(r, detokenize),
+                SamplingParams(
+                    r.rollout.temperature,
+                    r.rollout.top_p,
+                    r.rollout.top_k,
+                    r.rollout.max_tokens,
+                    vocabulary.stop_ids,
+                ),
+            )
 
 
 def _keep_programs(cache: Path, say: Say) -> None:
@@ -271,8 +383,8 @@ def _keep_programs(cache: Path, say: Say) -> None:
 
 def resume(
     setup: Setup, checkpoints: Checkpoints, say: Say, raise_if_stopped: Callable[[], None] = lambda: None
-) -> tuple[int, TrainState]:
-    """The steps done and the state after them: from the newest checkpoint, or else 0 and the model folder's weights.
+) -> Carry:
+    """The state after the steps done: from the newest checkpoint, or else 0 and the model folder's weights.
 
     Args:
       setup: see `load`.
@@ -284,20 +396,51 @@ def resume(
       InputError: if another recipe wrote the checkpoint, or it or the model cannot be read.
       RunError: if the checkpoint cannot be read now.
     """
-    if not checkpoints.latest():
-        state = setup.programs.init_state(hf.load(setup.folder, mesh=setup.mesh).params)
+    latest = checkpoints.latest() or 0
+    programs = setup.programs(setup.stage_at(latest))
+    if not latest:
+        state = programs.init_state(hf.load(setup.folder, mesh=setup.mesh).params)
         checkpoints.warm_up(state)
-        return 0, state
-    like = setup.programs.abstract_state()
-    start, state = checkpoints.resume(setup.recipe, like, say, raise_if_stopped, setup.content)
-    if start < setup.recipe.run.steps:
-        say(f"going on from step {start}")
-    return start, state
+        return Carry(0, state, Ledger(), None)
+    found = checkpoints.resume(
+        setup.recipe, programs.abstract_state(), say, raise_if_stopped, setup.content(latest)
+    )
+    if found.step < setup.recipe.run.steps:
+        say(f"going on from step {found.step}")
+    ledger = ledger_from_json(found.ledger, setup.stages, found.step)
+    return Carry(found.step, found.state, ledger, found.reference)
 
 
-def load_reference(setup: Setup) -> decoder.Params | None:
-    """The parameters that a KL term is relative to: those of the model folder; None without such a term."""
-    return hf.load(setup.folder, mesh=setup.mesh).params if setup.recipe.kl.coefficient else None
+def with_reference(setup: Setup, checkpoints: Checkpoints, carry: Carry) -> Carry:
+    """What a step begins with: the reference that its recipe names, taken from the policy where it starts anew here.
+
+    Raises:
+      InputError: if it was never kept, or cannot be read or written.
+    """
+    stage, since = setup.stage_at(carry.step), reference_at(setup.stages, carry.step)
+    dtype, wanted, held = setup.recipe.model.dtype, stage.recipe.kl.coefficient > 0, carry.reference
+    if (wanted and held and held.step == since) or not (wanted or held or since):
+        return carry
+    found = held
+    if since and since == carry.step and needs_reference(setup.stages, since, since):
+        found = take(carry.state.params, dtype, since)
+        checkpoints.keep_reference(found)
+    elif wanted and not since:
+        found = Reference(0, hf.load(setup.folder, dtype, mesh=setup.mesh).params)
+    elif wanted:
+        like = as_reference(setup.programs(stage).abstract_state().params, dtype)
+        with checkpoints.explaining(carry.step):
+            found = checkpoints.reference(like)
+    elif carry.step == stage.first and not needs_reference(setup.stages, since, carry.step):
+        checkpoints.keep_reference(None)
+    if wanted and (not found or found.step != since):
+        raise InputError(
+            f"{stage.title}: its reference is the policy after {since} steps, which was not kept, since no stage had "
+            'a KL term with it; add "reference" to its restart'
+        )
+    if held and (held is not found or not wanted):  # whoever else names it, its memory is needed
+        jax.tree.map(lambda x: x.delete(), held.params)
+    return dataclasses.replace(carry, reference=found if wanted else None)
 
 
 def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
@@ -337,17 +480,17 @@ def open_run(
         ) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
+        closing(History(directory / FILE, start, say)) if chief else nullcontext() as history,
         closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
         opening = {"time/load": loaded - setup.began, "time/open": time.monotonic() - loaded}
-        reference = load_reference(setup)
         yield Run(
             setup,
             start,
-            reference,
             sampler,
             checkpoints,
             trackers,
+            history,
             progress,
             timer,
             profile,

@@ -47,6 +47,12 @@ class Prompt:
     id: str  # stable over a run; names the problem in rollout files
     tokens: Int32[np.ndarray, " T"]  # chat-templated prompt, generation prompt included
     answer: str  # ground truth, as the verifier wants it
+    problem: str = ""  # digest of the problem, without what a recipe adds to it, and of its answer
+
+    @property
+    def key(self) -> str:
+        """The prompt's name in what is remembered of it: another file's row of the same id is another prompt."""
+        return f"{self.id} {self.problem}".strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,9 @@ Say = Callable[[str], None]  # prints a line for people
 Detokenize: TypeAlias = "Callable[[np.ndarray], str]"  # token ids [T] to text
 # Called with each rollout as it finishes; what it returns takes its place.
 OnRollout = Callable[[Rollout], Rollout]
+# Called with a prompt's place and its rollouts once all are there (none where it was refused); returns prompts that are
+# sampled as well.
+OnGroup: TypeAlias = "Callable[[int, Sequence[Rollout]], Sequence[Prompt]]"
 
 
 class Marker(Protocol):

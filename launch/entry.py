@@ -244,7 +244,7 @@ def make_sampler(
         section.vllm,
         recipe.model.path,
         recipe.model.dtype,
-        recipe.max_tokens,
+        config.longest(recipe),
         BACKENDS[section.transport],
         options=[*parallel, *section.vllm_options, *args.vllm_options],
     )

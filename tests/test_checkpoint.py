@@ -54,7 +54,8 @@ def resume(
     setup, lines = run.load(recipe, None, silent), list[str]()
     checkpoints = run.open_checkpoints(recipe)
     try:
-        return *run.resume(setup, checkpoints, lines.append, stopped), lines
+        carry = run.resume(setup, checkpoints, lines.append, stopped)
+        return carry.step, carry.state, lines
     finally:
         checkpoints.close()
 
@@ -154,12 +155,12 @@ def test_a_checkpoint_of_another_model_is_named_and_kept(folder: Path, base: Pat
     recipe = config.load(tiny_run.write_recipe(folder, base))
     setup, before = run.load(recipe, None, silent), contents(folder / "run")
     fewer = dataclasses.replace(setup.model, layers=1)
-    like = dataclasses.replace(setup.programs, model=fewer).abstract_state()
+    like = dataclasses.replace(setup.programs(setup.stages[0]), model=fewer).abstract_state()
     checkpoints = run.open_checkpoints(recipe)
     with pytest.raises(
         InputError, match=r"4 is of another model .*float32\[2,32\] there and float32\[1,32\]"
     ):
-        checkpoints.resume(recipe, like, silent, lambda: None, setup.content)
+        checkpoints.resume(recipe, like, silent, lambda: None, setup.content(4))
     checkpoints.close()
     assert contents(folder / "run") == before
 

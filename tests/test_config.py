@@ -335,6 +335,21 @@ IMPOSSIBLE = {
         ("sampler.max_staleness", "rollout.engine"),
         {"rollout": {"engine": "vllm"}, "sampler": {"servers": 2}},
     ),
+    "solved_prompts_without_a_stage_before": (
+        {"data": {"drop_solved": 0.9}},
+        ("data.drop_solved = 0.9", "stage before"),
+        {"stages": [{"until": 10}, {"until": 20}]},
+    ),
+    "a_restart_of_what_is_new": (
+        {"stages": [{"until": 10, "restart": ["data"]}]},
+        ("stages.0.restart", "leave it out"),
+        {"stages": [{"until": 10}, {"until": 20, "restart": ["data"]}]},
+    ),
+    "a_filter_and_whole_steps": (
+        {"groups": {"filter": "drop"}, "loss": {"normalization": "verl_dynamic"}},
+        ("groups.filter", "verl_dynamic", "token_mean"),
+        {"loss": {"normalization": "token_mean"}},
+    ),
     "a_stage_that_ends_before_it_begins": (
         {"stages": [{"until": 10}, {"name": "late", "until": 10}]},
         ("stage 'late'", "until = 10 is not after 10"),

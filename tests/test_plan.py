@@ -324,7 +324,7 @@ def test_without_the_gpu_compiler_the_cpu_compiles_and_is_named(
     monkeypatch.setattr("jaxrl.aot.available", lambda _: False)
     monkeypatch.setattr("jaxrl.plan.model_config", lambda _: SMALL)
     made = plan(small_recipe(), Assumptions(trainers=4, mean_response=50, mean_prompt=20))
-    show(made)
+    show([made])
     assert made["compiler"] == "cpu"
     assert "float32" in capsys.readouterr().out
 
@@ -338,7 +338,7 @@ def test_with_the_gpu_compiler_it_compiles_and_is_named(
     monkeypatch.setattr("jaxrl.plan._cpu_devices", None)  # none are needed
     # 16 trainers are two hosts
     made = plan(small_recipe(), Assumptions(trainers=16, mean_response=50, mean_prompt=20))
-    show(made)
+    show([made])
     assert made["compiler"] == "cuda"
     assert "compiled for H100 by XLA's GPU compiler" in capsys.readouterr().out
     assert compiler("B200") == compiler("v5p") == "cpu"

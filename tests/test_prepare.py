@@ -6,6 +6,7 @@ The trainer's log-probabilities are stood in for: the sampler's, plus what "para
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -92,7 +93,7 @@ def prepare(
     """The mini-batches on the host, and how they were scored."""
     programs, scored = programs_of(recipe)
     groups = groups_of(MIXED, **options)
-    reference = REFERENCE if recipe.kl.coefficient else None
+    reference = functools.partial(scored, REFERENCE) if recipe.kl.coefficient else None
     found = minibatches(recipe, make_method(recipe), programs, groups, RATE, POLICY, reference, stale)
     assert {name for name, x in vars(found[0]).items() if x is not None} >= set(programs.terms)
     absent = set(packing.Terms._fields) - set(programs.terms)

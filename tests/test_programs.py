@@ -17,7 +17,7 @@ from jaxrl.grpo import packing
 from jaxrl.models import Config, initialize
 from jaxrl.parallel.mesh import mesh_over, to_devices
 from jaxrl.prepare import needs_logprobs
-from jaxrl.programs import SHARE, Program, Programs, build_programs, peak_bytes
+from jaxrl.programs import SHARE, Jitted, Program, Programs, build_programs, peak_bytes
 from jaxrl.types import Prompt, Rollout
 
 TINY = Config("qwen2", 16, 8, 1, 2, 1, 4, 16, 1e4, 1e-6, True, 64)
@@ -45,6 +45,16 @@ def batch_of(programs: Programs, stream: int) -> packing.PackedBatch:
     ]
     packed = packing.pack(rollouts, rng.normal(size=16), programs.mesh.size, layout, learning_rate=0.01)
     return to_devices(packed, programs.mesh)
+
+
+class OnlyLowered:
+    """A jitted function that is compiled ahead, and never called."""
+
+    def __init__(self, function: Jitted) -> None:
+        self.lower = function.lower
+
+    def __call__(self, *_: object) -> None:
+        pytest.fail("it is compiled at the call")
 
 
 def test_calls_take_what_was_compiled_ahead_and_change_no_bit(

@@ -107,7 +107,7 @@ def test_a_run_says_what_ends_a_response_and_holds_its_prompts_to_the_model(tmp_
         recipe = config.load(tiny_run.write_recipe(tmp_path, base, **{"data.chat_template": False}))
         if size == SIZE:
             setup = run.load(recipe, None, lines.append)
-            assert setup.sampling.stop_ids == (EOS,) and "stop ids: 1 '<eos>' (tokenizer)" in lines
+            assert setup.works[0].sampling.stop_ids == (EOS,) and "stop ids: 1 '<eos>' (tokenizer)" in lines
     recipe = config.load(tiny_run.write_recipe(tmp_path, base, **{"data.suffix": "~"}))
     assert "vocab_size = 8" in refusal(lambda: run.load(recipe, None, lines.append))
 

@@ -24,6 +24,7 @@ from jaxrl.models import hf
 from jaxrl.parallel.signals import PEER, graceful_stop
 from jaxrl.programs import layout_of
 from jaxrl.run import LoadEvaluation, Run, Setup
+from jaxrl.telemetry.history import read_history
 from jaxrl.telemetry.rollouts import rollout_files
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.train import train
@@ -52,6 +53,20 @@ def test_learns_and_leaves_a_complete_run_folder(uninterrupted: Path) -> None:
     )
     for name in ("recipe.toml", "checkpoints/6", "rollouts/step_000005.jsonl"):
         assert (uninterrupted / name).exists(), name
+
+
+def test_the_history_of_prompts_counts_the_rollouts(uninterrupted: Path) -> None:
+    expected = []
+    for step, path in enumerate(rollout_files(uninterrupted)):
+        prompts: dict[str, tuple[int, int]] = {}
+        for row in map(json.loads, path.read_text().splitlines()):
+            right, shown = prompts.get(row["prompt_id"], (0, 0))
+            prompts[row["prompt_id"]] = right + (row["score"] > 0), shown + 1
+        expected.append({"step": step, "prompts": prompts})
+    history = read_history(uninterrupted / "prompts.jsonl")
+    assert history == expected and len(history) == 6
+    assert all(set(row["prompts"]) == {"1", "2", "3"} for row in history)
+    assert all(sum(shown for _, shown in row["prompts"].values()) == 64 for row in history)
 
 
 def stream_lengths(run: Path) -> list[set[int]]:

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--spread", type=float, default=0.8, help="deviation over mean of lengths (default: 0.8)")
     zero = "share of rollouts left out of training (default: 0)"
     add("--zero-advantage", type=float, default=0.0, help=zero)
+    add("--kept", type=float, default=1.0, help="share of groups in the band, of refill (default: 1)")
     add("--tensor", type=int, default=1, help="devices that one sampler spans (default: 1)")
     add("--eager", action="store_true", help="the sampler runs without CUDA graphs")
     add("--no-compile", dest="compile", action="store_false", help="estimate the memory, in a second")
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from jaxrl import plan
 
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(plan.Assumptions)}
-    result = plan.plan(recipe, plan.Assumptions(**given))
-    plan.show(result)
+    made = plan.plans(recipe, plan.Assumptions(**given))
+    plan.show(made)
     if args.json:
-        write_atomically(args.json, json.dumps(result, indent=2))
+        whole = {"stages": made} if recipe.stages else made[0]
+        write_atomically(args.json, json.dumps(whole, indent=2))

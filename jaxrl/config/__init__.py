@@ -32,7 +32,7 @@ from jaxrl.config.sections import (
     Source,
     StageEntry,
 )
-from jaxrl.config.stages import Stage, stage_at, stages_of
+from jaxrl.config.stages import Stage, longest, stage_at, stages_of
 
 __all__ = [
     "KL",
@@ -62,6 +62,7 @@ __all__ = [
     "from_dict",
     "from_earlier",
     "load",
+    "longest",
     "stage_at",
     "stages_of",
     "to_dict",

@@ -144,7 +144,7 @@ def _gathered(entries: object, source: str) -> list[JsonObject]:
     """Entries of [[stages]] with the tables of sections under `changes`."""
     if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
         raise InputError(f"{source}: stages is no list of tables; write [[stages]] before each")
-    own, sections = _names(StageEntry), _names(Recipe)
+    own, sections = _names(StageEntry), _names(Recipe) - {"stages"}
     found: list[JsonObject] = []
     for number, entry in enumerate(entries):
         changes = {key: value for key, value in entry.items() if key not in own or key == "changes"}

@@ -26,6 +26,14 @@ def _broken(rules: Iterable[tuple[bool, str]]) -> Iterator[str]:
 
 
 def _stage_rules(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    yield (
+        bool(recipe.stages) or recipe.data.drop_solved == 1,
+        f"data.drop_solved = {recipe.data.drop_solved} is about the stage before, and there is none; leave it out",
+    )
+    yield (
+        not recipe.stages or not recipe.stages[0].restart,
+        "stages.0.restart: everything is new in the first stage; leave it out",
+    )
     stages, ends = stages_of(recipe), [0, *(entry.until for entry in recipe.stages)]
     for number, entry in enumerate(recipe.stages):
         title = stages[number].title
@@ -106,6 +114,11 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         groups.filter == "none" or possible,
         f"groups.keep = {list(groups.keep)}: no number of right answers of {r.rollout.samples} is a share between; "
         "widen it, to [0.0, 1.0] say",
+    )
+    yield (
+        groups.filter == "none" or r.loss.normalization != "verl_dynamic",
+        f'groups.filter = "{groups.filter}" leaves other numbers of answers than loss.normalization = "verl_dynamic" '
+        'divides among ranks; use "token_mean"',
     )
     yield (
         not (groups.rescue and groups.rounds and r.sampler.max_staleness),

@@ -126,6 +126,12 @@ def _known_or_plugin(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable() or len(text) > 60:
+        raise ValueError("not a name of at most 60 printable characters")
+    return text
+
+
 Date = Annotated[str, AfterValidator(_iso_date)]
 ServerURL = Annotated[str, AfterValidator(_server)]
 Argument = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
@@ -539,7 +545,7 @@ class StageEntry(Section):
 
     until: Positive
     """Steps of the run after which the stage ends."""
-    name: str = ""
+    name: Annotated[str, AfterValidator(_printable)] = ""
     restart: tuple[Restart, ...] = ()
     """What starts anew with the stage."""
     changes: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -585,6 +591,15 @@ class Recipe:
     def looks(self) -> bool:
         """Whether a technique looks at all log-probs of a step before its mini-batches are packed."""
         return self.sampler.correction != "none" or self.kl.in_reward or self.entropy.quantile > 0
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step at most: prompts x samples x longest sequence."""
+        return (
+            self.rollout.prompts
+            * self.rollout.samples
+            * (self.data.max_prompt_tokens + self.rollout.max_tokens)
+        )
 
     @property
     def max_tokens(self) -> int:

@@ -75,13 +75,19 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     for number, entry in enumerate(recipe.stages):
         own, before = overridden(recipe, entry), stages[-1] if stages else None
         first, order, warmed_from = (before.until, before.order, before.warmed_from) if before else (0, 0, 0)
-        if before and ("data" in entry.restart or own.data != before.recipe.data or own.data.drop_solved < 1):
+        if before and ("data" in entry.restart or _other_order(before.recipe, own)):
             order = number
         if "optimizer" in entry.restart:
             warmed_from = first
         name, restart = entry.name or str(number + 1), frozenset(entry.restart)
         stages.append(Stage(number, name, first, entry.until, restart, own, order, warmed_from))
     return tuple(stages)
+
+
+def _other_order(before: Recipe, now: Recipe) -> bool:
+    """Whether the order of prompts begins anew between two stages; independent draws are numbered by batches."""
+    draws = now.data.order == "replacement" and now.rollout.prompts != before.rollout.prompts
+    return now.data != before.data or now.data.drop_solved < 1 or draws
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
@@ -112,10 +118,15 @@ def reference_at(stages: Sequence[Stage], step: int) -> int:
     return 0
 
 
-def needs_reference(stages: Sequence[Stage], since: int) -> bool:
-    """Whether a step takes the policy before step `since` as its reference."""
+def needs_reference(stages: Sequence[Stage], since: int, first: int) -> bool:
+    """Whether a step from `first` on takes the policy before step `since` as its reference."""
     return any(
         stage.recipe.kl.coefficient and reference_at(stages, step) == since
         for stage in stages
-        for step in range(max(stage.first, since), stage.until)
+        for step in range(max(stage.first, first), stage.until)
     )
+
+
+def longest(recipe: Recipe) -> int:
+    """Tokens of the longest prompt and completion of any stage, evaluations included."""
+    return max(stage.recipe.max_tokens for stage in stages_of(recipe))

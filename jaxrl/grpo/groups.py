@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Shaped
 from numpy.typing import ArrayLike
 
+from jaxrl.types import Filter
+
 # P: groups of a batch, one a prompt; G: rollouts of a group.
 
 
@@ -38,7 +40,56 @@ def refill(missing: int, good: Bool[np.ndarray, " P"]) -> tuple[Int[np.ndarray, 
     return taken, missing - len(taken)
 
 
-def substitutes(good: Bool[np.ndarray, " P"], seed: int) -> Int[np.ndarray, " P"] | None:
+def asked(rule: Filter, prompts: int, bad: Bool[np.ndarray, " N"], rounds: int = 0) -> int:
+    """How many prompts of a step may be sampled by now; a fold over what is known of those that were.
+
+    `refill` asks for one more prompt for every group that is out of the band, as soon as that is known; which groups
+    are then the first good ones does not depend on the order in which they end. `substitute` asks for a whole round
+    more where the last one has too few good groups, see `substitutes`.
+
+    Args:
+      rule: the filter.
+      prompts: P, that a step trains on; a round of sampling has at most so many.
+      bad: of the prompts so far, in order; False where it is not known yet.
+      rounds: of sampling, at most; 0 is no limit.
+
+    Returns:
+      N: the first N prompts of the step.
+    """
+    count, most = prompts, rounds or len(bad) + 2  # every round but the last has a bad group
+    for _ in range(most - 1 if rule in ("refill", "substitute") else 0):
+        if rule == "substitute":
+            enough = bad[count - prompts : count].sum() < prompts - prompts // 3
+            more = 0 if enough else prompts
+        else:
+            more = prompts + int(bad[:count].sum()) - count
+        if not more:
+            break
+        count += more
+    return count
+
+
+def trained(
+    rule: Filter, prompts: int, good: Bool[np.ndarray, " N"], seed: tuple[int, ...]
+) -> Int[np.ndarray, " K"]:
+    """Indices of a step's groups in the order in which they are trained on, [K], K at most P.
+
+    Args:
+      rule: the filter.
+      prompts: P.
+      good: of all groups that were sampled, in the order of their prompts; see `asked`.
+      seed: of the draw of substitutes.
+    """
+    if rule == "refill":
+        return refill(prompts, good)[0]
+    if rule == "substitute":
+        last = np.arange(max(len(good) - prompts, 0), len(good))
+        places = substitutes(good[last], seed)
+        return last[good[last]] if places is None else last[places]
+    return np.flatnonzero(good)
+
+
+def substitutes(good: Bool[np.ndarray, " P"], seed: int | tuple[int, ...]) -> Int[np.ndarray, " P"] | None:
     """For each group the one that takes its place: itself if it is good, else a good one at random (Polaris).
 
     The good ones are drawn without replacement if there are enough. What is copied is a group with its prompt, answer

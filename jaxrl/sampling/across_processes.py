@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxrl.models.decoder import Params
 from jaxrl.parallel import processes
-from jaxrl.sampling.sampler import Sampler, unchanged
+from jaxrl.sampling.sampler import Sampler, no_more, unchanged
 from jaxrl.sampling.transports.base import Transport
-from jaxrl.types import Groups, OnRollout, Prompt, Rollout, SamplingParams
+from jaxrl.types import Groups, OnGroup, OnRollout, Prompt, Rollout, SamplingParams
 
 LONGEST = 24 * 3600.0  # seconds that processes wait for the slowest; one that is gone is noticed sooner
 
@@ -33,6 +33,11 @@ class Shared:
         """
         self._sampler, self._samplers = sampler, samplers
 
+    @property
+    def alone(self) -> bool:
+        """Whether a single process samples, so that it knows every group."""
+        return self._samplers == 1
+
     def publish(self, params: Params, version: int) -> None:
         self._sampler.publish(params, version)
 
@@ -43,19 +48,20 @@ class Shared:
         params: SamplingParams,
         seed: tuple[int, ...],
         on_rollout: OnRollout = unchanged,
+        on_group: OnGroup = no_more,
+        first: int = 0,
     ) -> list[list[Rollout]]:
-        """Rollouts of this process's share of the prompts; see `Sampler.generate`."""
+        """Rollouts of this process's share of the prompts; see `Sampler.generate`. With `on_group` it is `alone`."""
         own = share(len(prompts), jax.process_index(), self._samplers)
-        return self._sampler.generate(
-            prompts[own.start : own.stop], samples, params, seed, on_rollout, own.start
-        )
+        chosen = prompts[own.start : own.stop]
+        return self._sampler.generate(chosen, samples, params, seed, on_rollout, first + own.start, on_group)
 
     def gather(self, own: list[list[Rollout]], prompts: Sequence[Prompt], name: str) -> list[list[Rollout]]:
         """Rollouts of all prompts, in every process; waits for the process that samples the longest.
 
         Args:
           own: what `generate` returned.
-          prompts: all of them, as `generate` was given them.
+          prompts: all of them, as `generate` was given them, and then those that were asked for more.
           name: of the rollouts, unique in the run; error messages have it.
         """
         if jax.process_count() == 1:
@@ -81,6 +87,7 @@ class Follower:
         seed: tuple[int, ...],
         on_rollout: OnRollout = unchanged,
         first: int = 0,
+        on_group: OnGroup = no_more,
     ) -> list[list[Rollout]]:
         """Nothing: this process's share of the prompts is empty."""
         return []

@@ -27,8 +27,8 @@ from jaxrl.errors import InputError
 from jaxrl.models import decoder
 from jaxrl.models.decoder import Params
 from jaxrl.parallel.mesh import BATCH_AXES, local_copy, mesh_over, to_devices
-from jaxrl.sampling.sampler import unchanged
-from jaxrl.types import FinishReason, OnRollout, Prompt, Rollout, SamplingParams
+from jaxrl.sampling.sampler import no_more, unchanged
+from jaxrl.types import FinishReason, OnGroup, OnRollout, Prompt, Rollout, SamplingParams
 
 BLOCK = 64  # decode steps between looks from the host, at most; also the shortest cache
 # Free slots wait until one in REFILL is free, as each refill stops all of them for a look from the host and prefills.
@@ -114,6 +114,7 @@ class LocalSampler:
         seed: tuple[int, ...],
         on_rollout: OnRollout = unchanged,
         first: int = 0,
+        on_group: OnGroup = no_more,
     ) -> list[list[Rollout]]:
         """See `Sampler.generate`.
 
@@ -123,6 +124,7 @@ class LocalSampler:
         if self._params is None:
             raise InputError("the local sampler has no parameters; publish some before generating")
         self._require_possible(prompts, params)
+        prompts, left = list(prompts), [samples] * len(prompts)  # samples that are to end, of each prompt
         waiting = deque((p, g) for p in range(len(prompts)) for g in range(samples))
         if not waiting:
             return [[] for _ in prompts]
@@ -149,19 +151,20 @@ class LocalSampler:
             for (p, g), ids, logprobs in self._harvest(table, steps):
                 reason: FinishReason = "stop" if ids[-1] in params.stop_ids else "length"
                 rollouts[p, g] = on_rollout(Rollout(prompts[p], ids, logprobs, reason, self._version))
+                left[p] -= 1
+                more = () if left[p] else on_group(p, [rollouts[p, each] for each in range(samples)])
+                if more:
+                    self._require_possible(more, params)
+                    waiting += ((len(prompts) + k, each) for k in range(len(more)) for each in range(samples))
+                    left += [samples] * len(more)
+                    prompts += more
         return [[rollouts[p, g] for g in range(samples)] for p in range(len(prompts))]
 
     def _require_possible(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        positions = self._config.positions
         for prompt in prompts:
             if not len(prompt.tokens):
                 raise InputError(f"prompt {prompt.id} is empty; give it at least one token")
-            if len(prompt.tokens) + params.max_tokens > positions:
-                raise InputError(
-                    f"prompt {prompt.id} has {len(prompt.tokens)} tokens, which with max_tokens = "
-                    f"{params.max_tokens} is more than the model's {positions} positions; lower "
-                    "rollout.max_tokens, or drop long prompts with data.max_prompt_tokens"
-                )
+            require_positions(prompt, params.max_tokens, self._config)
 
     def _table(self, requests: int, longest: int, budget: int) -> _Table:
         size = -(-min(self._slots, requests) // self._mesh.size) * self._mesh.size
@@ -240,6 +243,20 @@ class _Table:
 def _words(number: int) -> tuple[int, ...]:
     """A number below 2^64 in 32-bit words, which is what JAX folds in; those of a smaller one are the number."""
     return (number,) if number < 1 << 32 else (number & 0xFFFFFFFF, number >> 32)
+
+
+def require_positions(prompt: Prompt, max_tokens: int, config: decoder.Config) -> None:
+    """Refuses a prompt whose longest completion the model has no positions for.
+
+    Raises:
+      InputError: naming it.
+    """
+    if len(prompt.tokens) + max_tokens > config.positions:
+        raise InputError(
+            f"prompt {prompt.id} has {len(prompt.tokens)} tokens, which with max_tokens = {max_tokens} is more than "
+            f"the model's {config.positions} positions; lower rollout.max_tokens, or drop long prompts with "
+            "data.max_prompt_tokens"
+        )
 
 
 def bucket(length: int, least: int = 16) -> int:

@@ -105,17 +105,17 @@ def _open_vllm(
     stack: ExitStack,
 ) -> VLLMSampler:
     """Starts the servers that the recipe asks for, and opens a sampler in front of all there are."""
-    section, started = recipe.sampler, dict[str, servers.Server]()
+    section, started, longest = recipe.sampler, dict[str, servers.Server](), config.longest(recipe)
     if section.servers:
-        decoder.require_positions(model, recipe.max_tokens)
+        decoder.require_positions(model, longest)
         settings = servers.Settings(
             section.vllm,
             str(folder),
             recipe.model.dtype,
-            recipe.max_tokens,
+            longest,
             transport.backend,
             options=section.vllm_options,
-            beyond=recipe.max_tokens > model.max_positions,
+            beyond=longest > model.max_positions,
         )
         logs = Path(recipe.run.directory).absolute() / "servers"
         running = servers.running(section.servers, settings, logs, devices=devices, say=say)
@@ -124,7 +124,7 @@ def _open_vllm(
     def restart(url: str, unwell: float) -> bool:
         return url in started and started[url].restart(unwell)
 
-    needs = Needs(model.vocab_size, recipe.max_tokens, recipe.model.dtype)
+    needs = Needs(model.vocab_size, longest, recipe.model.dtype)
     urls = section.urls or list(started)
     sampler = VLLMSampler(urls, transport, section, restart, say, needs, stopping)
     stack.callback(sampler.close)

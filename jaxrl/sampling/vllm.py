@@ -8,6 +8,7 @@ its prompt is prefilled once. Requests go to the server with the fewest under wa
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -36,10 +37,10 @@ from jaxrl.sampling.client import (
     this_run,
 )
 from jaxrl.sampling.lanes import RETRY, share_out
-from jaxrl.sampling.sampler import unchanged
+from jaxrl.sampling.sampler import no_more, unchanged
 from jaxrl.sampling.transports.base import Transport
 from jaxrl.sampling.vllm_plugin import OWNER, SILENCE
-from jaxrl.types import JsonObject, OnRollout, OnUpdate, Prompt, Rollout, SamplingParams, Say
+from jaxrl.types import JsonObject, OnGroup, OnRollout, OnUpdate, Prompt, Rollout, SamplingParams, Say
 
 PAUSE: dict[OnUpdate, str] = {"keep": "keep", "drain": "wait"}  # vLLM's names for them
 RAW = f"gives log-probs from before sampling; start it with --logprobs-mode {PROCESSED}"
@@ -157,11 +158,12 @@ class VLLMSampler:
         seed: tuple[int, ...],
         on_rollout: OnRollout = unchanged,
         first: int = 0,
+        on_group: OnGroup = no_more,
     ) -> list[list[Rollout]]:
         """See `Sampler.generate`. Groups of prompts that servers refuse are empty; `dropped` has the reason.
 
-        The thread that calls this calls `on_rollout`, with all that arrived before an error too. Meanwhile requests go
-        on.
+        The thread that calls this calls `on_rollout` and `on_group`, with all that arrived before an error too.
+        Meanwhile requests go on, and those of prompts that `on_group` returns begin at once.
 
         Raises:
           InputError: before `publish`, if no server takes any of the prompts, or if all that are left came back other
@@ -170,36 +172,61 @@ class VLLMSampler:
         """
         if self._version is None:
             raise InputError("the vLLM servers have no weights; publish some before generating")
-        groups: list[list[Rollout]] = [[] for _ in prompts]
-        arrived: queue.SimpleQueue[tuple[int, list[Rollout]] | None] = queue.SimpleQueue()  # None is the end
+        given, groups = list[Prompt](), list[list[Rollout]]()
+        Work = concurrent.futures.Future[None]
+        arrived: queue.SimpleQueue[tuple[int, list[Rollout]] | Work] = (
+            queue.SimpleQueue()
+        )  # a work once it ends
+        free = {url: asyncio.Semaphore(self._settings.concurrency) for url in self._urls}
+        works: list[Work] = []
 
-        async def ask(url: str, p: int) -> None:
-            arrived.put((p, await self._ask(url, prompts[p], samples, params, (*seed, first + p))))
+        async def ask(start: int, url: str, p: int) -> None:
+            place = start + p
+            async with free[url]:
+                asked = await self._ask(url, given[place], samples, params, (*seed, first + place))
+            arrived.put((place, asked))
 
-        async def ask_for_all() -> None:
-            lanes = max(1, min(self._settings.concurrency, -(-len(prompts) // len(self._urls))))
+        async def ask_for(start: int, count: int) -> None:
+            lanes = max(1, min(self._settings.concurrency, -(-count // len(self._urls))))
             patience = self._settings.patience_seconds
-            refused = await share_out(
-                len(prompts), self._urls, lanes, ask, self._revive, patience, self._left
-            )
+            of_these = functools.partial(ask, start)
+            refused = await share_out(count, self._urls, lanes, of_these, self._revive, patience, self._left)
             for p, error in refused.items():
-                self.dropped[prompts[p].id] = str(error)
-                self._say(f"prompt {prompts[p].id} was refused and is left out: {error}")
+                prompt = given[start + p]
+                self.dropped[prompt.id] = str(error)
+                self._say(f"prompt {prompt.id} was refused and is left out: {error}")
+                arrived.put((start + p, []))
 
-        work = asyncio.run_coroutine_threadsafe(ask_for_all(), self._loop)
-        work.add_done_callback(lambda _: arrived.put(None))
+        def begin(more: Sequence[Prompt]) -> None:
+            start = len(given)
+            given.extend(more)
+            groups.extend([] for _ in more)
+            work = asyncio.run_coroutine_threadsafe(ask_for(start, len(more)), self._loop)
+            works.append(work)
+            work.add_done_callback(arrived.put)
+
+        begin(prompts)
+        under_way = len(works)
         try:
-            while answer := arrived.get():
-                p, rollouts = answer
-                groups[p] = [on_rollout(rollout) for rollout in rollouts]
-            work.result()
+            while under_way:
+                answer = arrived.get()
+                if isinstance(answer, concurrent.futures.Future):
+                    answer.result()
+                    under_way -= 1
+                    continue
+                place, rollouts = answer
+                groups[place] = [on_rollout(rollout) for rollout in rollouts]
+                if more := on_group(place, groups[place]):
+                    begin(more)
+                    under_way += 1
         except BaseException as error:  # on Ctrl-C the work would go on
-            work.cancel()
+            for work in works:
+                work.cancel()
             if isinstance(error, KeyboardInterrupt):  # what has been generated is kept
-                arrived.put(None)  # the end may have been read
-                while answer := arrived.get():
-                    for rollout in answer[1]:
-                        on_rollout(rollout)
+                while not arrived.empty():
+                    if not isinstance(answer := arrived.get(), concurrent.futures.Future):
+                        for rollout in answer[1]:
+                            on_rollout(rollout)
             raise
         if prompts and not any(groups):
             raise InputError(f"the servers refused every prompt; the last: {list(self.dropped.values())[-1]}")

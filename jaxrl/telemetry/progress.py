@@ -64,9 +64,13 @@ class Progress:
         self._display: Live | None = None
         self._tokens: Counter[str] = Counter()  # of the phase, by server
         self._phase_began = self._began
+        self._stage = ""
         self._lock = threading.Lock()  # rollouts of later steps arrive in another thread
         self._sampling = start  # the step whose rollouts are shown
         self._early: Counter[int] = Counter()  # rollouts of later steps
+        self._asked: Counter[int] = Counter()  # rollouts that a step waits for beyond its first round
+        self._why = ""  # it samples again
+        self._title = title
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -81,6 +85,11 @@ class Progress:
             self._bars.update(self._phase, visible=False)
             self._display.__exit__(kind, error, trace)
 
+    def stage(self, name: str) -> None:
+        """Names the stage of the steps to come."""
+        self._stage = f" [{name}]"
+        self._bars.update(self._steps, description=self._title + self._stage)
+
     def phase(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begins a new phase of the step, of `total` units where that is known, `done` of them already."""
         self._tokens.clear()
@@ -90,8 +99,17 @@ class Progress:
     def sampling(self, step: int, total: int) -> None:
         """Begins the phase in which `step` waits for its `total` rollouts, some of which may be there."""
         with self._lock:
-            self._sampling = step
-            self.phase("sample", total, self._early.pop(step, 0))
+            self._sampling, self._why = step, ""
+            self.phase("sample", total + self._asked.pop(step, 0), self._early.pop(step, 0))
+
+    def sampling_more(self, step: int, rollouts: int, why: str) -> None:
+        """Has `step` wait for more rollouts, and says why. Called from any thread."""
+        with self._lock:
+            self._asked[step] += rollouts
+            if step == self._sampling:
+                self._why = f"{why}; "
+                total = self._bars.tasks[self._phase].total or 0
+                self._bars.update(self._phase, total=total + self._asked.pop(step))
 
     def sampled(self, step: int, rollout: Rollout) -> None:
         """Counts a rollout of `step`, which may be a later step than the one that waits. Called from any thread."""
@@ -107,7 +125,7 @@ class Progress:
         seconds = max(time.monotonic() - self._phase_began, 1e-9)
         rates = [f"{name} {count / seconds:,.0f}".strip() for name, count in sorted(self._tokens.items())]
         note = f"{', '.join(rates)} tokens/s" if self._tokens.total() else ""
-        self._bars.update(self._phase, advance=1, note=note)
+        self._bars.update(self._phase, advance=1, note=self._why + note)
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the figures of a step, 0 for the first; people are told its number from 1 on."""
@@ -115,12 +133,16 @@ class Progress:
         values = [f"{label} {metrics[name]:.3g}" for label, name in SHOWN.items() if name in metrics]
         phases = [phase for phase in (*PHASES, "step") if f"time/{phase}" in metrics]
         times = [f"{phase} {metrics[f'time/{phase}']:.2f}s" for phase in phases]
+        if "groups/sampled" in metrics:
+            values.append(
+                f"trained on {metrics['groups/trained']:.0f} of {metrics['groups/sampled']:.0f} groups"
+            )
         line = "  ".join(values) + ("  |  " + "  ".join(times) if times else "")
         self._figures = Text(line, style="dim")
         if not self._live and not self._quiet:
             done = step + 1 - self._first
             left = (time.monotonic() - self._began) / done * (self._total - step - 1)
-            print(f"step {step + 1}/{self._total}  {line}  |  ETA {_duration(left)}", flush=True)
+            print(f"step {step + 1}/{self._total}{self._stage}  {line}  |  ETA {_duration(left)}", flush=True)
 
     def _render(self) -> Group:
         return Group(self._bars, self._figures)

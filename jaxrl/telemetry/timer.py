@@ -15,8 +15,8 @@ import jax
 
 from jaxrl.types import Say
 
-# In the order of a step. "score" turns the verifier's marks into rewards and advantages.
-StepPhase = Literal["sample", "exchange", "score", "old_logprobs", "update", "publish"]
+# In the order of a step. "score" chooses the groups that are trained on; "reference" is where there is one.
+StepPhase = Literal["sample", "exchange", "score", "reference", "old_logprobs", "update", "publish"]
 PHASES: tuple[StepPhase, ...] = get_args(StepPhase)
 # Between steps: watched too, and no part of a step's time.
 Phase = StepPhase | Literal["report", "checkpoint", "evaluation"]
@@ -26,6 +26,8 @@ UNUSUAL = 5  # times its median makes a phase worth a line
 
 class Timer:
     """Seconds spent in the phases of a step; a profile shows the phases under the same names.
+
+    A phase within another one interrupts it: no second counts twice.
 
     Attributes:
       now: the phase under way and when it began (time.monotonic()).
@@ -39,16 +41,24 @@ class Timer:
 
     @contextlib.contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:
-        began = time.monotonic()
-        self.now = phase, began
+        outer = self._end()
+        self.now = phase, time.monotonic()
         try:
             with jax.profiler.TraceAnnotation(phase):
                 yield
         finally:
-            took = time.monotonic() - began
-            self.now = None
-            self.last[phase].append(took)
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + took
+            self._end()
+            self.now = (outer, time.monotonic()) if outer else None
+
+    def _end(self) -> Phase | None:
+        """Counts the seconds of the phase under way, and returns it."""
+        if not self.now:
+            return None
+        phase, began = self.now
+        took = time.monotonic() - began
+        self.last[phase].append(took)
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + took
+        return phase
 
     def reset(self) -> None:
         self._seconds.clear()

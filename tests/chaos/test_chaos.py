@@ -103,7 +103,8 @@ class Nursery:
         """Its exit status (negative: a signal), and what it printed."""
         assert self._process.stdout
         status = os.waitstatus_to_exitcode(int(self._process.stdout.readline()))
-        return status, self._output.read_text(encoding="utf-8", errors="replace")
+        said = self._output.read_bytes() if self._output.exists() else b""  # killed before it could print
+        return status, said.decode(errors="replace")
 
     def close(self) -> None:
         assert self._process.stdin

@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vectors
+from evals.statistics import distinct_4grams
 from jaxrl import config
+from jaxrl.config.stages import reference_at
 from jaxrl.grpo import groups
 from jaxrl.grpo.advantages import relative_advantages, sequence_weights, token_weights
 from jaxrl.grpo.mismatch import importance_weights
@@ -570,6 +572,26 @@ def test_technique_optimizer_kept_and_reset(case: JsonObject) -> None:
                 updates, state = optimizer.update(grads, state, params, learning_rate=given["lr"])
                 params = optax.apply_updates(params, updates)
                 vectors.near(params["p"], given["params"][name][k], 1e-9, f"{name} {k}")
+
+
+@pytest.mark.parametrize("case", vectors.cases("schedules"))
+def test_technique_the_reference_of_every_step(case: JsonObject) -> None:
+    every, on_stage = case["reference_every"], case["reference_on_stage"]
+    expected = every["reference_of_step"]
+    kl = {"coefficient": 0.1, "reset_every": every["every"]}
+    stages = config.stages_of(config.from_dict({"run": {"steps": len(expected)}, "kl": kl}))
+    assert [reference_at(stages, step) for step in range(len(expected))] == expected
+    expected = on_stage["reference_of_step"]
+    ends = [*on_stage["stage_starts"], len(expected)]
+    entries = [{"until": end, "restart": ["reference"] * (number > 0)} for number, end in enumerate(ends)]
+    stages = config.stages_of(config.from_dict({"stages": entries}))
+    assert [reference_at(stages, step) for step in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("case", vectors.cases("schedules"))
+def test_technique_distinct_4grams(case: JsonObject) -> None:
+    given = case["distinct_4gram"]
+    assert distinct_4grams(given["sequences"]) == pytest.approx(given["value"], abs=1e-9)
 
 
 def test_technique_list_of_what_is_left_out(capsys: pytest.CaptureFixture) -> None:

@@ -43,13 +43,13 @@ def test_it_is_part_of_the_reward_and_not_of_what_is_right() -> None:
     assert [r.score for r in group] == [1, 1, -1]
     assert [r.reward for r in group] == [1, 0, -1.5]
     rewards = np.array([[r.reward for r in group]])
-    found = rollout_metrics([group], rewards)
+    found = rollout_metrics([group])
     assert found["reward/accuracy"] == pytest.approx(2 / 3)
     assert found["reward/mean"] == pytest.approx(-0.5 / 3)
     assert group_advantages(rewards)[0, 1] != group_advantages(rewards)[0, 0]
     right = [mark(rollout("\\boxed{4}", n)) for n in (20, 90)]  # all right, and still something to learn
     rewards = np.array([[r.reward for r in right]])
-    assert rollout_metrics([right], rewards)["groups/all_correct_fraction"] == 1
+    assert rollout_metrics([right])["groups/all_correct_fraction"] == 1
     assert group_advantages(rewards).any()
 
 

@@ -230,8 +230,7 @@ def test_a_step_shows_the_share_of_answers_that_are_undecided(
     group = [mark(rollout(answer)) for answer in range(4)]
     assert [r.undecided for r in group] == [False, expected > 0, False, False]
     assert [r.score for r in group] == [1, -1, -1, 1]
-    rewards = np.array([[r.reward for r in group]])
-    assert rollout_metrics([group], rewards)["reward/undecided_fraction"] == expected
+    assert rollout_metrics([group])["reward/undecided_fraction"] == expected
     sandbox.forget()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -161,6 +162,20 @@ def test_ids_do_not_depend_on_the_other_prompts(sampler: LocalSampler) -> None:
     swapped = [others[0], PROMPTS[1], others[1], PROMPTS[3]]
     few = ids(sampler.generate(swapped, 2, SAMPLING, (5, 2)))
     assert [few[1], few[3]] == [expected[1][:2], expected[3][:2]]
+
+
+def test_prompts_that_are_asked_for_on_the_way_get_the_same_answers(params: Params) -> None:
+    """Those of their places in the list; a group is told of once, when its last answer is there."""
+    sampler, told = make(params, slots=4), list[int]()
+    expected = ids(sampler.generate(PROMPTS, 3, SAMPLING, (5, 2)))
+
+    def more(place: int, group: Sequence[Rollout]) -> Sequence[Prompt]:
+        assert len(group) == 3 and {r.prompt.id for r in group} == {PROMPTS[place].id}
+        told.append(place)
+        return PROMPTS[2:] if len(told) == 1 else ()
+
+    assert ids(sampler.generate(PROMPTS[:2], 3, SAMPLING, (5, 2), on_group=more)) == expected
+    assert sorted(told) == [0, 1, 2, 3] and told[0] < 2
 
 
 def test_every_part_of_the_seed_counts(sampler: LocalSampler) -> None:

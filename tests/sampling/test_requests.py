@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -55,6 +55,21 @@ def test_requests_go_on_while_a_rollout_is_marked(server: Server, sampler: VLLMS
     groups = sampler.generate(PROMPTS, 1, SAMPLING, (1,), mark)
     assert server.asked == [0, 1, 2, 3] and marked == ["0", "1", "2", "3"]
     assert [[(r.prompt.id, r.score) for r in group] for group in groups] == [[(id_, 1.0)] for id_ in marked]
+
+
+def test_prompts_that_are_asked_for_on_the_way_are_sampled_too(server: Server, sampler: VLLMSampler) -> None:
+    """The second one is asked for while the first batch is under way, the others once it has ended; one is refused."""
+    told = dict[int, list[str]]()
+    server.answer = lambda body, answer: (400, {}) if body["token_ids"] == [3] else answer
+
+    def more(place: int, group: Sequence[Rollout]) -> Sequence[Prompt]:
+        told[place] = [rollout.prompt.id for rollout in group]
+        return {0: PROMPTS[1:2], 1: PROMPTS[2:]}.get(place, ())
+
+    groups = sampler.generate(PROMPTS[:1], 1, SAMPLING, (1,), on_group=more)
+    assert [[rollout.prompt.id for rollout in group] for group in groups] == [["0"], ["1"], ["2"], []]
+    assert told == {0: ["0"], 1: ["1"], 2: ["2"], 3: []}
+    assert sorted(server.asked) == [0, 1, 2, 3] and "3" in sampler.dropped
 
 
 @pytest.mark.parametrize("error", [InputError, RunError, KeyError, KeyboardInterrupt])

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import staged
 import tiny_run
+from jaxrl.types import JsonObject
 from json_server import serving
 from vllm_stand_in import Nothing, Server
 
@@ -66,3 +68,37 @@ def test_a_server_that_answers_nonsense_ends_the_run_at_once(
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert output.splitlines()[-1] == f"jaxrl: {server.url}: 99 is no token id of a vocabulary of 9"
+
+
+def test_refill_goes_on_across_stages_one_batch_ahead(base: Path, tmp_path: Path, server: Server) -> None:
+    """Answers to 2 are all right, so two groups of three are in the band. Batches that are ahead stop at a switch."""
+    temperatures: list[float] = []
+
+    def answer(body: JsonObject, answer: JsonObject) -> JsonObject:
+        temperatures.append(body["sampling_params"]["temperature"])
+        digit = body["token_ids"][1]
+        for k, choice in enumerate(answer["choices"]):
+            ids = [4, digit if k or digit == 8 else 8, 5, 1]
+            choice["token_ids"] = ids
+            choice["logprobs"] = {"content": [{"token_id": i, "logprob": -1.0} for i in ids]}
+            choice["weight_versions"] = [{"version": server.weights, "start": 0, "end": 4}]
+        return answer
+
+    server.answer = answer
+    stages = [
+        {"name": "cool", "until": 3, "groups": {"filter": "refill"}, "sampler": {"max_staleness": 1}},
+        {"name": "hot", "until": 5, "rollout": {"temperature": 1.25}, "groups": {"filter": "none"}},
+    ]
+    more = {"sampler.folder": str(tmp_path / "shm"), "rollout.samples": 2, "rollout.engine": "vllm"}
+    with serving(server):
+        more |= {"sampler.urls": [server.url]}
+        recipe = staged.write_recipe(
+            tmp_path, base, stages, **more, **{"kl.coefficient": 0.0, "kl.reset_every": 0}
+        )
+        said = tiny_run.finish("train", recipe)
+    rows = tiny_run.metrics(tmp_path / "run")
+    assert [row["groups/trained"] for row in rows[:3]] == [8, 8, 8] and "groups/trained" not in rows[3], said
+    sampled = [int(row["groups/sampled"]) for row in rows[:3]]
+    assert all(count > 8 for count in sampled) and sum(sampled) == sum(t == 1.0 for t in temperatures)
+    assert sum(t == 1.25 for t in temperatures) == 2 * 8
+    assert [row["sampler/staleness"] for row in rows] == [0, 1, 1, 0, 0]

@@ -450,6 +450,17 @@ def test_one_batch_ahead(
     assert [batch.began < ended for batch, ended in zip(taken[1:], updates[1:], strict=False)] == [True] * 4
 
 
+def test_groups_out_of_the_band_are_replaced(
+    running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path
+) -> None:
+    values = {"groups.filter": "refill", "groups.max_rounds": 3, "groups.keep": [0.0, 0.6], "run.steps": 3}
+    values |= {"sampler.folder": str(tmp_path / "shm"), "rollout.max_tokens": 16, "packing.bucket_tokens": 16}
+    recipe = tiny_run.write_recipe(tmp_path, model[0], **values)
+    said = tiny_run.finish("train", recipe, "--samplers", ",".join(server.url for server in running))
+    for row in tiny_run.metrics(tmp_path / "run"):
+        assert row["groups/sampled"] > 8 >= row["groups/trained"] and row["groups/rounds"] <= 3, said
+
+
 def test_two_trainer_processes(
     running: list[servers.Server], model: tuple[Path, Model], tmp_path: Path
 ) -> None:
