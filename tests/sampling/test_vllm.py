@@ -456,7 +456,10 @@ def test_groups_out_of_the_band_are_replaced(
     values = {"groups.filter": "refill", "groups.max_rounds": 3, "groups.keep": [0.0, 0.6], "run.steps": 3}
     values |= {"sampler.folder": str(tmp_path / "shm"), "rollout.max_tokens": 16, "packing.bucket_tokens": 16}
     recipe = tiny_run.write_recipe(tmp_path, model[0], **values)
-    said = tiny_run.finish("train", recipe, "--samplers", ",".join(server.url for server in running))
+    urls = ",".join(server.url for server in running)
+    process = tiny_run.jaxrl("train", recipe, "--samplers", urls, JAXRL_API_KEY=api_key())
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     for row in tiny_run.metrics(tmp_path / "run"):
         assert row["groups/sampled"] > 8 >= row["groups/trained"] and row["groups/rounds"] <= 3, said
 
