@@ -49,7 +49,7 @@ def main() -> None:
             for name, checkout in checkouts.items():
                 run = Path(folder) / f"{name}-{i}"
                 more = [*overrides, "--run.directory", str(run), "--run.steps", str(options.steps)]
-                rows = train(checkout, options.recipe, more)
+                rows = train(checkout, Path(options.recipe).absolute(), more)
                 rewards[name] = [row["reward/mean"] for row in rows]
                 seconds[name].append({part: measure(rows, phases) for part, phases in PARTS.items()})
                 held[name] = checkpoint_bytes(run, options.steps)
@@ -74,11 +74,12 @@ def main() -> None:
     write_results("versions", {"setting": setting, "ratio": results, "checkpoint_bytes": held})
 
 
-def train(checkout: Path, recipe: str, overrides: list[str]) -> list[JsonObject]:
+def train(checkout: Path, recipe: Path, overrides: list[str]) -> list[JsonObject]:
     """The rows of a run's metrics after the warm-up."""
-    command = [sys.executable, "-m", "jaxrl.cli", "train", recipe, *overrides]
+    command = [sys.executable, "-m", "jaxrl.cli", "train", str(recipe), *overrides]
     environment = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    # python -m looks in the working folder first
+    subprocess.run(command, check=True, env=environment, cwd=checkout, stdout=subprocess.DEVNULL)
     run = Path(overrides[overrides.index("--run.directory") + 1])
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[WARM_UP:]]
