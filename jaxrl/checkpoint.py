@@ -205,9 +205,8 @@ class Checkpoints:
     def _write_reference(self, reference: Reference) -> None:
         folder = self.references / str(reference.step)
         self._require_free("reference", reference.params)
-        self._guarded(
-            self._manager.wait_until_finished
-        )  # Orbax names its barriers by the folder's name alone
+        # Orbax names its barriers by the folder's name alone
+        self._guarded(self._manager.wait_until_finished)
         with ocp.StandardCheckpointer() as checkpointer:
 
             def write() -> None:
@@ -354,12 +353,18 @@ class Checkpoints:
         """
         if not self._named:
             return None
-        folder = self.references / str(self._named["step"])
+        folder = self._reference_folder(self._named)
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(folder, like)
         if _described(params) != self._named["arrays"]:
             raise Damaged(f"{folder} has changed since it was written")
         return Reference(self._named["step"], params)
+
+    def _reference_folder(self, named: NamedReference) -> Path:
+        folder = self.references / str(named["step"])
+        if not folder.exists():
+            raise Damaged(f"{folder} is missing")
+        return folder
 
     def restore_params(self, step: int, like: decoder.Params) -> decoder.Params:
         """Reads and verifies the parameters alone, a third of the bytes; `like` has their shapes and shardings.
@@ -429,7 +434,7 @@ class Checkpoints:
             manifest, found, mesh = self.manifest(step), dict[str, str](), make_mesh()
             if manifest and "reference" in manifest:
                 self._named = manifest["reference"]
-                arrays = ocp.StandardCheckpointer().metadata(self.references / str(self._named["step"]))
+                arrays = ocp.StandardCheckpointer().metadata(self._reference_folder(self._named))
                 like = jax.tree.map(_abstract, arrays.item_metadata.tree)
                 self.reference(abstract_sharded(like, mesh))
             for item in ITEMS:

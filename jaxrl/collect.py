@@ -39,6 +39,18 @@ class Work:
     def recipe(self) -> config.Recipe:
         return self.stage.recipe
 
+    @property
+    def most(self) -> int:
+        """Prompts that a step asks for at most: of its rounds, or a whole pass, after which more are no use."""
+        size, rounds = self.recipe.rollout.prompts, self.recipe.groups.max_rounds
+        return size * rounds if rounds else size + len(self.prompts.prompts)
+
+    def asked(self, bad: Bool[np.ndarray, " N"], rounds: int | None = None) -> int:
+        """`groups.asked` by the recipe, where `rounds` gives no other limit."""
+        section = self.recipe.groups
+        limit = section.max_rounds if rounds is None else rounds
+        return asked(section.filter, self.recipe.rollout.prompts, bad, limit)
+
     def stream(self, cursor: int) -> Stream:
         """The prompts that a step may ask for."""
         return Stream(self, cursor)
@@ -51,9 +63,7 @@ class Stream(Sequence[Prompt]):
         self._work, self._cursor, self._blocks = work, cursor, dict[int, list[Prompt]]()
 
     def __len__(self) -> int:
-        """The most that a step asks for: its rounds, or else a whole pass, after which there is no sense in another."""
-        size, rounds = self._work.recipe.rollout.prompts, self._work.recipe.groups.max_rounds
-        return size * rounds if rounds else size + len(self._work.prompts.prompts)
+        return self._work.most
 
     def __getitem__(self, k: int) -> Prompt:  # type: ignore[override]
         block, place = divmod(k, size := self._work.recipe.rollout.prompts)
@@ -130,7 +140,7 @@ class Collector:
             first = len(groups)
             own = self._sampler.generate(prompts, samples, work.sampling, seed, mark, first=first)
             groups += self._sampler.gather(own, prompts, f"step {step + 1}, from prompt {first}")
-            prompts = list(itertools.chain(*(more(k, groups[k]) for k in range(first, len(groups)))))
+            prompts = [prompt for k in range(first, len(groups)) for prompt in more(k, groups[k])]
         self.cursor += asking.count
         return Collected(groups, everyone=True)
 
@@ -139,7 +149,7 @@ class Asking:
     """How many prompts of its stream a step asks for, as its groups become known."""
 
     def __init__(self, work: Work, answers: Answers) -> None:
-        self._work, self._answers, self._most = work, answers, len(work.stream(0))
+        self._work, self._answers = work, answers
         self.count = work.recipe.rollout.prompts
         self._bad = np.zeros(self.count, bool)
 
@@ -148,17 +158,11 @@ class Asking:
         """Groups that are known to be out of the band."""
         return int(self._bad.sum())
 
-    @property
-    def wanted(self) -> int:
-        """What `count` would be if there were no end of prompts."""
-        section, prompts = self._work.recipe.groups, self._work.recipe.rollout.prompts
-        return asked(section.filter, prompts, self._bad, section.max_rounds)
-
     def learn(self, place: int, group: Sequence[Rollout]) -> None:
         """Takes note of a group, and asks for more prompts if it was the last one needed to know that they are."""
         if self._work.recipe.groups.rounds:
             self._bad[place] = not is_good(self._work.recipe, group, self._answers)
-            self.count = max(self.count, min(self.wanted, self._most))
+            self.count = max(self.count, min(self._work.asked(self._bad), self._work.most))
             self._bad = np.pad(self._bad, (0, self.count - len(self._bad)))
 
 
@@ -203,28 +207,20 @@ def choose(
     Raises:
       TooFew: if all prompts were sampled, and too few groups are in the band.
     """
-    recipe, section, prompts = work.recipe, work.recipe.groups, work.recipe.rollout.prompts
-    kept = [list(group) for group in everyone if group]
-    if section.filter == "none" and not section.rescue:
-        return Chosen(kept, rescued=0, rounds=1)
+    recipe, section = work.recipe, work.recipe.groups
     groups, rescued = _rescue(work, everyone, step, answers, score)
     if section.filter == "none":
         return Chosen([group for group in groups if group], rescued, rounds=1)
     good = np.array([is_good(recipe, group, {}) for group in groups], bool)
-    if len(groups) == len(work.stream(0)) < asked(section.filter, prompts, ~good, section.max_rounds):
+    if len(groups) == work.most < work.asked(~good):
         raise TooFew(
             f"step {step + 1}: all {len(work.prompts.prompts)} prompts of {work.prompts.path} were sampled, and "
             f"{good.sum()} of {len(groups)} groups have a share of right answers between groups.keep = "
             f"{list(section.keep)}; begin a stage here with a wider band, other data or groups.max_rounds"
         )
-    places = trained(section.filter, prompts, good, (recipe.run.seed, step))
-    return Chosen([groups[k] for k in places], rescued, _rounds(recipe, good))
-
-
-def _rounds(recipe: config.Recipe, good: Bool[np.ndarray, " N"]) -> int:
-    """Rounds of sampling that a step took."""
-    rule, prompts = recipe.groups.filter, recipe.rollout.prompts
-    return next(r for r in itertools.count(1) if asked(rule, prompts, ~good, r) >= len(good))
+    places = trained(section.filter, recipe.rollout.prompts, good, (recipe.run.seed, step))
+    rounds = next(r for r in itertools.count(1) if work.asked(~good, r) >= len(good))
+    return Chosen([groups[k] for k in places], rescued, rounds)
 
 
 def _stored(recipe: config.Recipe, group: Sequence[Rollout], answers: Answers) -> bool:

@@ -77,7 +77,7 @@ class Ledger:
 
     def to_json(self, stages: Sequence[Stage], step: int) -> JsonObject:
         """What a checkpoint after `step` steps has to hold; empty where all of it follows from the recipe."""
-        stage = stage_at(stages, max(step - 1, 0))
+        stage = stage_at(stages, step - 1)
         found: JsonObject = {}
         if taken_before(stages, step) is None:
             found["cursor"] = self.cursor
@@ -101,7 +101,7 @@ def from_json(values: JsonObject, stages: Sequence[Stage], step: int) -> Ledger:
     Raises:
       InputError: if the stage under way did not count what the next one needs.
     """
-    stage, taken = stage_at(stages, max(step - 1, 0)), taken_before(stages, step)
+    stage, taken = stage_at(stages, step - 1), taken_before(stages, step)
     if _counted(stages, stage) and step and "counts" not in values:
         raise InputError(
             f"{stages[stage.number + 1].title} leaves out prompts that {stage.title} solved, which has done "

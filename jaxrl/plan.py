@@ -26,7 +26,7 @@ from jaxrl.errors import InputError
 from jaxrl.files import at_home
 from jaxrl.hardware import HARDWARE, Hardware
 from jaxrl.models import decoder, hf
-from jaxrl.models.decoder import KEPT, Config, forward_flops
+from jaxrl.models.decoder import KEPT, Config, forward_flops, parameters
 from jaxrl.parallel.mesh import mesh_over
 from jaxrl.plugins import is_plugin
 from jaxrl.types import JsonObject, Remat
@@ -120,11 +120,6 @@ def response_lengths(w: Workload) -> Lengths:
         under = np.clip(shape * math.exp(middle), 1, w.cap).mean() < w.response_tokens
         low, high = (middle, high) if under else (low, middle)
     return np.rint(np.clip(shape * math.exp(high), 1, w.cap)).astype(int)
-
-
-def parameters(c: Config) -> int:
-    """The number of a model's parameters."""
-    return sum(math.prod(decoder.stacked_shape(spec, c)) for spec in decoder.specs(c))
 
 
 def outside_layers(c: Config) -> int:
@@ -594,15 +589,13 @@ def show(plans: Sequence[Plan]) -> None:
         if len(plans) > 1:
             console.rule(Text(f"stage '{plan['stage']}', {plan['steps_of_run']:,} steps"))
         _show(plan)
-    seconds = sum(plan["steps_of_run"] * plan["steps"][0]["total"] for plan in plans)
-    hours = (
-        sum(plan["steps_of_run"] * plan["steps"][0]["total"] * _devices(plan["steps"][0]) for plan in plans)
-        / 3600
-    )
+    fastest = [plan["steps"][0] for plan in plans]
+    seconds = [plan["steps_of_run"] * step["total"] for plan, step in zip(plans, fastest, strict=True)]
+    hours = sum(took * _devices(step) for took, step in zip(seconds, fastest, strict=True)) / 3600
     steps = sum(plan["steps_of_run"] for plan in plans)
     budget = float(sum(plan["steps_of_run"] * plan["tokens_of_step"] for plan in plans))
     console.print(
-        f"{steps:,} steps in {seconds / 86400:.1f} days, {hours:,.0f} device hours; {budget:.2g} tokens at most"
+        f"{steps:,} steps in {sum(seconds) / 86400:.1f} days, {hours:,.0f} device hours; {budget:.2g} tokens at most"
     )
 
 

@@ -55,9 +55,8 @@ class MiniBatch(NamedTuple):
     known: Known | None = None
 
 
-Scorer = Callable[
-    [packing.PackedBatch], Likelihoods
-]  # under a reference's parameters; see `reference.scorer`
+# Scores a mini-batch under a reference's parameters; see `reference.scorer`.
+Scorer = Callable[[packing.PackedBatch], Likelihoods]
 Advantages = Callable[
     [Float[np.ndarray, " B"], Int[np.ndarray, " B"], Int[np.ndarray, " B"], Known | None], Values
 ]
@@ -286,7 +285,7 @@ def _placed(
         return batch
     if terms.kl_weights is not None:
         assert reference is not None
-        batch = batch.replace(ref_logprobs=reference(packing.without_terms(batch)).logprobs)
+        batch = batch.replace(ref_logprobs=reference(batch).logprobs)
     if stale:
         return batch.replace(old_logprobs=batch.sampler_logprobs)
     if exact:
@@ -331,7 +330,7 @@ def _known(
     return Known(
         tokens(own.logprobs),
         None if own.entropies is None else tokens(own.entropies),
-        None if reference is None else tokens(reference(packing.without_terms(batch)).logprobs),
+        None if reference is None else tokens(reference(batch).logprobs),
     )
 
 

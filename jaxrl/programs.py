@@ -268,9 +268,8 @@ def same_programs(a: config.Recipe, b: config.Recipe) -> bool:
         room = r.model.remat == "auto" and bool(r.kl.coefficient)  # a reference takes some
         terms = (terms_of(r), r.kl.estimator, bool(r.entropy.quantile), room)
         loss = dataclasses.replace(r.loss, normalization="token_mean", verl_ranks=1, verl_tokens=1)
-        loss = dataclasses.replace(
-            loss, skip_zero_advantage=True, skip_first_old_logprobs=True
-        )  # on the host
+        # on the host
+        loss = dataclasses.replace(loss, skip_zero_advantage=True, skip_first_old_logprobs=True)
         return optimizer, shape, terms, loss, r.packing
 
     return part(a) == part(b)
@@ -287,8 +286,8 @@ def terms_of(recipe: config.Recipe) -> tuple[str, ...]:
 
 def reference_bytes(recipe: config.Recipe, model: decoder.Config, shards: int) -> float:
     """Bytes of a KL term's reference on each device; 0 without one."""
-    numbers = sum(math.prod(p.shape) for p in jax.tree.leaves(decoder.abstract_params(model)))
-    return numbers * np.dtype(recipe.model.dtype).itemsize / shards if recipe.kl.coefficient else 0.0
+    each = np.dtype(recipe.model.dtype).itemsize if recipe.kl.coefficient else 0
+    return decoder.parameters(model) * each / shards
 
 
 def require_room(recipe: config.Recipe, model: decoder.Config, mesh: Mesh) -> None:
@@ -297,9 +296,8 @@ def require_room(recipe: config.Recipe, model: decoder.Config, mesh: Mesh) -> No
     Raises:
       InputError: with the bytes of both.
     """
-    reference = reference_bytes(recipe, model, mesh.shape["fsdp"])
-    numbers = sum(math.prod(p.shape) for p in jax.tree.leaves(decoder.abstract_params(model)))
-    state, room = 3 * 4 * numbers / mesh.shape["fsdp"], device_bytes(mesh.local_devices[0])
+    shards, room = mesh.shape["fsdp"], device_bytes(mesh.local_devices[0])
+    reference, state = reference_bytes(recipe, model, shards), 3 * 4 * decoder.parameters(model) / shards
     if reference and state + reference > room:
         raise InputError(
             f"kl.coefficient = {recipe.kl.coefficient}: its reference takes {reference / 1e9:.1f} GB beside "

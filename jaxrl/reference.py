@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxrl.grpo.packing import PackedBatch
 from jaxrl.grpo.update import Likelihoods
 from jaxrl.models import decoder
-from jaxrl.prepare import Scorer
+from jaxrl.prepare import Scorer, likelihoods
 from jaxrl.programs import Programs
 from jaxrl.telemetry.timer import Phase
 
@@ -52,6 +52,6 @@ def scorer(
     def score(batch: PackedBatch) -> Likelihoods:
         with phase("reference"):
             whole = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), reference.params)
-            return jax.block_until_ready(programs.logprobs(whole, batch))
+            return jax.block_until_ready(likelihoods(programs, whole, batch))
 
     return score

@@ -84,11 +84,13 @@ class Setup:
     def _digests(self) -> dict[str, str]:
         """Digests of what the paths of each stage hold, by `checkpoint.content_key`."""
         model = blake3(hash_weights(self.folder).encode() + (self.folder / "config.json").read_bytes())
-        found, known = {"model.path": model.hexdigest()}, dict[int, str]()
+        found, sets = (
+            {"model.path": model.hexdigest()},
+            {id(work.prompts): work.prompts for work in self.works},
+        )
+        digests = {name: prompts.digest() for name, prompts in sets.items()}  # stages share them
         for work in self.works:
-            digest = known.setdefault(id(work.prompts), "") or work.prompts.digest()
-            known[id(work.prompts)] = digest
-            found |= {content_key(work.stage.number, key): digest for key in DATA_KEYS}
+            found |= {content_key(work.stage.number, key): digests[id(work.prompts)] for key in DATA_KEYS}
         return found
 
     def content(self, steps: int) -> dict[str, str]:
@@ -104,13 +106,9 @@ class Setup:
         """The programs of a stage; those of an earlier one where they are the same."""
         known = self._programs
         if stage.number not in known:
-            same = (n for n in known if same_programs(self.stages[n].recipe, stage.recipe))
-            earlier = next(same, None)
-            known[stage.number] = (
-                build_programs(stage.recipe, self.model, self.mesh, self.say)
-                if earlier is None
-                else known[earlier]
-            )
+            same = [known[n] for n in known if same_programs(self.stages[n].recipe, stage.recipe)]
+            built = same or [build_programs(stage.recipe, self.model, self.mesh, self.say)]
+            known[stage.number] = built[0]
         return known[stage.number]
 
     def work(self, stage: config.Stage, dropped: frozenset[str]) -> Work:

@@ -49,3 +49,11 @@ def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     tiny_run.finish("train", tiny_run.write_recipe(folder, base))
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """See `tiny.tiny_tokenizer`."""
+    from tiny import tiny_tokenizer
+
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))

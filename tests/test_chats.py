@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -19,22 +17,12 @@ from jaxrl.data.chats import answer_of, arguments_of, chat_of
 from jaxrl.errors import InputError
 from jaxrl.rewards import VERIFIERS, WINNING, can_win
 from jaxrl.types import JsonObject, Order, Prompt, Tokenizer, Verifier
-from tiny import tiny_tokenizer
+from tiny import jsonl, tiny_tokenizer
 
 PLAIN = {"problem_column": "problem", "answer_column": "answer", "suffix": ""}
 USER = {"role": "user", "content": "q"}
 SYSTEM = {"role": "system", "content": "s"}
 SHOT = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def jsonl(path: Path, rows: Sequence[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def load(

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from jaxrl import data
 from jaxrl.config import Data, Eval
 from jaxrl.errors import InputError
 from jaxrl.types import JsonObject, Order, Prompt, Tokenizer
-from tiny import tiny_tokenizer
+from tiny import jsonl, tiny_tokenizer
 
 PLAIN = {"problem_column": "problem", "answer_column": "answer", "suffix": ""}
 ROWS = [{"problem": f"{n} + {n}", "answer": str(2 * n)} for n in range(5)]
@@ -36,11 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
     return data.load_tokenizer(str(folder))
-
-
-def jsonl(path: Path, rows: Sequence[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def parquet(path: Path, rows: list[JsonObject]) -> str:

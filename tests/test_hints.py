@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,20 +16,10 @@ from jaxrl import data
 from jaxrl.config import Data, Eval, Source
 from jaxrl.errors import InputError
 from jaxrl.types import JsonObject, Order, Prompt, Tokenizer
-from tiny import tiny_tokenizer
+from tiny import jsonl
 
 PLAIN = {"problem_column": "problem", "answer_column": "answer", "suffix": ""}
 HALF = PLAIN | {"hint_column": "solution", "hint_share": 0.5}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def jsonl(path: Path, rows: Sequence[JsonObject]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def row(problem: str, answer: str = "4", **more: object) -> JsonObject:

@@ -21,7 +21,7 @@ from jaxrl.grpo.advantages import group_advantages
 from jaxrl.grpo.update import Likelihoods
 from jaxrl.models import decoder
 from jaxrl.parallel.mesh import make_mesh, to_devices
-from jaxrl.prepare import make_method, minibatches, needs_logprobs
+from jaxrl.prepare import likelihoods, make_method, minibatches, needs_logprobs
 from jaxrl.programs import Programs, build_programs, objective_of
 from jaxrl.types import Prompt, Rollout
 
@@ -93,7 +93,7 @@ def prepare(
     """The mini-batches on the host, and how they were scored."""
     programs, scored = programs_of(recipe)
     groups = groups_of(MIXED, **options)
-    reference = functools.partial(scored, REFERENCE) if recipe.kl.coefficient else None
+    reference = functools.partial(likelihoods, programs, REFERENCE) if recipe.kl.coefficient else None
     found = minibatches(recipe, make_method(recipe), programs, groups, RATE, POLICY, reference, stale)
     assert {name for name, x in vars(found[0]).items() if x is not None} >= set(programs.terms)
     absent = set(packing.Terms._fields) - set(programs.terms)

@@ -15,9 +15,10 @@ from jaxrl import background, config
 from jaxrl.errors import InputError
 from jaxrl.grpo import packing
 from jaxrl.models import Config, initialize
+from jaxrl.models.decoder import parameters
 from jaxrl.parallel.mesh import mesh_over, to_devices
 from jaxrl.prepare import needs_logprobs
-from jaxrl.programs import SHARE, Jitted, Program, Programs, build_programs, peak_bytes
+from jaxrl.programs import SHARE, Jitted, Program, Programs, build_programs, peak_bytes, require_room
 from jaxrl.types import Prompt, Rollout
 
 TINY = Config("qwen2", 16, 8, 1, 2, 1, 4, 16, 1e4, 1e-6, True, 64)
@@ -45,6 +46,22 @@ def batch_of(programs: Programs, stream: int) -> packing.PackedBatch:
     ]
     packed = packing.pack(rollouts, rng.normal(size=16), programs.mesh.size, layout, learning_rate=0.01)
     return to_devices(packed, programs.mesh)
+
+
+def test_a_reference_without_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside parameters and two moments in float32; half of a number where the model computes in bfloat16."""
+    recipe = config.from_dict({"kl": {"coefficient": 0.1}})
+    bytes_needed = parameters(TINY) / 2 * (12 + 2)  # on each of two devices
+    for room, fits in ((bytes_needed, True), (bytes_needed - 1, False)):
+        monkeypatch.setattr("jaxrl.programs.device_bytes", lambda _, room=room: room)
+        require_room(config.Recipe(), TINY, mesh_over(jax.devices()[:2]))  # none without a KL term
+        if fits:
+            require_room(recipe, TINY, mesh_over(jax.devices()[:2]))
+        else:
+            with pytest.raises(
+                InputError, match=r"kl.coefficient = 0.1: its reference takes .* raise mesh.fsdp"
+            ):
+                require_room(recipe, TINY, mesh_over(jax.devices()[:2]))
 
 
 class OnlyLowered:

@@ -19,14 +19,8 @@ from jaxrl import data
 from jaxrl.config import Data, Eval, Source
 from jaxrl.errors import InputError
 from jaxrl.types import Tokenizer
-from tiny import tiny_tokenizer
 
 PLAIN = {"problem_column": "problem", "answer_column": "answer", "suffix": ""}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def folder(base: Path, *names: str) -> Path:

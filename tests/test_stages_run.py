@@ -13,6 +13,7 @@ import pytest
 import staged
 import tiny_run
 from jaxrl import config, run
+from jaxrl.cli import main
 from jaxrl.errors import InputError
 from jaxrl.types import silent
 
@@ -136,6 +137,23 @@ def test_a_damaged_reference_or_ledger_is_noticed(part: str, whole: Path, base: 
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     with pytest.raises(InputError, match=r"no checkpoint is whole \(9: "):
         resumed(tmp_path / "other", base, tmp_path, staged.STAGES)
+
+
+def test_check_reads_the_reference_and_the_ledger(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["check", str(whole)])
+    assert capsys.readouterr().out.count("are what was written") == 2
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "reference" / "8")
+    ledger = tmp_path / "run" / "checkpoints" / "6" / "ledger" / "metadata"
+    ledger.write_text(ledger.read_text().replace('"cursor": ', '"cursor": 1'))
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "reference/8" in said and "6 is damaged (its ledger has changed" in said, (
+        said
+    )
 
 
 def test_files_of_a_later_stage_are_missed_before_anything_begins(base: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""A tokenizer small enough to read: one token per character, and the special ones that models have."""
+"""A tokenizer small enough to read: one token per character, and the special ones that models have; files of rows."""
 
+import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,12 @@ TEMPLATE = (
     "<bos>{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def jsonl(path: Path, rows: Sequence[object]) -> str:
+    """Writes rows as JSON lines; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def tiny_tokenizer(path: Path, chat_template: str | None = TEMPLATE) -> Any:

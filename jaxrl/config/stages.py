@@ -45,11 +45,6 @@ class Stage:
         """What messages call it."""
         return f"stage '{self.name}'"
 
-    @property
-    def dynamic(self) -> bool:
-        """Whether the prompts that its steps take follow from what was sampled."""
-        return self.recipe.groups.rounds
-
 
 def changeable(section: str, key: str) -> bool:
     """Whether a stage may change a key."""
@@ -91,7 +86,7 @@ def _other_order(before: Recipe, now: Recipe) -> bool:
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
-    """The stage of a step; the last one's after the end."""
+    """The stage of a step; the first one's before the beginning, the last one's after the end."""
     return next((stage for stage in stages if step < stage.until), stages[-1])
 
 
@@ -100,9 +95,9 @@ def taken_before(stages: Sequence[Stage], step: int) -> int | None:
 
     None where it follows from what was sampled.
     """
-    now = stage_at(stages, max(step - 1, 0))
+    now = stage_at(stages, step - 1)
     same = [stage for stage in stages if stage.order == now.order and stage.number <= now.number]
-    if any(stage.dynamic for stage in same):
+    if any(stage.recipe.groups.rounds for stage in same):
         return None
     return sum((min(stage.until, step) - stage.first) * stage.recipe.rollout.prompts for stage in same)
 

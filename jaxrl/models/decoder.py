@@ -10,6 +10,7 @@ V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NotRequired, Protocol, TypedDict, TypeVar  # noqa: TID251  # `Cache`
@@ -185,6 +186,11 @@ def initialize(c: Config, seed: int, dtype: str = "float32", scale: float = 0.02
         return (jnp.ones if spec.init == "ones" else jnp.zeros)(shape, dtype)
 
     return jax.tree.unflatten(tree, map(create, declared, keys))
+
+
+def parameters(c: Config) -> int:
+    """The number of a model's parameters."""
+    return sum(math.prod(stacked_shape(spec, c)) for spec in specs(c))
 
 
 def abstract_params(c: Config) -> Params:

@@ -44,6 +44,19 @@ def test_rollouts_of_a_later_step_are_counted_when_their_turn_comes() -> None:
         assert task.finished
 
 
+def test_a_step_that_samples_again_says_why() -> None:
+    with Progress(10, 0, "run", quiet=True) as progress:
+        progress.sampling(0, total=2)
+        progress.sampling_more(1, 8, "2 groups out")  # a later step's, ahead
+        progress.sampling_more(0, 4, "1 groups out of 0.0 to 1.0")
+        progress.sampled(0, ROLLOUT)
+        task = progress._bars.tasks[progress._phase]
+        assert (task.completed, task.total) == (1, 6)
+        assert task.fields["note"].startswith("1 groups out of 0.0 to 1.0; ")
+        progress.sampling(1, total=2)
+        assert task.total == 10
+
+
 LIVE = """
 import time
 import numpy as np
