@@ -109,6 +109,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self.references = self.directory.with_name("reference")
         self._named: NamedReference | None = None  # what `save` names
+        self._read_only = read_only
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every or None,
@@ -171,9 +172,8 @@ class Checkpoints:
             recipe=ocp.args.JsonSave(values),
             manifest=ocp.args.JsonSave({"manifest": manifest, "digest": _digest(manifest)}),
         )
+        self._delete_references()
         self._guarded(lambda: self._manager.save(step, args=args, force=True))
-        if processes.chief() and self.references.is_dir():
-            self._delete_references()
 
     def keep_reference(self, reference: Reference | None) -> None:
         """Has later checkpoints name a reference, which is written before this returns, or none.
@@ -190,13 +190,22 @@ class Checkpoints:
             self._write_reference(reference)
 
     def _delete_references(self) -> None:
-        """Deletes those that no checkpoint names any more."""
+        """Waits for the write under way, and deletes the references that no checkpoint on disk names.
+
+        Orbax's own list lacks what it is about to delete, which a run that is killed before that goes on from.
+        """
+        if not self.references.is_dir():
+            return
+        self._guarded(self._manager.wait_until_finished)
+        if self._read_only or not processes.chief():
+            return
         needed = {str(self._named["step"])} if self._named else set[str]()
-        for step in self.steps():
-            with contextlib.suppress(FileNotFoundError):  # it is being deleted
-                text = (self.directory / str(step) / "manifest" / "metadata").read_text(encoding="utf-8")
-                named = json.loads(text)["manifest"].get("reference")
-                needed |= {str(named["step"])} if named else set()
+        for manifest in self.directory.glob("*/manifest/metadata"):
+            try:
+                named = json.loads(manifest.read_text(encoding="utf-8"))["manifest"].get("reference")
+            except (OSError, ValueError, KeyError):  # a damaged one may name any
+                return
+            needed |= {str(named["step"])} if named else set()
         with writing(self.references):
             for folder in self.references.iterdir():
                 if folder.name not in needed:
@@ -514,6 +523,7 @@ class Checkpoints:
           InputError, RunError: if it failed.
         """
         self._guarded(self._manager.wait_until_finished)
+        self._delete_references()
         self._manager.close()
 
     def _guarded(self, write: Callable[[], object]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -21,6 +24,7 @@ from jaxrl.errors import InputError, RunError
 from jaxrl.fingerprint import fingerprints
 from jaxrl.grpo.update import TrainState
 from jaxrl.parallel.mesh import make_mesh
+from jaxrl.reference import Reference
 from jaxrl.types import silent
 
 # Orbax wakes an event loop that it has closed, now and then.
@@ -62,6 +66,37 @@ def resume(
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- references
+
+
+def test_a_reference_stays_as_long_as_a_checkpoint_that_names_it(tmp_path: Path) -> None:
+    """Also while its last checkpoint is about to be deleted: a run that is killed then goes on from that."""
+    checkpoints, recipe = checkpoint.Checkpoints(tmp_path / "checkpoints", keep_last=1), config.Recipe()
+    state = TrainState(jnp.zeros((), jnp.int32), {"p": jnp.ones(4)}, {"m": jnp.ones(4)})  # type: ignore[arg-type]
+
+    def there() -> tuple[set[str], set[str]]:
+        """The references that are needed by checkpoints on disk, and those that are there."""
+        needed = set[str]()
+        for path in (tmp_path / "checkpoints").glob("*/manifest/metadata"):
+            if path.parts[-3].isdigit():
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # another one is whole, and this one is being deleted
+                    needed.add(str(json.loads(path.read_text())["manifest"]["reference"]["step"]))
+        return needed, {path.name for path in (tmp_path / "reference").iterdir()}
+
+    for since in (3, 5, 7, 9):
+        checkpoints.keep_reference(Reference(since, {"p": jnp.full(4, float(since))}))
+        for step in (since, since + 1):
+            needed, kept = there() if step > 3 else (set(), set())
+            assert needed <= kept
+            checkpoints.save(step, state, recipe)
+            needed, kept = there()
+            assert needed <= kept and str(since) in kept and len(kept) <= 2
+    checkpoints.close()
+    assert there() == ({"9"}, {"9"})
 
 
 # --- fingerprints
