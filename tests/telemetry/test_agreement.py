@@ -12,11 +12,10 @@ import pytest
 
 import tiny_run
 from jaxrl import config
+from jaxrl.collect import Collected, Collector
 from jaxrl.errors import InputError
-from jaxrl.run import Run
 from jaxrl.telemetry.agreement import METRIC, bound, disagreement, history
 from jaxrl.train import train
-from jaxrl.types import Rollout
 
 
 @pytest.mark.parametrize(
@@ -51,14 +50,15 @@ def test_the_band_outlives_a_restart() -> None:
 def test_a_run_whose_sampler_disagrees_says_so_and_ends_where_it_is_told_to(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample, said = Run.sample, list[str]()
+    collect, said = Collector.__call__, list[str]()
 
-    def shifted(self: Run, step: int) -> list[list[Rollout]]:
+    def shifted(self: Collector, step: int) -> Collected:
         shift = np.float32(0.5 if step == 2 else 0)
-        groups = sample(self, step)
-        return [[dataclasses.replace(r, logprobs=r.logprobs - shift) for r in group] for group in groups]
+        found = collect(self, step)
+        groups = [[dataclasses.replace(r, logprobs=r.logprobs - shift) for r in g] for g in found.groups]
+        return found._replace(groups=groups)
 
-    monkeypatch.setattr(Run, "sample", shifted)
+    monkeypatch.setattr(Collector, "__call__", shifted)
     recipe = config.load(tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4, "checkpoint.every": 100}))
     limited = dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, logprob_diff_limit=0.1))
     ends = r"step 3: sampler/logprob_diff_mean = 0\.5 is above sampler\.logprob_diff_limit = 0\.1; look at"
