@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 JsonObject: TypeAlias = dict[str, Any]
 
 # Each list of names that a recipe chooses from, written once: config.py checks against it, a module implements it.
-Verifier = Literal["strict_boxed", "minerva", "equivalent", "corrected"]
+Verifier = Literal[
+    "strict_boxed", "minerva", "equivalent", "corrected", "math_verify", "equivalent_or_math_verify"
+]
+Thoughts = Literal["required", "closed", "optional"]
 Rules = Literal["released", "corrected"]  # by which the lenient graders compare two answers
 Normalization = Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"]
 Order = Literal["shuffle", "copies", "replacement"]

@@ -36,6 +36,7 @@ from jaxrl.types import (
     Remat,
     Restart,
     Scale,
+    Thoughts,
     TransportName,
     Verifier,
 )
@@ -319,8 +320,11 @@ class Sampler(Section):
 class Reward(Section):
     verifier: Verifier = "strict_boxed"
     """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork), minerva
-    DAPO's `Answer:` line after normalizing, equivalent is DeepScaleR's lenient one (needs <think> in the text),
-    corrected a lenient one without that one's faults."""
+    DAPO's `Answer:` line after normalizing, equivalent is DeepScaleR's lenient one (by thoughts), corrected a lenient
+    one without that one's faults, math_verify the library of that name; equivalent_or_math_verify takes either."""
+    thoughts: Thoughts = "required"
+    """Of verifiers with "equivalent" in their names: the text has <think> and </think> (required) or </think> (closed),
+    and the answer comes after; or after </think> if there is one, else anywhere (optional) (DeepScaleR: required)."""
     wrong: Annotated[Float, Field(lt=1)] = -1.0
     """Reward of a wrong answer; a right one's is 1 (JustRL: -1; most others: 0)."""
     with_prompt: bool = False
