@@ -13,6 +13,7 @@ import tomli_w
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from jaxrl.config.named import find
 from jaxrl.config.rules import impossible
 from jaxrl.config.sections import Recipe, Source, StageEntry
 from jaxrl.errors import InputError, first_line
@@ -46,11 +47,12 @@ def from_earlier(values: JsonObject, source: str) -> Recipe:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a TOML recipe and applies `--section.key value` overrides.
+    """Reads a TOML recipe, or one that comes along by its name, and applies `--section.key value` overrides.
 
     Raises:
       InputError: if the file is missing, is not TOML, or does not describe a possible run.
     """
+    path = find(path)
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
