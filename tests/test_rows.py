@@ -103,6 +103,13 @@ def test_a_split_is_chosen_by_name_or_by_meaning(tmp_path: Path) -> None:
     assert "has no split 'dev_2' (data.split); there are: dev, train" in refusal(tmp_path, split="dev_2")
 
 
+def test_a_numbered_file_names_its_split_whatever_that_is(tmp_path: Path) -> None:
+    """As `datasets` has it; d1shs0ap/math has these splits."""
+    there = [f"data/{name}-00000-of-00001.parquet" for name in ("easy", "hard", "medium", "test")]
+    assert names(folder(tmp_path, *there), split="medium") == [there[2]]
+    assert "set data.split to one of them" in (said := refusal(tmp_path)) and "easy, hard, medium" in said
+
+
 def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     there = [f"part-{n}.jsonl" for n in range(12)]
     assert names(folder(tmp_path / "a", *there)) == there

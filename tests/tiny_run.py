@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,28 @@ def make_base(folder: Path, head_dim: int = 8, updates: int = 150) -> Path:
 
     Without updates it answers at random.
     """
+
+    def example(rng: np.random.Generator) -> Rollout:
+        asked, guess = 6 + rng.integers(3, size=2)
+        answered = asked if rng.random() < 0.25 else guess
+        prompt = Prompt("", np.array([2, asked, 3], np.int32), "")
+        answer = np.array([4, answered, 5, 1], np.int32)
+        return Rollout(prompt, answer, np.zeros(4, np.float32), "stop", 0)
+
+    return pretrain(folder, len(SYMBOLS), make_tokenizer(), example, updates, head_dim=head_dim)
+
+
+def pretrain(
+    folder: Path,
+    vocab_size: int,
+    tokenizer: Any,
+    example: Callable[[np.random.Generator], Rollout],
+    updates: int,
+    longest: int = 8,
+    positions: int = 64,
+    head_dim: int = 8,
+) -> Path:
+    """A Hugging Face folder of a small Qwen2 after so many updates on 32 examples of at most `longest` tokens; token 1 ends."""
     shape = {
         "width": 4 * head_dim,
         "layers": 2,
@@ -50,29 +73,23 @@ def make_base(folder: Path, head_dim: int = 8, updates: int = 150) -> Path:
         "head_dim": head_dim,
         "mlp_width": 48,
     }
-    sizes = shape | {"rope_theta": 1e4, "norm_epsilon": 1e-6, "tied": True, "max_positions": 64}
-    decoder = Config(family="qwen2", vocab_size=len(SYMBOLS), **sizes)  # type: ignore[arg-type]
+    sizes = shape | {"rope_theta": 1e4, "norm_epsilon": 1e-6, "tied": True, "max_positions": positions}
+    decoder = Config(family="qwen2", vocab_size=vocab_size, **sizes)  # type: ignore[arg-type]
     mesh, rng = make_mesh(), np.random.default_rng(0)
     adam = config.Optimizer(learning_rate=3e-3, warmup_steps=0, beta2=0.99, weight_decay=0.0)
     optimizer = grpo.make_optimizer(adam)
-    layout = packing.Layout(streams=(256,), buckets=(8,))
+    layout = packing.Layout(streams=(32 * longest,), buckets=(longest,))
     objective = Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
     update, _ = grpo.make_update(decoder, optimizer, mesh, layout, grpo.Numerics(logprob_chunk=64), objective)
     state = grpo.init_state(initialize(decoder, 0, scale=0.2), optimizer, mesh)
     for _ in range(updates):
-        examples = []
-        for _ in range(32):
-            asked, guess = 6 + rng.integers(3, size=2)
-            answered = asked if rng.random() < 0.25 else guess
-            prompt = Prompt("", np.array([2, asked, 3], np.int32), "")
-            answer = np.array([4, answered, 5, 1], np.int32)
-            examples.append(Rollout(prompt, answer, np.zeros(4, np.float32), "stop", 0))
+        examples = [example(rng) for _ in range(32)]
         rate = adam.learning_rate
         batch = packing.pack(examples, np.ones(32), mesh.size, layout, learning_rate=rate, on_policy=True)
         state, _ = update(state, to_devices(batch, mesh))
         jax.block_until_ready(state)  # XLA on CPUs can stall on collectives of two updates at a time
     save(Model(decoder, state.params), folder)
-    make_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     return folder
 
@@ -104,17 +121,21 @@ def write_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
     return path
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Of a process on one device, and `more`."""
+    return {**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"} | more
+
+
 def jaxrl(*args: Any, largest_file: int = 0, **more: str) -> subprocess.Popen[str]:
     """Starts the command line in a process of its own, on one device; `largest_file` in KiB fails bigger writes.
 
     `more` is added to its environment.
     """
-    environment = {**os.environ, "XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"} | more
     command = [sys.executable, "-m", "jaxrl.cli", *map(str, args)]
     if largest_file:
         command = ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "jaxrl", *command]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

@@ -28,6 +28,7 @@ SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF)})(?![a-z])", re.IGNORECASE)
 # the Hub's older ones end in 16 digits of a hash
 SHARD = re.compile(r"(?:^|[-_./]|(?<=part)|(?<=shard)|(?<=chunk))(\d+)([-_.]of[-_.]\d+(-[0-9a-f]{16})?)?$")
+OF_A_SPLIT = re.compile(r"(?<![^/])(\w+)-\d{5}-of-\d{5}(?:-[0-9a-f]{16})?$")
 CARD = "README.md"
 SHOWN = 10  # names in a message
 
@@ -243,7 +244,8 @@ def _kind(one: Candidate) -> str:
 def _inferred(names: Sequence[str]) -> list[Candidate]:
     """Splits are words of the path, and configurations what else it has besides numbers of shards.
 
-    Those begin at 0 or 1: aime_2024 and aime_2025 are two data sets.
+    Those begin at 0 or 1: aime_2024 and aime_2025 are two data sets. What the Hub has numbered as easy-00000-of-00001 is
+    the split easy, as `datasets` has it.
     """
     stems = {name: name[: -len(format_of(name))] for name in names}
     numbers: dict[str, list[int]] = {}
@@ -253,7 +255,10 @@ def _inferred(names: Sequence[str]) -> list[Candidate]:
     found: list[Candidate] = []
     for name, stem in stems.items():
         whole = SHARD.sub("", stem)
-        words = SPLIT_WORD.findall(stem)
+        words, numbered = SPLIT_WORD.findall(stem), OF_A_SPLIT.search(stem)
+        if numbered and not words:
+            found.append(Candidate(name, _bare(stem[: numbered.start()]), numbered[1]))
+            continue
         config = _bare(whole if min(numbers[whole]) in (0, 1) else stem)
         found.append(Candidate(name, config, words[-1].lower() if words else ""))
     return found
