@@ -19,7 +19,8 @@ from jaxrl.errors import NO_ROOM, InputError, RunError, file_error
 _DESCRIPTION = "GRPO for reasoning models in JAX."
 _EPILOG = """Any value of a recipe is an option: jaxrl train recipes/demo.toml --run.steps 10 --rollout.samples 4.
 `jaxrl train RECIPE --help` lists them all."""
-_ORDER = ("train", "eval", "probe", "export", "check", "plan", "recipes", "report")  # of the help; others follow by name
+# of the help; others follow by name
+_ORDER = ("train", "eval", "probe", "export", "check", "plan", "recipes", "report")
 
 
 class Command(Protocol):

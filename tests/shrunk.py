@@ -24,7 +24,11 @@ from jaxrl.types import Prompt, Rollout
 
 SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", "\\boxed{", *string.printable]
 ID = {symbol: number for number, symbol in enumerate(SYMBOLS)}
-RIGHT = {"0": 0.98, "1": 0.6, "2": 0.3}  # how often the base model answers right, by the digit that is asked for
+RIGHT = {
+    "0": 0.98,
+    "1": 0.6,
+    "2": 0.3,
+}  # how often the base model answers right, by the digit that is asked for
 ENDS = 0.1  # of thoughts, at every token
 TOKENS, SAMPLES, MINIBATCH, STEPS = (24, 36, 48), (4, 8), 4, 3  # STEPS of a stage
 MANY = 64  # of samples, for hundreds
@@ -63,7 +67,9 @@ def make_base(folder: Path) -> Path:
         prompt = Prompt("", np.array(ids, np.int32), "")
         return Rollout(prompt, np.array(answer, np.int32), np.zeros(len(answer), np.float32), "stop", 0)
 
-    return tiny_run.pretrain(folder, len(SYMBOLS), make_tokenizer(), example, updates=400, longest=160, positions=256)
+    return tiny_run.pretrain(
+        folder, len(SYMBOLS), make_tokenizer(), example, updates=400, longest=160, positions=256
+    )
 
 
 def write_rows(folder: Path, section: config.Data) -> str:
@@ -75,13 +81,17 @@ def write_rows(folder: Path, section: config.Data) -> str:
             row = {section.problem_column: problem(digit, length), section.answer_column: digit}
             rows.append(row | {section.hint_column: solution} if section.hint_column else row)
     if section.hint_column:
-        rows.append(rows[0] | {section.problem_column: "say 4", section.hint_column: "</think>no answer in here"})
+        rows.append(
+            rows[0] | {section.problem_column: "say 4", section.hint_column: "</think>no answer in here"}
+        )
     if section.skip_unanswered:
         rows.append({section.problem_column: "say 5", section.answer_column: ""})
     parts = {"easy": rows[::2], "medium": rows[1::2]} if section.split else {"train": rows}
     (folder / "data").mkdir(exist_ok=True)
     for name, part in parts.items():
-        (folder / "data" / f"{name}-00000-of-00001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        (folder / "data" / f"{name}-00000-of-00001.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in part)
+        )
     return str(folder / "data")
 
 
@@ -132,7 +142,10 @@ def shrink(recipe: config.Recipe, folder: Path, base: Path) -> config.Recipe:
         for section, keys in values.items()
     }
     ours: dict[str, dict[str, Any]] = {
-        "run": {"directory": str(folder / "run"), "tensorboard": False, "compilation_cache": str(base.parent / "cache")},
+        "run": {
+            "directory": str(folder / "run"), "tensorboard": False,
+            "compilation_cache": str(base.parent / "cache"),
+        },
         "model": {"path": str(base), "dtype": "float32", "remat": "none"},
         "data": {"path": write_rows(folder, recipe.data)},
         "rollout": {"engine": "local", "slots": 64},

@@ -123,14 +123,18 @@ def test_deepscaler_restarts_with_longer_answers(finished: Finished) -> None:
     longest = [max(len(rollout.tokens) for rollout in step.rollouts) for step in steps]
     assert max(longest[:3]) == 24 < max(longest[3:6]) <= 36 < max(longest[6:]) <= 48
     assert {r.reward for step in steps for r in step.rollouts} == {0.0, 1.0}
-    assert all("<think>" in text(r.prompt.tokens) for r in steps[0].rollouts)  # what its verifier wants to see
+    assert all(
+        "<think>" in text(r.prompt.tokens) for r in steps[0].rollouts
+    )  # what its verifier wants to see
     assert not any("say 5" in text(r.prompt.tokens) for step in steps for r in step.rollouts)  # has no answer
 
 
 def test_fastcurl_takes_prompts_by_their_length(finished: Finished) -> None:
     folder = finished("fastcurl-1.5b-v3")
     steps = steps_of(folder)
-    bare = [[text(r.prompt.tokens).split(" Let's")[0].removeprefix("<user>") for r in s.rollouts] for s in steps]
+    bare = [
+        [text(r.prompt.tokens).split(" Let's")[0].removeprefix("<user>") for r in s.rollouts] for s in steps
+    ]
     lengths = [{len(problem) for problem in problems} for problems in bare]
     assert max(set.union(*lengths[:3])) <= 12 < 13 <= min(set.union(*lengths[6:9]))
     assert min(set.union(*lengths[9:])) <= 12 < max(set.union(*lengths[9:]))
@@ -152,7 +156,9 @@ def test_prorl_v1_trains_on_mixed_groups_and_resets(finished: Finished) -> None:
         assert all(0 < share(group) < 1 for group in step.groups)
     assert max(row["groups/sampled"] for row in rows) > 16
     assert_starts_anew(steps, at={0, 3, 9, 12})  # runs 2, 6 and 7
-    assert [step.adam_steps for step in steps] == [4 * n for n in (1, 2, 3, *range(1, 7), 1, 2, 3, *range(1, 7))]
+    assert [step.adam_steps for step in steps] == [
+        4 * n for n in (1, 2, 3, *range(1, 7), 1, 2, 3, *range(1, 7))
+    ]
     cut = [
         (step, right(r), r.reward)
         for step, found in enumerate(steps)
@@ -179,7 +185,9 @@ def test_e3_has_an_order_of_its_own_in_every_stage(finished: Finished) -> None:
         assert {rows[one] for one in asked} == {"easy" if step < 3 else "medium"}
         for call in found.packed:  # a bonus for every token, averaged over all
             lengths = np.array([len(r.tokens) for r in call["rollouts"]])
-            assert np.sum(call["terms"].entropy_weights * lengths) == pytest.approx(2e-3 if step < 3 else 1e-3)
+            assert np.sum(call["terms"].entropy_weights * lengths) == pytest.approx(
+                2e-3 if step < 3 else 1e-3
+            )
     assert [len(found.groups[0]) for found in steps] == [4] * 3 + [8] * 3
     assert_starts_anew(steps, at={0, 3})
 
@@ -230,7 +238,9 @@ def test_archer_has_two_ranges_by_entropy(finished: Finished) -> None:
                 assert np.all(low == np.where(wide, 0.5, 0.8)) and np.all(high[~wide] == 1.2)
                 assert np.all((kl == 0) == wide)
         first, *_, last = (update["ratio_max"] for update in step.updates)
-        assert last > first and len(step.packed) == -(-len(step.groups) // 4)  # one denominator for all passes
+        assert last > first and len(step.packed) == -(
+            -len(step.groups) // 4
+        )  # one denominator for all passes
     assert min(row["groups/trained"] for row in rows) < 8
 
 
@@ -270,7 +280,10 @@ def test_questa_shows_the_beginning_of_a_solution(finished: Finished) -> None:
         for call in found.packed:
             for r, advantage in zip(call["rollouts"], call["advantages"], strict=True):
                 values[right(r)].add(round(float(advantage), 9))
-        assert {key: len(each) for key, each in values.items()} == {True: 1, False: 1}  # no group has its own mean
+        assert {key: len(each) for key, each in values.items()} == {
+            True: 1,
+            False: 1,
+        }  # no group has its own mean
 
 
 def test_brorl_has_many_answers_to_few_prompts(finished: Finished) -> None:
@@ -295,7 +308,9 @@ def test_still_pays_for_divergence_token_by_token(finished: Finished, reasoner: 
             np.testing.assert_allclose(advantage, value, atol=1e-6)
     fell = 0
     call = second.packed[0]
-    for rollout, advantage, old in list(zip(call["rollouts"], call["advantages"], call["old_logprobs"], strict=True))[:8]:
+    for rollout, advantage, old in list(
+        zip(call["rollouts"], call["advantages"], call["old_logprobs"], strict=True)
+    )[:8]:
         reference = by_transformers(reasoner, rollout)
         cost = 1e-3 * (np.asarray(old) - reference)
         np.testing.assert_allclose(advantage[:-1] - advantage[1:], -cost[:-1], atol=3e-8)

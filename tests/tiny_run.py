@@ -64,7 +64,10 @@ def pretrain(
     positions: int = 64,
     head_dim: int = 8,
 ) -> Path:
-    """A Hugging Face folder of a small Qwen2 after so many updates on 32 examples of at most `longest` tokens; token 1 ends."""
+    """A Hugging Face folder of a small Qwen2, trained on 32 examples an update, of at most `longest` tokens.
+
+    Token 1 ends an answer.
+    """
     shape = {
         "width": 4 * head_dim,
         "layers": 2,

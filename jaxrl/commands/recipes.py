@@ -14,7 +14,9 @@ HELP = "list the recipes that come along, show one, or compare two"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Every command that takes a recipe takes one of these by its name."
     actions = parser.add_subparsers(metavar="ACTION", dest="action")
-    show = actions.add_parser("show", help="print one, with the source of every value, to change a copy of it")
+    show = actions.add_parser(
+        "show", help="print one, with the source of every value, to change a copy of it"
+    )
     show.add_argument("recipe", help="a name, or the path of a .toml file")
     diff = actions.add_parser("diff", help="the values in which two differ, side by side")
     diff.add_argument("a", help="a name, or the path of a .toml file")
@@ -59,7 +61,9 @@ def _by_stage(recipe: config.Recipe) -> dict[str, str]:
     if recipe.stages:
         found["stages.name"] = _series([stage.name for stage in stages])
         found["stages.restart"] = _series([sorted(stage.restart) for stage in stages])
-    return found | {"stages.until" if recipe.stages else "run.steps": _series([stage.until for stage in stages])}
+    return found | {
+        "stages.until" if recipe.stages else "run.steps": _series([stage.until for stage in stages])
+    }
 
 
 def _series(values: Sequence[object]) -> str:

@@ -38,5 +38,7 @@ def find(recipe: str | Path) -> Path:
 
 def summary(path: Path) -> str:
     """The first sentence of the comment that a recipe begins with, which says what it is."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
+    )
     return " ".join(line.strip("# ") for line in lines).partition(". ")[0].strip().removesuffix(".")

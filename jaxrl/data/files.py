@@ -244,8 +244,8 @@ def _kind(one: Candidate) -> str:
 def _inferred(names: Sequence[str]) -> list[Candidate]:
     """Splits are words of the path, and configurations what else it has besides numbers of shards.
 
-    Those begin at 0 or 1: aime_2024 and aime_2025 are two data sets. What the Hub has numbered as easy-00000-of-00001 is
-    the split easy, as `datasets` has it.
+    Those begin at 0 or 1: aime_2024 and aime_2025 are two data sets. A file that the Hub has numbered, such as
+    easy-00000-of-00001, is of the split easy, as `datasets` has it.
     """
     stems = {name: name[: -len(format_of(name))] for name in names}
     numbers: dict[str, list[int]] = {}

@@ -1,11 +1,10 @@
-"""Techniques of the loss against the released code of others: KL terms, entropy bonus, surrogates, whole systems.
+"""Techniques of the loss against the released code of others: KL terms, entropy bonus, surrogates.
 
 The vectors are [B, T] arrays; here a batch is one stream of B * T tokens, as `update` has it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -15,14 +14,13 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from jaxrl.grpo.advantages import relative_advantages, sequence_weights
+from jaxrl.grpo.advantages import sequence_weights
 from jaxrl.grpo.gate import high_entropy
 from jaxrl.grpo.kl import kl_penalty
 from jaxrl.grpo.logprobs import token_logprobs
 from jaxrl.grpo.mismatch import importance_weights
 from jaxrl.grpo.objective import Sigmoid, policy_objective, score
-from jaxrl.rewards.length import truncated_reward
-from jaxrl.types import Center, Correction, Estimator, JsonObject, Level, Normalization, Scale, Truncation
+from jaxrl.types import Correction, Estimator, JsonObject, Level, Normalization, Truncation
 from vectors import cases, covered, near
 
 MODES: dict[str, Normalization] = {
@@ -355,102 +353,3 @@ def test_technique_corrected_losses(case: JsonObject) -> None:
 def correction_of(name: str, cap: float, floor: float) -> tuple[Correction, float, float, Level]:
     correction, level = CORRECTIONS[name]
     return correction, cap, floor, level
-
-
-# Whole systems, from rewards to the gradient of the logits
-
-
-@dataclasses.dataclass(frozen=True)
-class System:
-    """What a system's objective is made of; see techniques.md of its recipe."""
-
-    clip: tuple[float, float]
-    dual_clip: float = math.inf
-    wrong: float = 0.0
-    center: Center = "group"
-    scale: Scale = "group"
-    epsilon: float = 1e-6
-    mode: str = TOKEN
-    kl: tuple[str, Estimator, float] = ("none", "k3", 0.0)
-    entropy: float = 0.0
-    icepop: tuple[float, float] | None = None
-    truncated_factor: float = 1.0
-    gate: bool = False
-
-
-PRORL = {"center": "group", "scale": "batch", "epsilon": 1e-8, "icepop": (0.5, 5.0), "truncated_factor": 0.0}
-SYSTEMS = {
-    "justrl": System((0.2, 0.28), 10, wrong=-1.0),
-    "still3": System((0.2, 0.2), wrong=-1.0, epsilon=1e-8, mode=SEQUENCE, kl=("reward", "k1", 1e-3)),
-    "deepscaler": System((0.2, 0.2), kl=("loss", "k3", 1e-3), entropy=1e-3),
-    "fastcurl_v3_stage5": System((0.2, 0.2)),
-    "prorl_v1_kl_1e-4_assumed": System((0.2, 0.4), 3, kl=("loss", "k3", 1e-4)),
-    "e3_stage1_assembled": System((0.2, 0.5), 3, kl=("loss", "k3", 1e-3), entropy=2e-3),
-    "e3_stage2_assembled": System((0.2, 0.35), 3, kl=("loss", "k3", 1e-3), entropy=1e-3),
-    "polaris": System((0.2, 0.28), 3),
-    "prorl_v2_openrlhf": System((0.2, 0.27), kl=("loss", "k2", 1e-4), **PRORL),
-    "archer": System((0.2, 0.2), 10, mode=SEQUENCE, kl=("loss", "k3", 1e-3), gate=True),
-    "questa": System((0.2, 0.2), center="none", scale="batch", epsilon=1e-5 / 5, icepop=(0.0, 5.0)),
-}
-
-
-@pytest.mark.parametrize("case", cases("systems"))
-def test_technique_systems(case: JsonObject) -> None:
-    """In float32 where the trainer is: the head, and what XLA makes of the objective."""
-    for name in covered("systems", case["systems"]):
-        expected = case["systems"][name]
-        loss, grad, advantages = of_system(case, SYSTEMS[name], expected)
-        near(advantages, expected["advantages"], 1e-5, name)
-        # a sum of terms of both signs
-        np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5, atol=1e-6, err_msg=name)
-        near(grad, expected["grad_logits"], 1e-5, name)
-
-
-def of_system(case: JsonObject, s: System, expected: JsonObject) -> tuple[float, np.ndarray, np.ndarray]:
-    mask, targets, right = array(case["mask"]), np.array(case["targets"]), np.array(case["rewards"]) > 0
-    lengths = mask.sum(axis=1).astype(int)
-
-    def rows(values: ArrayLike) -> list[np.ndarray]:
-        return [row[:n] for row, n in zip(array(values), lengths, strict=True)]
-
-    def padded(values: list[np.ndarray]) -> np.ndarray:
-        return np.array([np.pad(row, (0, mask.shape[1] - len(row))) for row in values])
-
-    rewards = np.where(right, 1.0, s.wrong)
-    truncated = np.array(case["truncated"])
-    rewards = np.where(truncated, truncated_rewards(rewards, s.truncated_factor), rewards)
-    if s.mode == SEQUENCE and s.kl[0] == "reward":  # STILL-3: cut off before a box is as bad as wrong
-        rewards = np.where(truncated, s.wrong, rewards)
-    old, reference, sampler = (rows(case[key]) for key in ("old_logprob", "ref_logprob", "rollout_logprob"))
-    place, estimator, coefficient = s.kl
-    costs = None
-    if place == "reward":
-        costs = [coefficient * kl_penalty(a, b, estimator) for a, b in zip(old, reference, strict=True)]
-    kinds = {"center": s.center, "scale": s.scale, "epsilon": s.epsilon}
-    values = relative_advantages(rewards, np.array(case["group"]), lengths, costs=costs, **kinds)
-    advantages = padded([np.broadcast_to(a, n) for a, n in zip(values, lengths, strict=True)])
-    base = weights_of(mask, s.mode)
-    weights, kl_weights = base, coefficient * base if place == "loss" else 0 * base
-    options: dict[str, object] = {"clip_low": s.clip[0], "clip_high": s.clip[1], "dual_clip": s.dual_clip}
-    if s.icepop:
-        weights = base * padded(importance_weights(old, sampler, "masked", s.icepop[1], s.icepop[0]))
-    if s.gate:
-        entropies = np.asarray(of_logits(jnp.asarray(array(case["logits"])), targets, False)[1])
-        high = padded(high_entropy(rows(entropies), expected["quantile"])) > 0
-        width = np.where(high, 0.5, 0.2)
-        options["bounds"] = (1 - width, 1 + width)
-        kl_weights = coefficient * weights_of(mask * ~high, s.mode)
-
-    def objective(logits: jax.Array) -> jax.Array:
-        now, entropy = of_logits(logits, targets, bool(s.entropy))
-        loss, _ = policy_objective(now, array(case["old_logprob"]), advantages, weights, **options)
-        kl = kl_penalty(now, jnp.asarray(array(case["ref_logprob"])), estimator)
-        loss += jnp.sum(kl_weights * jnp.where(kl_weights != 0, kl, 0.0))
-        return loss - s.entropy * jnp.sum(base * entropy)
-
-    loss, grad = jax.value_and_grad(objective)(jnp.asarray(array(case["logits"])))
-    return float(loss), np.asarray(grad), advantages
-
-
-def truncated_rewards(rewards: np.ndarray, factor: float) -> np.ndarray:
-    return np.array([truncated_reward(reward, factor) for reward in rewards])
