@@ -47,7 +47,9 @@ def test_every_value_says_where_it_comes_from(name: str) -> None:
             source = re.search(r'["\w\]] +# (the (?:file|data set)|\w+)', line)
             assert source, line
             word = source[1]
-            assert word.startswith(("the ", "paper")) or re.search(rf"^#  .*\b{word} ", head, re.MULTILINE), line
+            assert word.startswith(("the ", "paper")) or re.search(rf"^#  .*\b{word} ", head, re.MULTILINE), (
+                line
+            )
 
 
 @pytest.mark.parametrize("name", sorted({*SYSTEMS} - {*JUSTRL}))
