@@ -194,6 +194,7 @@ def _settings(job: Job, chosen: data.PromptSet, stop_ids: tuple[int, ...]) -> Js
         "max_tokens": recipe.rollout.max_tokens,
         "verifier": recipe.reward.verifier,
         "with_prompt": recipe.reward.with_prompt,
+        "thoughts": recipe.reward.thoughts,
         "seed": recipe.run.seed,
         "engine": recipe.rollout.engine,
         "dtype": recipe.model.dtype,

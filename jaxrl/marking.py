@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxrl import config
-from jaxrl.rewards import VERIFIERS, sandbox
+from jaxrl.rewards import sandbox, verifier_of
 from jaxrl.rewards.length import cosine_active, cosine_bonus, overlong_penalty, truncated_reward
 from jaxrl.types import Detokenize, Marker, Rollout
 
@@ -17,7 +17,8 @@ def make_marker(recipe: config.Recipe, detokenize: Detokenize) -> Marker:
       recipe: with [reward], [length] and the longest response.
       detokenize: token ids to text without special tokens.
     """
-    reward, length, verify = recipe.reward, recipe.length, VERIFIERS[recipe.reward.verifier]
+    reward, length = recipe.reward, recipe.length
+    verify = verifier_of(reward.verifier, reward.thoughts)
 
     def mark(rollout: Rollout, step: int = 0) -> Rollout:
         before = detokenize(rollout.prompt.tokens) if reward.with_prompt else ""

@@ -255,6 +255,11 @@ def test_each_of_several_problems_has_a_line(tmp_path: Path) -> None:
 
 
 IMPOSSIBLE = {
+    "thoughts_that_nobody_reads": (
+        {"reward": {"verifier": "math_verify", "thoughts": "closed"}},
+        ('reward.thoughts = "closed"', 'reward.verifier = "math_verify"', "leave it out"),
+        {"reward": {"thoughts": "required"}},
+    ),
     "stream_too_short": (
         {"rollout": {"max_tokens": 31_745}},
         ("packing.stream_tokens", "data.max_prompt_tokens", "rollout.max_tokens", "raise it to 34816"),

@@ -98,6 +98,11 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"{r.reward.wrong} and reward.overlong_tokens = {r.reward.overlong_tokens} give them; set both to 0, or use "
         "length.truncated_penalty",
     )
+    yield (
+        r.reward.thoughts == "required" or "equivalent" in r.reward.verifier,
+        f'reward.thoughts = "{r.reward.thoughts}" is a rule of "equivalent" and "equivalent_or_math_verify", and '
+        f'reward.verifier = "{r.reward.verifier}" reads the whole response; leave it out',
+    )
     gated = bool(r.entropy.quantile)
     yield (
         not gated

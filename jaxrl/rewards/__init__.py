@@ -14,20 +14,25 @@ other names by `from jaxrl.rewards.minerva import extract`. Keep imports light: 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from jaxrl.rewards.corrected import corrected
 from jaxrl.rewards.deepscaler import equivalent
+from jaxrl.rewards.math_verify import equivalent_or_math_verify, math_verify
 from jaxrl.rewards.minerva import minerva
 from jaxrl.rewards.strict_boxed import strict_boxed
-from jaxrl.types import Verifier
+from jaxrl.types import Thoughts, Verifier
 
-VERIFIERS: dict[Verifier, Callable[[str, str], float]] = {
+VERIFIERS: dict[Verifier, Callable[..., float]] = {
     "strict_boxed": strict_boxed,
     "minerva": minerva,
     "equivalent": equivalent,
     "corrected": corrected,
+    "math_verify": math_verify,
+    "equivalent_or_math_verify": equivalent_or_math_verify,
 }
+READ_THOUGHTS: tuple[Verifier, ...] = ("equivalent", "equivalent_or_math_verify")  # by a rule of the recipe
 
 ANSWER = "<answer>"
 WINNING: dict[Verifier, str] = {
@@ -35,9 +40,31 @@ WINNING: dict[Verifier, str] = {
     "minerva": f"Answer: {ANSWER}",
     "equivalent": f"<think></think>\\boxed{{{ANSWER}}}",
     "corrected": f"\\boxed{{{ANSWER}}}",
+    "math_verify": f"\\boxed{{{ANSWER}}}",
+    "equivalent_or_math_verify": f"<think></think>\\boxed{{{ANSWER}}}",
 }
 
-__all__ = ["VERIFIERS", "WINNING", "can_win", "corrected", "equivalent", "minerva", "strict_boxed", "winning"]
+__all__ = [
+    "READ_THOUGHTS",
+    "VERIFIERS",
+    "WINNING",
+    "can_win",
+    "corrected",
+    "equivalent",
+    "equivalent_or_math_verify",
+    "math_verify",
+    "minerva",
+    "strict_boxed",
+    "verifier_of",
+    "winning",
+]
+
+
+def verifier_of(name: Verifier, thoughts: Thoughts) -> Callable[[str, str], float]:
+    """A verifier by its name, with the recipe's rule of thoughts where it has one."""
+    if name not in READ_THOUGHTS:
+        return VERIFIERS[name]
+    return functools.partial(VERIFIERS[name], thoughts=thoughts)
 
 
 def winning(verifier: Verifier, answer: str) -> str:

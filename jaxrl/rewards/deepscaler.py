@@ -1,19 +1,22 @@
 r"""DeepScaleR's lenient verifier: the last box after the thoughts, equal to the answer in spelling or in value.
 
-JustRL calls it the robust verifier and finds that training with it does worse than with `strict_boxed`. The response
-must hold `<think>` and `</think>`, as in the reference: where the chat template opens the thought inside the prompt, no
-response passes (unless `reward.with_prompt` adds the prompt).
+JustRL calls it the robust verifier and finds that training with it does worse than with `strict_boxed`. As in the
+reference the response must hold `<think>` and `</think>`: where the chat template opens the thought inside the prompt,
+no response passes, unless `reward.with_prompt` adds the prompt or `reward.thoughts` asks for less.
 """
 
 from __future__ import annotations
 
 from jaxrl.rewards import sandbox
 from jaxrl.rewards.latex_equality import last_box, reference, same_spelling
+from jaxrl.types import Thoughts
 
 
-def equivalent(response: str, ground_truth: str | float | list[str]) -> float:
+def equivalent(
+    response: str, ground_truth: str | float | list[str], thoughts: Thoughts = "required"
+) -> float:
     """+1.0 if the extracted answer is equivalent to `ground_truth`, or to one of several, else -1.0."""
-    answer = extract(response)
+    answer = extract(response, thoughts)
     truths = map(reference, map(str, ground_truth if isinstance(ground_truth, list) else [ground_truth]))
     return 1.0 if answer is not None and any(_same(answer, truth) for truth in truths) else -1.0
 
@@ -24,8 +27,22 @@ def _same(answer: str, truth: str | None) -> bool:
     )
 
 
-def extract(response: str) -> str | None:
-    """The content of the last box between the first `</think>` and the next one, if any; None without such a box."""
-    if "<think>" not in response or "</think>" not in response:
+def extract(response: str, thoughts: Thoughts = "required") -> str | None:
+    """The content of the last box of `after_thoughts`, if any; None without such a box."""
+    answer = after_thoughts(response, thoughts)
+    return None if answer is None else last_box(answer)
+
+
+def after_thoughts(response: str, thoughts: Thoughts) -> str | None:
+    """What lies between the first `</think>` and the next one, if any; None where the rule fails.
+
+    Args:
+      response: decoded.
+      thoughts: "required" needs `<think>` and `</think>` (DeepScaleR), "closed" the latter alone (Polaris), and with
+        "optional" a response without `</think>` is all answer (Archer).
+    """
+    if thoughts == "optional" and "</think>" not in response:
+        return response
+    if "</think>" not in response or (thoughts == "required" and "<think>" not in response):
         return None
-    return last_box(response.split("</think>", 2)[1])
+    return response.split("</think>", 2)[1]

@@ -56,6 +56,7 @@ class RuleSet(NamedTuple):
 RULES: dict[Rules, RuleSet] = {
     "released": RuleSet("jaxrl.rewards.latex_equality:same_value"),
     "corrected": RuleSet("jaxrl.rewards.corrected:same"),
+    "math_verify": RuleSet("jaxrl.rewards.math_verify:same", longest=2 * LONGEST),  # of a response's end
 }
 
 _idle: defaultdict[Rules, list[Worker]] = defaultdict(list)
@@ -185,7 +186,7 @@ class Worker:
             return RunError(f"{sys.executable} was not ready to grade after {START_SECONDS:.0f} s; try again")
         self.close()
         return InputError(
-            f"{sys.executable} does not load {self.function} with sympy and pylatexenc; install requirements.txt"
+            f"{sys.executable} does not load {self.function} with sympy, pylatexenc and math-verify; install requirements.txt"
         )
 
     def ask(self, given: str, truth: str, budget: int) -> bytes:

@@ -53,10 +53,16 @@ def test_it_is_part_of_the_reward_and_not_of_what_is_right() -> None:
     assert group_advantages(rewards).any()
 
 
-def test_a_verifier_may_be_given_the_prompt() -> None:
+def test_a_verifier_may_be_given_the_prompt_or_ask_for_less() -> None:
     """R1's chat template ends the prompt with <think>, which DeepScaleR's verifier wants to see."""
-    for with_prompt, score in ((False, -1), (True, 1)):
-        recipe = config.from_dict({"reward": {"verifier": "equivalent", "with_prompt": with_prompt}})
+    found = {
+        ("required", False): -1,
+        ("required", True): 1,
+        ("closed", False): 1,
+        ("optional", False): 1,
+    }
+    for (thoughts, with_prompt), score in found.items():
+        values = {"verifier": "equivalent", "with_prompt": with_prompt, "thoughts": thoughts}
         answer = "so</think>\\boxed{4.0}"
-        marked = make_marker(recipe, detokenize)(rollout(answer, len(answer), "2+2=?<think>"))
-        assert marked.score == score, with_prompt
+        mark = make_marker(config.from_dict({"reward": values}), detokenize)
+        assert mark(rollout(answer, len(answer), "2+2=?<think>")).score == score, values
