@@ -186,7 +186,8 @@ class Worker:
             return RunError(f"{sys.executable} was not ready to grade after {START_SECONDS:.0f} s; try again")
         self.close()
         return InputError(
-            f"{sys.executable} does not load {self.function} with sympy, pylatexenc and math-verify; install requirements.txt"
+            f"{sys.executable} does not load {self.function} with sympy, pylatexenc and math-verify; install "
+            "requirements.txt"
         )
 
     def ask(self, given: str, truth: str, budget: int) -> bytes:
