@@ -1,7 +1,7 @@
 """The recipes of published systems at a laptop's size, to be run as they are: sizes become their rank, all else stays.
 
-python -m shrunk base FOLDER makes a model to start from; python -m shrunk RECIPE trains, and keeps what no file of a
-run has: `seen(run, step)`.
+`make_base` makes a model to start from; `train` trains, and keeps what no file of a run has: `seen(run, step)`. Both
+are for a process of their own, on one device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import pickle
 import string
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def problem(digit: str, length: int) -> str:
     return "say" + "." * (length - 4) + digit
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: str | Path) -> Path:
     """A model that thinks in dots, and then says the digit that it is asked for as often as RIGHT has it."""
     tails = ["", *{config.load(named.find(name)).data.suffix for name in NAMES}]
 
@@ -68,7 +67,7 @@ def make_base(folder: Path) -> Path:
         return Rollout(prompt, np.array(answer, np.int32), np.zeros(len(answer), np.float32), "stop", 0)
 
     return tiny_run.pretrain(
-        folder, len(SYMBOLS), make_tokenizer(), example, updates=400, longest=160, positions=256
+        Path(folder), len(SYMBOLS), make_tokenizer(), example, updates=400, longest=160, positions=256
     )
 
 
@@ -124,6 +123,8 @@ def shrink(recipe: config.Recipe, folder: Path, base: Path) -> config.Recipe:
                 return MINIBATCH
             case "kl.reset_every":
                 return min(value, 3)
+            case "eval.every":
+                return 0
             case "length.cosine_on":
                 return min(value, 2)
             case "length.cosine_off":
@@ -152,7 +153,6 @@ def shrink(recipe: config.Recipe, folder: Path, base: Path) -> config.Recipe:
         "sampler": {"servers": 0, "max_staleness": 0},  # those are of engine = "vllm"
         "packing": {"stream_tokens": 256, "bucket_tokens": 32, "logprob_chunk": 128},
         "checkpoint": {"every": 1, "keep_every": 1},
-        "eval": {"every": 0},
     }  # fmt: skip
     values["run"].pop("steps")
     for section, keys in ours.items():
@@ -226,6 +226,3 @@ NAMES = (
     "questa-nemotron-1.5b",
     "brorl-1.5b",
 )
-
-if __name__ == "__main__":
-    make_base(Path(sys.argv[2])) if sys.argv[1] == "base" else train(sys.argv[1])

@@ -17,8 +17,9 @@ import pytest
 
 import tiny_run
 from faults import permissions_bind
-from jaxrl import cli
-from jaxrl.errors import BAD_INPUT
+from jaxrl import cli, config
+from jaxrl.config.named import FOLDER as RECIPES
+from jaxrl.errors import BAD_INPUT, InputError
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object, status: int = BAD_INPUT) -> str:
@@ -210,3 +211,33 @@ def test_only_orbaxs_coroutines_fail_in_silence(
     coroutine.send(None)
     del coroutine
     assert ("ValueError: late" in capsys.readouterr().err) == shown
+
+
+def test_recipes_are_listed_shown_compared_and_given_by_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    cli.main(["recipes"])
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(list(RECIPES.glob("*.toml"))) >= 18
+    assert any(line.startswith("polaris-1.7b ") and "temperature" in line for line in listed)
+    cli.main(["recipes", "show", "polaris-1.7b"])
+    assert capsys.readouterr().out == (RECIPES / "polaris-1.7b.toml").read_text()
+    cli.main(["recipes", "diff", "deepscaler-1.5b", "fastcurl-1.5b-v3"])
+    shown = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert re.search(
+        r"8192 \| 16384 \| 24576 +8192 \| 16384 \| 24576 \| 16384 \| 16384", shown["rollout.max_tokens"]
+    )
+    assert "loss.clip_low" not in shown and "kl.coefficient" in shown
+    cli.main(["recipes", "diff", "demo", str(RECIPES / "demo.toml")])
+    assert capsys.readouterr().out.endswith("have the same values\n")
+    assert config.load("demo") == config.load(RECIPES / "demo.toml")
+    monkeypatch.chdir(tmp_path)
+    Path("demo").write_text("[run]\nsteps = 7\n")  # a file here goes before a name
+    assert config.load("demo").run.steps == 7
+    with pytest.raises(
+        InputError, match=r"^polaris: no file here, .* did you mean 'polaris-1\.7b'\? `jaxrl recipes`"
+    ):
+        config.load("polaris")
+    with pytest.raises(InputError, match="cannot read the recipe"):
+        config.load("recipes/polaris")

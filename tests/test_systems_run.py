@@ -29,21 +29,21 @@ pytestmark = pytest.mark.slow
 Finished = Callable[[str], Path]
 
 
-def python(*args: object) -> str:
-    """Runs tests/shrunk.py on one device."""
-    command = [sys.executable, "-m", "shrunk", *map(str, args)]
+def call(function: str, argument: Path) -> None:
+    """Calls a function of tests/shrunk.py in a process on one device."""
+    code = f"import sys, shrunk; shrunk.{function}(sys.argv[1])"
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        command, env=tiny_run.environment(**path), capture_output=True, text=True, timeout=600
-    )
+        [sys.executable, "-c", code, str(argument)],
+        env=tiny_run.environment(**path), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reasoner") / "model"
-    python("base", folder)
+    call("make_base", folder)
     return folder
 
 
@@ -55,7 +55,7 @@ def finished(reasoner: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish
     def of(name: str) -> Path:
         if name not in runs:
             folder = tmp_path_factory.mktemp(name)
-            python(shrunk.write_recipe(name, folder, reasoner))
+            call("train", shrunk.write_recipe(name, folder, reasoner))
             runs[name] = folder / "run"
         return runs[name]
 
