@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -241,3 +242,11 @@ def test_recipes_are_listed_shown_compared_and_given_by_name(
         config.load("polaris")
     with pytest.raises(InputError, match="cannot read the recipe"):
         config.load("recipes/polaris")
+
+
+def test_a_reader_that_has_enough_is_no_traceback() -> None:
+    line = f"{sys.executable} -m jaxrl.cli recipes show justrl-deepseek-1.5b | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], env=tiny_run.environment(PYTHONUNBUFFERED="1"), capture_output=True, text=True
+    )
+    assert done.stderr == "" and done.stdout.strip() in ("0", "141"), done
