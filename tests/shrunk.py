@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from jaxrl import config
 from jaxrl.config import named
 from jaxrl.types import Prompt, Rollout
 
-SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", "\\boxed{", *string.printable]
+SPECIAL, WORDS = ["<pad>", "<eos>", "<user>", "<assistant>"], ["<think>", "</think>", "\\boxed{"]
+SYMBOLS = [*SPECIAL, *WORDS, *map(chr, range(128))]
 ID = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 RIGHT = {
     "0": 0.98,
@@ -34,15 +34,18 @@ MANY = 64  # of samples, for hundreds
 
 
 def make_tokenizer() -> Any:
-    """One token a character, and R1's template: it opens the thoughts."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """A byte a token, in Qwen2's form, which transformers takes every tokenizer of a Qwen2 for; R1's template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel(ID, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|</?think>|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    names = [chr(n) if 33 <= n < 127 else chr(256 + min(n, 33)) for n in range(128)]  # GPT-2's, of bytes
+    vocabulary = {name: number for number, name in enumerate([*SPECIAL, *WORDS, *names])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    fast.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
     fast.chat_template = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant><think>"
     return fast
 

@@ -79,11 +79,11 @@ def text(tokens: Any) -> str:
 
 
 def assert_starts_anew(steps: list[Seen], at: set[int]) -> None:
-    """The reference is the policy, exactly, in the first update of these steps, and in no other's."""
+    """The reference is the policy in the first update of these steps, but for float32's rounding, and in no other's."""
     for step, found in enumerate(steps):
         kl = [update["kl"] for update in found.updates]
-        assert (kl[0] == 0) == (step in at), (step, kl)
-        assert all(value > 0 for value in kl[1:]), (step, kl)
+        assert (kl[0] < 1e-12) == (step in at), (step, kl)
+        assert all(value > 1e-12 for value in kl[1:]), (step, kl)
 
 
 @pytest.mark.parametrize("name", shrunk.NAMES)
@@ -207,7 +207,9 @@ def test_polaris_copies_good_groups_and_leaves_out_what_is_solved(finished: Fini
         copies += 4 - len({id(group) for group in step.groups})
         for group in step.groups:  # a copy is marked against its own answer
             for r in group:
-                assert r.reward == (f"</think>\\boxed{{{r.prompt.answer}}}<eos>" in text(r.tokens))
+                _, closed, answer = text(r.tokens).partition("</think>")
+                box = answer.rpartition("\\boxed{")[2].partition("}")[0]
+                assert r.reward == bool(closed and box == r.prompt.answer)
     assert copies and sum(row["groups/sampled"] for row in rows) > 24
     shares = defaultdict[str, list[int]](lambda: [0, 0])
     history = [json.loads(line)["prompts"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
