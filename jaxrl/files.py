@@ -52,8 +52,12 @@ def _naming(path: Path, use: str) -> Iterator[None]:
         raise file_error(path, use, error.errno, error.strerror or str(error)) from None
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
     """Writes all of the text or none of it, whenever the process dies. Makes the folder if it is missing.
+
+    Args:
+      path: of the file.
+      text: whole, or parts of it, which are never in memory all at once.
 
     Raises:
       InputError, RunError: see `writing`.
@@ -61,7 +65,8 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         temporary.replace(path)
 
 

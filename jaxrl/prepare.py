@@ -320,18 +320,19 @@ def _known(
     devices, layout = programs.mesh.size, programs.layout
     placement = packing.lay_out(*lengths, devices, layout, sequences=programs.sequences)
     nothing = np.zeros(len(rollouts))
-    packed = packing.pack(rollouts, nothing, devices, layout, learning_rate=0.0, placement=placement)
-    batch = to_devices(packed, programs.mesh)
+    # neither this nor what comes back is kept on the host longer than it is read: each may take gigabytes
+    batch = to_devices(
+        packing.pack(rollouts, nothing, devices, layout, learning_rate=0.0, placement=placement),
+        programs.mesh,
+    )
 
     def tokens(streams: jax.Array) -> Tokens:
         return [np.asarray(x, np.float64) for x in packing.unfill(placement, processes.whole(streams))]
 
     own = likelihoods(programs, params, batch)
-    return Known(
-        tokens(own.logprobs),
-        None if own.entropies is None else tokens(own.entropies),
-        None if reference is None else tokens(reference(batch).logprobs),
-    )
+    old, entropies = tokens(own.logprobs), None if own.entropies is None else tokens(own.entropies)
+    del own
+    return Known(old, entropies, None if reference is None else tokens(reference(batch).logprobs))
 
 
 def _in_order(parts: Sequence[Known], order: Int[np.ndarray, " B"]) -> Known:

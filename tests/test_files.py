@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,24 @@ def test_an_input_on_a_failing_disk_is_not_called_bad() -> None:
     assert str(read_error("here", EOFError("too short"), "get it again")) == (
         "here: cannot be read (too short); get it again"
     )
+
+
+def test_parts_are_written_as_they_come_and_replace_the_file_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def parts(ends: bool) -> Iterator[str]:
+        yield "n\u00e9w\n"
+        assert path.read_text() == "old"
+        if not ends:
+            raise ZeroDivisionError
+        yield "line"
+
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(path, parts(ends=False))
+    assert path.read_text() == "old"
+    write_atomically(path, parts(ends=True))
+    assert path.read_text(encoding="utf-8") == "n\u00e9w\nline"
 
 
 def test_without_room_the_old_file_stays(tmp_path: Path) -> None:

@@ -90,14 +90,16 @@ def relative_advantages(
         if scale == "group":
             # what is equal spreads by a rounding; std 1 is verl's for a group of one
             values[own] /= (rewards[own].std(ddof=1) if np.ptp(rewards[own]) else 1) + epsilon
-    if costs is None:
-        parts, tokens = [values], np.repeat(values, lengths)
-    else:
+    parts = [values]
+    if costs is not None:
         parts = [value - np.cumsum(cost[::-1])[::-1] for value, cost in zip(values, costs, strict=True)]
-        tokens = np.concatenate(parts)
     if scale == "batch":
-        spread = tokens.std(ddof=ddof) + epsilon if np.ptp(tokens) else np.inf
-        parts = [(part - tokens.mean()) / spread for part in parts]
+        each = np.concatenate(parts)
+        # without costs a sequence's tokens are all alike, and counted, as there may be hundreds of millions
+        counts = lengths if costs is None else np.ones(len(each))
+        mean, tokens = np.average(each, weights=counts), counts.sum()
+        spread = np.sqrt(np.average((each - mean) ** 2, weights=counts) * tokens / (tokens - ddof)) + epsilon
+        parts = [(part - mean) / (spread if np.ptp(each) else np.inf) for part in parts]
     return parts[0] if costs is None else parts
 
 

@@ -42,8 +42,8 @@ def write_rollouts(directory: Path, step: int, groups: Groups, detokenize: Detok
     folder = directory / "rollouts"
     _add_to_vocabulary(folder / "vocabulary.json", groups, detokenize)
     rows = _rows_of(step, groups, detokenize)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(folder / f"step_{step:06d}.jsonl", text)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(folder / f"step_{step:06d}.jsonl", lines)
     for old in rollout_files(directory)[:-keep] if keep else []:
         with writing(old):
             old.unlink(missing_ok=True)
@@ -99,13 +99,16 @@ def _rows_of(step: int, groups: Groups, detokenize: Detokenize) -> Iterator[Roll
                 "version": r.version,
                 "logprob_mean": round(float(r.logprobs.mean()), DIGITS),
                 "token_ids": r.tokens.tolist(),
-                "logprobs": [round(float(x), DIGITS) for x in r.logprobs],
+                # as `round` gives them: 24 bits times 10^4 are exact in float64
+                "logprobs": np.round(r.logprobs.astype(np.float64), DIGITS).tolist(),
             }
 
 
 def _add_to_vocabulary(path: Path, groups: Groups, detokenize: Detokenize) -> None:
     known = read_vocabulary(path.parent.parent)
-    ids = np.unique(np.concatenate([r.tokens for group in groups for r in group] or [np.zeros(0, np.int32)]))
+    # a group at a time: all tokens of a step may take gigabytes
+    of_groups = [np.unique(np.concatenate([r.tokens for r in group])) for group in groups if group]
+    ids = np.unique(np.concatenate([np.zeros(0, np.int32), *of_groups]))
     new = {str(i): detokenize(ids[n : n + 1]) for n, i in enumerate(ids) if str(i) not in known}
     if new:
         write_atomically(path, json.dumps(known | new, ensure_ascii=False))

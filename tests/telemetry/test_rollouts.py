@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,45 @@ def test_the_vocabulary_has_every_token_of_every_file(tmp_path: Path) -> None:
     known = json.loads((tmp_path / "rollouts" / "vocabulary.json").read_text())
     assert known == {"3": "C", "4": "D", "5": "E"}
     assert asked.count([4]) == 1  # a token is decoded once a run
+
+
+def long_groups(prompts: int, samples: int, tokens: int) -> list[list[Rollout]]:
+    rng = np.random.default_rng(0)
+
+    def rollout(prompt: Prompt) -> Rollout:
+        ids = rng.integers(0, 50, tokens).astype(np.int32)
+        return Rollout(prompt, ids, -rng.exponential(0.5, tokens).astype(np.float32), "stop", 0, 1.0, 1.0)
+
+    asked = [Prompt(str(p), np.arange(3, dtype=np.int32), "42") for p in range(prompts)]
+    return [[rollout(prompt) for _ in range(samples)] for prompt in asked]
+
+
+def test_a_step_is_never_in_memory_as_text(tmp_path: Path) -> None:
+    """A step may have gigabytes of it."""
+    groups = long_groups(prompts=64, samples=4, tokens=1000)
+    tracemalloc.start()
+    try:
+        write_rollouts(tmp_path, 0, groups, lambda ids: " ".join(map(str, ids)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    (file,) = rollout_files(tmp_path)
+    of_group = file.stat().st_size / len(groups)
+    # the lists of one row take more than its text
+    assert peak < 8 * of_group
+
+
+def test_logprobs_are_rounded_as_python_rounds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ties = -rng.integers(0, 2**20, 4000) / 2.0 ** rng.integers(5, 20, 4000)
+    values = np.concatenate([-rng.exponential(0.5, 4000), ties, [0.0, -0.0, -1e-5, -9998.0, np.nan]])
+    values = values.astype(np.float32)
+    rollout = Rollout(
+        Prompt("a", np.zeros(1, np.int32), "1"), np.zeros(len(values), np.int32), values, "stop", 0
+    )
+    write_rollouts(tmp_path, 0, [[rollout]], str)
+    (file,) = rollout_files(tmp_path)
+    assert json.dumps([round(float(x), 4) for x in values]) in file.read_text()
 
 
 def test_old_rollouts_go(tmp_path: Path) -> None:
