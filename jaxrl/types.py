@@ -18,7 +18,8 @@ Verifier = Literal[
     "strict_boxed", "minerva", "equivalent", "corrected", "math_verify", "equivalent_or_math_verify"
 ]
 Thoughts = Literal["required", "closed", "optional"]
-Rules = Literal["released", "corrected", "math_verify"]  # by which the lenient graders compare two answers
+Rules = Literal["released", "corrected"]  # by which the lenient graders compare two answers
+Sandboxed = Literal[Rules, "math_verify"]  # what compares two answers in a child process
 Normalization = Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"]
 Order = Literal["shuffle", "copies", "replacement"]
 Engine = Literal["local", "vllm"]

@@ -78,7 +78,7 @@ def write_rows(folder: Path, section: config.Data) -> str:
     """Problems in the columns of a recipe, one of them without an answer if it skips those; the path of the data."""
     rows = []
     for digit in RIGHT:
-        for length in range(5, 20, 2):
+        for length in range(5, 20):
             solution = f"{digit}?</think>" + "so it goes on and on " * 2 + f"\\boxed{{{digit}}}"
             row = {section.problem_column: problem(digit, length), section.answer_column: digit}
             rows.append(row | {section.hint_column: solution} if section.hint_column else row)
@@ -119,7 +119,7 @@ def shrink(recipe: config.Recipe, folder: Path, base: Path) -> config.Recipe:
             case "data.max_prompt_tokens":
                 return 160
             case "optimizer.learning_rate":
-                return 3e-4
+                return 1e-4
             case "optimizer.warmup_steps":
                 return min(value, 2)
             case "optimizer.minibatch_prompts":
@@ -200,7 +200,7 @@ def train(recipe: str) -> None:
     pack, one_step = packing.pack, jaxrl.train.one_step
 
     def kept_pack(rollouts: Any, advantages: Any, *args: Any, **more: Any) -> Any:
-        if more["learning_rate"]:  # not one that only scores
+        if "weights" in more:  # not one that only scores
             calls.append({"rollouts": rollouts, "advantages": advantages} | more)
         return pack(rollouts, advantages, *args, **more)
 

@@ -207,9 +207,9 @@ def test_polaris_copies_good_groups_and_leaves_out_what_is_solved(finished: Fini
         copies += 4 - len({id(group) for group in step.groups})
         for group in step.groups:  # a copy is marked against its own answer
             for r in group:
-                _, closed, answer = text(r.tokens).partition("</think>")
-                box = answer.rpartition("\\boxed{")[2].partition("}")[0]
-                assert r.reward == bool(closed and box == r.prompt.answer)
+                _, *answer = text(r.tokens).split("</think>")
+                box = answer[0].rpartition("\\boxed{")[2].partition("}")[0] if answer else ""
+                assert r.reward == (box == r.prompt.answer)
     assert copies and sum(row["groups/sampled"] for row in rows) > 24
     shares = defaultdict[str, list[int]](lambda: [0, 0])
     history = [json.loads(line)["prompts"] for line in (folder / "prompts.jsonl").read_text().splitlines()]

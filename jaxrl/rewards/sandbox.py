@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxrl.errors import InputError, RunError
 from jaxrl.rewards.latex_equality import DEEPEST, LONGEST
-from jaxrl.types import Rules
+from jaxrl.types import Sandboxed
 
 if TYPE_CHECKING:
     from sympy import Expr
@@ -53,13 +53,13 @@ class RuleSet(NamedTuple):
     deepest: int = DEEPEST  # brackets
 
 
-RULES: dict[Rules, RuleSet] = {
+RULES: dict[Sandboxed, RuleSet] = {
     "released": RuleSet("jaxrl.rewards.latex_equality:same_value"),
     "corrected": RuleSet("jaxrl.rewards.corrected:same"),
     "math_verify": RuleSet("jaxrl.rewards.math_verify:same", longest=2 * LONGEST),  # of a response's end
 }
 
-_idle: defaultdict[Rules, list[Worker]] = defaultdict(list)
+_idle: defaultdict[Sandboxed, list[Worker]] = defaultdict(list)
 os.register_at_fork(after_in_child=_idle.clear)  # two processes must not share one worker's pipes
 _asked = threading.local()
 
@@ -68,7 +68,7 @@ class Lost(Exception):
     """A worker ended without an answer, or was ended by time."""
 
 
-def compare(rules: Rules, given: str, truth: str) -> bool | None:
+def compare(rules: Sandboxed, given: str, truth: str) -> bool | None:
     """Whether two answers are equal by a set of rules; None where that is too much work to decide.
 
     Threads may ask in parallel. `undecided` counts the latter.
@@ -91,7 +91,7 @@ def undecided() -> int:
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _decide(rules: Rules, given: str, truth: str) -> bool | None:
+def _decide(rules: Sandboxed, given: str, truth: str) -> bool | None:
     """Asks an idle worker, and where it comes to no answer, a new one with the whole budget.
 
     What a process has done before changes the count a little, so only a new one leaves a comparison undecided.
@@ -114,7 +114,7 @@ def _decide(rules: Rules, given: str, truth: str) -> bool | None:
     raise Lost
 
 
-def _idle_worker(rules: Rules) -> Worker | None:
+def _idle_worker(rules: Sandboxed) -> Worker | None:
     """A worker that lives and has nothing to do, if there is one."""
     with contextlib.suppress(IndexError):  # another thread may take the last one
         while True:
@@ -149,7 +149,7 @@ def _depth(text: str) -> int:
 class Worker:
     """A child process that compares answers by a set of rules, one at a time."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Sandboxed) -> None:
         """Starts it, and waits until it is ready.
 
         Raises:
