@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -68,6 +70,14 @@ SYSTEMS["brorl"] = SYSTEMS["brorl"]._replace(changes=SYSTEMS["prorl_v2_openrlhf"
 OF_CASE = {"brorl": "prorl_v2_openrlhf"}  # whose objective it has
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """Two dozen programs are not kept for the rest of the tests."""
+    yield
+    programs_of.cache_clear()
+    jax.clear_caches()
+
+
 def small(system: System, groups: int, samples: int) -> config.Recipe:
     """The recipe of the stage, all of whose sizes are the case's: its techniques are as they are."""
     stage = config.stages_of(config.load(named.find(system.recipe)))[system.stage]
@@ -98,7 +108,7 @@ def small(system: System, groups: int, samples: int) -> config.Recipe:
     return config.from_dict(values)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # of a system, for both sizes of a case
 def programs_of(name: str, groups: int, samples: int) -> tuple[config.Recipe, Programs]:
     recipe = small(SYSTEMS[name], groups, samples)
     vocabulary = MOST * LONGEST * CHOICES + MOST
@@ -202,8 +212,8 @@ def gradient(state: TrainState, recipe: config.Recipe, shape: tuple[int, ...]) -
     return found
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("case", cases("systems"))
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_technique_systems_from_their_recipes(name: str, case: JsonObject) -> None:
     of = OF_CASE.get(name, name)
     assert of in covered("systems", case["systems"])
