@@ -44,9 +44,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.stdout = _unfailing(sys.stdout)
         command.run(args, overrides)
         _leave_if_busy(argv, 0)
-    except (
-        BrokenPipeError
-    ):  # whoever read, such as head, has enough; nothing may be written at the exit either
+    except BrokenPipeError:
+        # whoever read, such as head, has enough; nothing may be written at the exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (InputError, RunError, OSError) as raised:

@@ -18,6 +18,7 @@ Verifier = Literal[
     "strict_boxed", "minerva", "equivalent", "corrected", "math_verify", "equivalent_or_math_verify"
 ]
 Thoughts = Literal["required", "closed", "optional"]
+ByThoughts = Literal["equivalent", "equivalent_or_math_verify"]  # verifiers that have such a rule
 Rules = Literal["released", "corrected"]  # by which the lenient graders compare two answers
 Sandboxed = Literal[Rules, "math_verify"]  # what compares two answers in a child process
 Normalization = Literal["token_mean", "sequence_mean", "sequence_sum", "dr_grpo"]

@@ -11,7 +11,6 @@ from collections.abc import Set
 from pathlib import Path
 
 from jaxrl import config
-from jaxrl.config import named
 
 TECHNIQUES = (
     "entropy control",
@@ -25,13 +24,8 @@ TECHNIQUES = (
     "stages",
 )
 E, H, P, R, L, T, O, D, S = TECHNIQUES  # noqa: E741
-CHANGING = (
-    "optimizer",
-    "loss",
-    "advantage",
-    "kl",
-    "entropy",
-)  # sections whose change in a stage is a tuned value
+# sections whose change in a stage is a tuned value, and keys
+TUNED = ("optimizer.", "loss.", "advantage.", "kl.", "entropy.", "rollout.prompts", "rollout.samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,39 +63,39 @@ SYSTEMS = {
     "JustRL, Nemotron": System("justrl-nemotron-1.5b", {E}, {15360: 16}, budget=1.1e8),
 }
 KEPT = 0.5  # of sampled groups under dynamic sampling with refill, as the paper assumes
-WHY = {
-    (
-        "DeepScaleR",
-        H,
-    ): "16 answers a problem instead of 8 from the second stage on: its scripts for 16k and 24k",
-    ("DeepScaleR", R): "each stage is a new program on a checkpoint, with a KL term against its own start",
-    (
-        "FastCuRL-V3",
-        E,
-    ): "an entropy bonus of 0.001 in stages 1 to 4, the default of its fork of verl, which only V3 sets to 0",
-    (
-        "FastCuRL-V3",
-        R,
-    ): "stages 1 to 4 are new programs on checkpoints, each with a KL term against its own start",
-    ("e3", R): "its second stage is a new program on a checkpoint, with a KL term against its own start",
-    ("e3", D): "neither its script nor its trainer has a filter of groups",
-    ("Polaris", H): "between its stages only temperature, length and data change",
-    ("Polaris", O): "not in its code; by its authors it was used for the 7B model alone",
-    (
-        "Archer-Math",
-        L,
-    ): "its script has the buffer for long answers off, and its paper has none; that of its successor "
-    "has one of 16 tokens",
-    ("QuestA", H): "20 times the learning rate, and advantages normalized over the batch",
-    ("QuestA", P): "the hint is in the prompt",
+WHY = {  # a cell is not as printed
+    "DeepScaleR": {
+        H: "16 answers a problem instead of 8 from the second stage on: its scripts for 16k and 24k",
+        R: "each stage is a new program on a checkpoint, with a KL term against its own start",
+    },
+    "FastCuRL-V3": {
+        E: "an entropy bonus of 0.001 in stages 1 to 4, the default of its fork of verl, which only V3 sets to 0",
+        R: "stages 1 to 4 are new programs on checkpoints, each with a KL term against its own start",
+    },
+    "e3": {
+        R: "its second stage is a new program on a checkpoint, with a KL term against its own start",
+        D: "neither its script nor its trainer has a filter of groups",
+    },
+    "Polaris": {
+        H: "between its stages only temperature, length and data change",
+        O: "not in its code; by its authors it was used for the 7B model alone",
+    },
+    "Archer-Math": {
+        L: "its script has the buffer for long answers off, and its paper has none; that of its successor has one of "
+        "16 tokens"
+    },
+    "QuestA": {
+        H: "20 times the learning rate, and advantages normalized over the batch",
+        P: "the hint is in the prompt",
+    },
 }
 
 
 def load(name: str) -> config.Recipe:
-    return config.load(named.find(SYSTEMS[name].recipe))
+    return config.load(SYSTEMS[name].recipe)
 
 
-@functools.lru_cache
+@functools.cache
 def techniques(name: str) -> frozenset[str]:
     """Techniques of a system by its recipe, those of the runs that it continues included."""
     before = SYSTEMS[name].before
@@ -114,15 +108,12 @@ def of_recipe(recipe: config.Recipe) -> frozenset[str]:
     parts = [stage.recipe for stage in stages]
     flat = [config.flat(part) for part in parts]
     changed = {key for key in flat[0] if any(one[key] != flat[0][key] for one in flat)}
-    tuned = {key for key in changed if key.startswith(CHANGING)} | changed & {
-        "rollout.prompts",
-        "rollout.samples",
-    }
+    tuned = any(key.startswith(TUNED) for key in changed)
     restarts = any("reference" in stage.restart and stage.recipe.kl.coefficient for stage in stages)
     lengths = any(r.length != config.Length() or r.reward.overlong_tokens for r in parts)
     has = {
         E: any(r.loss.clip_high > r.loss.clip_low or r.entropy.bonus or r.entropy.quantile for r in parts),
-        H: bool(tuned) or any(r.optimizer.learning_rate != 1e-6 for r in parts),
+        H: tuned or any(r.optimizer.learning_rate != 1e-6 for r in parts),
         P: any(not r.data.suffix or r.data.hint_share for r in parts),
         R: restarts or any(r.kl.coefficient and r.kl.reset_every for r in parts),
         L: "rollout.max_tokens" in changed or lengths,
@@ -145,24 +136,16 @@ class Budget:
 
 
 def budget(name: str) -> Budget:
-    system, stages = SYSTEMS[name], config.stages_of(load(name))
-    steps = [stage.until - stage.first for stage in stages]
-    answers = [
-        n
-        * s.recipe.rollout.prompts
-        * s.recipe.rollout.samples
-        / (KEPT if s.recipe.groups.filter == "refill" else 1)
-        for n, s in zip(steps, stages, strict=True)
-    ]
-    recipes = [stage.recipe for stage in stages]
-    formula = sum(n * system.context[r.rollout.max_tokens] for n, r in zip(answers, recipes, strict=True))
-    whole = sum(
-        n * (r.data.max_prompt_tokens + r.rollout.max_tokens) / 1024
-        for n, r in zip(answers, recipes, strict=True)
-    )
+    system = SYSTEMS[name]
     before = budget(system.before) if system.before else Budget(0, 0, 0.0, 0.0)
-    updates = sum(n * r.updates_per_step for n, r in zip(steps, recipes, strict=True))
-    return Budget(sum(steps), updates, formula + before.by_formula, whole + before.prompts_and_answers)
+    steps, updates, formula, whole = 0, 0, before.by_formula, before.prompts_and_answers
+    for stage in config.stages_of(load(name)):
+        r, own = stage.recipe, stage.until - stage.first
+        sampled = own / (KEPT if r.groups.filter == "refill" else 1)
+        steps, updates = steps + own, updates + own * r.updates_per_step
+        formula += sampled * r.rollout.prompts * r.rollout.samples * system.context[r.rollout.max_tokens]
+        whole += sampled * r.step_tokens / 1024
+    return Budget(steps, updates, formula, whole)
 
 
 def tables() -> dict[str, str]:
@@ -175,14 +158,12 @@ def _row(cells: list[str]) -> str:
 
 
 def _techniques() -> str:
-    lines = [_row(["", *TECHNIQUES]), "|---|" + ":-:|" * len(TECHNIQUES)]
-    odd = set(differing())
+    lines, odd = [_row(["", *TECHNIQUES]), "|---|" + ":-:|" * len(TECHNIQUES)], differing()
     for name, system in SYSTEMS.items():
-        cells = ["yes" if one in techniques(name) else "" for one in TECHNIQUES]
-        cells = [
-            f"**{cell or 'no'}**" if (name, one) in odd else cell
-            for one, cell in zip(TECHNIQUES, cells, strict=True)
-        ]
+        ours, cells = techniques(name), list[str]()
+        for one in TECHNIQUES:
+            word = "yes" if one in ours else ""
+            cells.append(f"**{word or 'no'}**" if (name, one) in odd else word)
         lines.append(_row([f"{name} `{system.recipe}`", *cells]))
     return "\n".join(lines)
 
@@ -201,7 +182,7 @@ def _differences() -> str:
     lines = ["| system | technique | printed | recipe | evidence |", "|---|---|---|---|---|"]
     for name, one in differing():
         words = ("yes", "no") if one in SYSTEMS[name].printed else ("no", "yes")
-        lines.append(_row([name, one, *words, WHY[name, one]]))
+        lines.append(_row([name, one, *words, WHY[name][one]]))
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ are for a process of their own, on one device.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,17 +16,16 @@ import numpy as np
 
 import tiny_run
 from jaxrl import config
-from jaxrl.config import named
 from jaxrl.types import Prompt, Rollout
+from recipes.systems import SYSTEMS
+from tiny import jsonl
 
+NAMES = [one.recipe for one in SYSTEMS.values() if not one.recipe.startswith("justrl")]
 SPECIAL, WORDS = ["<pad>", "<eos>", "<user>", "<assistant>"], ["<think>", "</think>", "\\boxed{"]
 SYMBOLS = [*SPECIAL, *WORDS, *map(chr, range(128))]
 ID = {symbol: number for number, symbol in enumerate(SYMBOLS)}
-RIGHT = {
-    "0": 0.98,
-    "1": 0.6,
-    "2": 0.3,
-}  # how often the base model answers right, by the digit that is asked for
+# how often the base model answers right, by the digit that is asked for
+RIGHT = {"0": 0.98, "1": 0.6, "2": 0.3}
 ENDS = 0.1  # of thoughts, at every token
 TOKENS, SAMPLES, MINIBATCH, STEPS = (24, 36, 48), (4, 8), 4, 3  # STEPS of a stage
 MANY = 64  # of samples, for hundreds
@@ -56,7 +54,7 @@ def problem(digit: str, length: int) -> str:
 
 def make_base(folder: str | Path) -> Path:
     """A model that thinks in dots, and then says the digit that it is asked for as often as RIGHT has it."""
-    tails = ["", *{config.load(named.find(name)).data.suffix for name in NAMES}]
+    tails = ["", *{config.load(name).data.suffix for name in NAMES}]
 
     def example(rng: np.random.Generator) -> Rollout:
         asked = str(rng.integers(3))
@@ -91,9 +89,7 @@ def write_rows(folder: Path, section: config.Data) -> str:
     parts = {"easy": rows[::2], "medium": rows[1::2]} if section.split else {"train": rows}
     (folder / "data").mkdir(exist_ok=True)
     for name, part in parts.items():
-        (folder / "data" / f"{name}-00000-of-00001.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in part)
-        )
+        jsonl(folder / "data" / f"{name}-00000-of-00001.jsonl", part)
     return str(folder / "data")
 
 
@@ -166,7 +162,7 @@ def shrink(recipe: config.Recipe, folder: Path, base: Path) -> config.Recipe:
 
 def write_recipe(name: str, folder: Path, base: Path) -> Path:
     path = folder / "recipe.toml"
-    path.write_text(config.to_toml(shrink(config.load(named.find(name)), folder, base)))
+    path.write_text(config.to_toml(shrink(config.load(name), folder, base)))
     return path
 
 
@@ -215,17 +211,3 @@ def train(recipe: str) -> None:
 
     packing.pack, jaxrl.train.one_step = kept_pack, kept_step
     main(["train", recipe])
-
-
-NAMES = (
-    "still-3-1.5b",
-    "deepscaler-1.5b",
-    "fastcurl-1.5b-v3",
-    "prorl-1.5b-v1",
-    "prorl-1.5b-v2",
-    "e3-1.7b",
-    "polaris-1.7b",
-    "archer-math-1.5b",
-    "questa-nemotron-1.5b",
-    "brorl-1.5b",
-)

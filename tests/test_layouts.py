@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrl import config, data
-from jaxrl.config import named
 from jaxrl.errors import InputError
 from jaxrl.types import JsonObject, Tokenizer
+from tiny import jsonl
 
 R1 = "<think>\nSix. No, seven.\n</think>\nFirst 3 + 4 is counted out: 4, 5, 6, 7. So it is $\\boxed{7}$."
 LONG = "Ann has apples. " * 20  # characters: more than the mean of DeepScaleR's problems
@@ -83,13 +83,13 @@ def write(folder: Path, files: dict[str, list[JsonObject]]) -> str:
         elif name.endswith(".json"):
             (folder / name).write_text(json.dumps(rows))
         else:
-            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            jsonl(folder / name, rows)
     return str(folder)
 
 
 def sections(name: str, path: str) -> list[config.Data]:
     """[data] of every stage of a recipe, of another path."""
-    stages = config.stages_of(config.load(named.find(name)))
+    stages = config.stages_of(config.load(name))
     return [dataclasses.replace(s.recipe.data, path=path, drop_solved=1.0) for s in stages]
 
 

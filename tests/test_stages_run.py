@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxrl import config, run
 from jaxrl.cli import main
 from jaxrl.errors import InputError
 from jaxrl.types import silent
+from tiny import lines
 
 ONE_UPDATE = {
     "optimizer.minibatch_prompts": 8,
@@ -32,10 +32,6 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "stage 'hot' begins: steps 4 to 6, with a restart of optimizer, reference" in said
     assert "step 9/9 [rest]" in said and "trained on 8 of" in said
     return folder / "run"
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def rollouts(whole: Path, step: int) -> list[dict[str, Any]]:

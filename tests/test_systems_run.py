@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from jaxrl import config, run
 from jaxrl.types import Rollout, silent
 from shrunk import STEPS, Seen, seen
 from staged import manifest
+from tiny import lines
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +143,7 @@ def test_fastcurl_takes_prompts_by_their_length(finished: Finished) -> None:
         last = step >= 12  # V3: neither a reference nor a bonus
         assert all((call["terms"].kl_weights is None) == last for call in found.packed)
         assert all((call["terms"].entropy_weights is None) == last for call in found.packed)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = lines(folder / "metrics.jsonl")
     assert all(bool(row.get("time/reference")) == (step < 12) for step, row in enumerate(rows))
     assert_starts_anew(steps[:12], at={0, 3, 6, 9})
 
@@ -193,8 +193,7 @@ def test_e3_has_an_order_of_its_own_in_every_stage(finished: Finished) -> None:
 
 
 def problems(folder: Path, split: str) -> list[dict[str, str]]:
-    lines = (folder.parent / "data" / f"{split}-00000-of-00001.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return lines(folder.parent / "data" / f"{split}-00000-of-00001.jsonl")
 
 
 def test_polaris_copies_good_groups_and_leaves_out_what_is_solved(finished: Finished) -> None:
@@ -212,7 +211,7 @@ def test_polaris_copies_good_groups_and_leaves_out_what_is_solved(finished: Fini
                 assert r.reward == (box == r.prompt.answer)
     assert copies
     shares = defaultdict[str, list[int]](lambda: [0, 0])
-    history = [json.loads(line)["prompts"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    history = [row["prompts"] for row in lines(folder / "prompts.jsonl")]
     for prompts in history[:STEPS]:
         for name, (good, count) in prompts.items():
             shares[name][0] += good

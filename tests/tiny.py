@@ -19,6 +19,11 @@ def jsonl(path: Path, rows: Sequence[object]) -> str:
     return str(path)
 
 
+def lines(path: Path) -> list[Any]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def tiny_tokenizer(path: Path, chat_template: str | None = TEMPLATE) -> Any:
     """Saves a Hugging Face tokenizer to the folder, and returns it.
 

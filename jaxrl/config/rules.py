@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import get_args
 
 from jaxrl.config.sections import COLDEST, Recipe
 from jaxrl.config.stages import changeable, stages_of
+from jaxrl.types import ByThoughts
 
 
 def impossible(recipe: Recipe) -> list[str]:
@@ -99,8 +101,8 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         "length.truncated_penalty",
     )
     yield (
-        r.reward.thoughts == "required" or "equivalent" in r.reward.verifier,
-        f'reward.thoughts = "{r.reward.thoughts}" is a rule of "equivalent" and "equivalent_or_math_verify", and '
+        r.reward.thoughts == "required" or r.reward.verifier in get_args(ByThoughts),
+        f'reward.thoughts = "{r.reward.thoughts}" is a rule of {" and ".join(get_args(ByThoughts))}, and '
         f'reward.verifier = "{r.reward.verifier}" reads the whole response; leave it out',
     )
     gated = bool(r.entropy.quantile)

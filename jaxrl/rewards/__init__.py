@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import get_args
 
 from jaxrl.rewards.corrected import corrected
 from jaxrl.rewards.deepscaler import equivalent
 from jaxrl.rewards.math_verify import equivalent_or_math_verify, math_verify
 from jaxrl.rewards.minerva import minerva
 from jaxrl.rewards.strict_boxed import strict_boxed
-from jaxrl.types import Thoughts, Verifier
+from jaxrl.types import ByThoughts, Thoughts, Verifier
 
 VERIFIERS: dict[Verifier, Callable[..., float]] = {
     "strict_boxed": strict_boxed,
@@ -32,7 +33,6 @@ VERIFIERS: dict[Verifier, Callable[..., float]] = {
     "math_verify": math_verify,
     "equivalent_or_math_verify": equivalent_or_math_verify,
 }
-READ_THOUGHTS: tuple[Verifier, ...] = ("equivalent", "equivalent_or_math_verify")  # by a rule of the recipe
 
 ANSWER = "<answer>"
 WINNING: dict[Verifier, str] = {
@@ -45,7 +45,6 @@ WINNING: dict[Verifier, str] = {
 }
 
 __all__ = [
-    "READ_THOUGHTS",
     "VERIFIERS",
     "WINNING",
     "can_win",
@@ -62,7 +61,7 @@ __all__ = [
 
 def verifier_of(name: Verifier, thoughts: Thoughts) -> Callable[[str, str], float]:
     """A verifier by its name, with the recipe's rule of thoughts where it has one."""
-    if name not in READ_THOUGHTS:
+    if name not in get_args(ByThoughts):
         return VERIFIERS[name]
     return functools.partial(VERIFIERS[name], thoughts=thoughts)
 

@@ -12,7 +12,8 @@ from jaxrl.rewards.deepscaler import after_thoughts, equivalent
 from jaxrl.rewards.latex_equality import last_box, reference
 from jaxrl.types import Thoughts
 
-TAIL = 2000  # characters of a response's end: where answers are; all of it is more than a worker may read
+# characters of a response's end: where answers are; all of it is more than a worker may read
+TAIL = sandbox.RULES["math_verify"].longest
 MOST_BOXES = 8  # in them; the library's expressions take quadratic time, which no budget of calls sees
 
 
@@ -42,7 +43,9 @@ def equivalent_or_math_verify(response: str, ground_truth: str, thoughts: Though
     answer = after_thoughts(response, thoughts)
     if answer is None:
         return -1.0
-    return max(equivalent(response, ground_truth, thoughts), math_verify(answer, ground_truth))
+    if equivalent(response, ground_truth, thoughts) > 0:
+        return 1.0
+    return math_verify(answer, ground_truth)
 
 
 def same(given: str, truth: str) -> bool:

@@ -20,7 +20,6 @@ import optax
 import pytest
 
 from jaxrl import config, prepare
-from jaxrl.config import named
 from jaxrl.grpo.packing import PackedBatch
 from jaxrl.grpo.update import Likelihoods, TrainState
 from jaxrl.marking import make_marker
@@ -30,7 +29,7 @@ from jaxrl.programs import Programs, build_programs
 from jaxrl.types import JsonObject, Prompt, Rollout
 from vectors import cases, covered, near
 
-WIDTH, CHOICES, LONGEST, MOST = 32, 4, 8, 6  # hidden units, logits, tokens and sequences of a case
+CHOICES, LONGEST, MOST = 4, 8, 6  # logits, tokens and sequences of a case
 
 
 class System(NamedTuple):
@@ -41,6 +40,15 @@ class System(NamedTuple):
     changes: dict[str, Any] = {}  # noqa: RUF012
 
 
+# ProRL v2's scripts of 2026: IcePop, another clip, and no reward for an answer that was cut off
+SCRIPTS_OF_2026 = {
+    "loss.clip_high": 0.27,
+    "length.truncated_factor": 0.0,
+    "length.cosine": 0.0,
+    "sampler.correction": "masked",
+    "sampler.correction_floor": 0.5,
+    "sampler.correction_cap": 5.0,
+}
 SYSTEMS = {
     "justrl": System("justrl-deepseek-1.5b"),
     "still3": System("still-3-1.5b"),
@@ -50,23 +58,11 @@ SYSTEMS = {
     "e3_stage1_assembled": System("e3-1.7b"),
     "e3_stage2_assembled": System("e3-1.7b", 1),
     "polaris": System("polaris-1.7b", 1),
-    # the scripts of 2026: IcePop, another clip, and no reward for an answer that was cut off
-    "prorl_v2_openrlhf": System(
-        "prorl-1.5b-v2",
-        changes={
-            "loss.clip_high": 0.27,
-            "length.truncated_factor": 0.0,
-            "length.cosine": 0.0,
-            "sampler.correction": "masked",
-            "sampler.correction_floor": 0.5,
-            "sampler.correction_cap": 5.0,
-        },
-    ),
-    "brorl": System("brorl-1.5b"),  # as prorl_v2_openrlhf, see below
+    "prorl_v2_openrlhf": System("prorl-1.5b-v2", changes=SCRIPTS_OF_2026),
+    "brorl": System("brorl-1.5b", changes=SCRIPTS_OF_2026),
     "archer": System("archer-math-1.5b"),
     "questa": System("questa-nemotron-1.5b", changes={"advantage.epsilon": 1e-5 / 5}),  # rewards times 5
 }
-SYSTEMS["brorl"] = SYSTEMS["brorl"]._replace(changes=SYSTEMS["prorl_v2_openrlhf"].changes)
 OF_CASE = {"brorl": "prorl_v2_openrlhf"}  # whose objective it has
 
 
@@ -80,7 +76,7 @@ def forgotten() -> Iterator[None]:
 
 def small(system: System, groups: int, samples: int) -> config.Recipe:
     """The recipe of the stage, all of whose sizes are the case's: its techniques are as they are."""
-    stage = config.stages_of(config.load(named.find(system.recipe)))[system.stage]
+    stage = config.stages_of(config.load(system.recipe))[system.stage]
     values = config.to_dict(stage.recipe)
     ours: dict[str, Any] = {
         "run.steps": 1,

@@ -248,10 +248,11 @@ def test_a_reference_that_states_something_pays_its_own_text(truth: str) -> None
 
 @pytest.mark.parametrize("name", list(VERIFIERS))
 def test_every_verifier_is_quick_on_every_constant(name: Verifier) -> None:
+    start = time.perf_counter()
     for _, answer in CONSTANTS:
-        start = time.perf_counter()
         assert VERIFIERS[name](winning(name, answer), "7.5") == -1.0, answer
-        assert time.perf_counter() - start < 10.0, answer
+    # the library parses every one, and some of them make a worker start anew
+    assert time.perf_counter() - start < (90.0 if name == "math_verify" else 30.0)
 
 
 @pytest.mark.golden
