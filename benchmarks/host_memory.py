@@ -43,7 +43,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "brorl-1.5b.toml"
 MODEL = next(iter(KNOWN.values()))
 MEAN, SPREAD, PROMPT = 4000, 0.8, 150  # tokens
 TRAINERS, HOSTS = 8, 4
-ANSWER = "a server's answer to one prompt"  # the only phase that does not grow with the prompts
+ANSWER = "512 answers of a server at once"  # the only phase that does not grow with the prompts
 GB = 1e9
 
 
