@@ -29,6 +29,7 @@ from jaxrl.models import decoder, hf
 from jaxrl.models.decoder import KEPT, Config, forward_flops, parameters
 from jaxrl.parallel.mesh import mesh_over
 from jaxrl.plugins import is_plugin
+from jaxrl.sampling.servers import SERVERS_MEMORY, TRAINERS_MEMORY
 from jaxrl.types import JsonObject, Remat
 
 Lengths = Int[np.ndarray, " N"]  # of responses or whole sequences, in tokens
@@ -48,6 +49,8 @@ _R1_DISTILL = Config("qwen2", 151_936, 1536, 28, 12, 2, 128, 8960, 1e4, 1e-6, Fa
 KNOWN = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _R1_DISTILL,
     "nvidia/OpenMath-Nemotron-1.5B": _R1_DISTILL,
+    "nvidia/Nemotron-Research-Reasoning-Qwen-1.5B": _R1_DISTILL,
+    "Qwen/Qwen3-1.7B": Config("qwen3", 151_936, 2048, 28, 16, 8, 128, 6144, 1e6, 1e-6, True, 40_960),
 }
 
 
@@ -70,6 +73,7 @@ class Workload:
     remat: Remat = "full"
     eager: bool = False
     tensor: int = 1  # devices that one sampler spans
+    room: float = MEMORY_SHARE  # of a device's memory that a sampler may use
 
     @property
     def sequences(self) -> int:
@@ -192,16 +196,18 @@ def decode_seconds(w: Workload, hardware: Hardware, lengths: Lengths) -> tuple[f
     have closed forms.
 
     Raises:
-      InputError: if the parameters leave no room for a sequence.
+      InputError: if the parameters leave no room for the longest sequence.
     """
     dense, _ = forward_flops(w.model)  # also the bytes that are read: 2 FLOPs and 2 bytes a parameter
     bandwidth, flops = w.tensor * BANDWIDTH * hardware.bandwidth, w.tensor * PRODUCTS * hardware.flops
-    room = MEMORY_SHARE * hardware.memory * w.tensor - 2 * parameters(w.model)
+    room = w.room * hardware.memory * w.tensor - 2 * parameters(w.model)
     slots = int(room / (cache_bytes(w.model) * (w.prompt_tokens + w.response_tokens)))
-    if slots < 1:
+    longest = cache_bytes(w.model) * (w.prompt_tokens + w.cap)
+    if room < longest:  # vLLM would not start
         raise InputError(
-            f"{w.tensor} device(s) of {hardware.memory / 1e9:.0f} GB cannot sample: the parameters take "
-            f"{2 * parameters(w.model) / 1e9:.0f} GB and leave no room for a sequence; raise --tensor"
+            f"{w.tensor} device(s) with {w.room * hardware.memory / 1e9:.0f} GB for a sampler cannot sample: the "
+            f"parameters take {2 * parameters(w.model) / 1e9:.0f} GB and leave no room for a sequence of "
+            f"{w.cap} tokens, {longest / 1e9:.1f} GB; raise --tensor"
         )
     overhead = EAGER_OVERHEAD if w.eager else STEP_OVERHEAD
     waiting = list(np.random.default_rng(0).permutation(lengths))
@@ -262,7 +268,7 @@ def predict(w: Workload, hardware: Hardware, trainers: int, samplers: int, coloc
 
 
 def best_split(
-    w: Workload, hardware: Hardware, devices: int, fits: Callable[[int], bool] = lambda trainers: True
+    w: Workload, hardware: Hardware, devices: int, fits: Callable[[int], Remat | None] | None = None
 ) -> Step:
     """The fastest division of devices into trainers and samplers that are one step ahead.
 
@@ -270,19 +276,21 @@ def best_split(
       w: the step.
       hardware: of all devices.
       devices: trainers and samplers.
-      fits: returns whether that number of trainers has the memory.
+      fits: returns the recomputation with which that number of trainers has the memory, if it has; by default `w`'s.
 
     Raises:
       InputError: if there is none.
     """
-    possible = [t for t in range(1, devices) if (devices - t) % w.tensor == 0 and fits(t)]
+    able = {t: fits(t) if fits else w.remat for t in range(1, devices) if (devices - t) % w.tensor == 0}
+    possible = {t: dataclasses.replace(w, remat=remat) for t, remat in able.items() if remat}
     if not possible:
         raise InputError(f"no split of {devices} devices into trainers and samplers will do; take more")
-    return min((predict(w, hardware, t, devices - t) for t in possible), key=lambda step: step.total)
+    steps = (predict(own, hardware, t, devices - t) for t, own in possible.items())
+    return min(steps, key=lambda step: step.total)
 
 
 def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str, float]:
-    """Bytes on each trainer by arithmetic: the float32 state, and the arrays of one update at its fullest moment."""
+    """Bytes on each trainer by arithmetic: state, mini-batches of a step, an update at its fullest moment."""
     size, shards = parameters(c), trainers // recipe.mesh.data
     stream, chunk = recipe.packing.stream_tokens, recipe.packing.logprob_chunk
     compute = jax.numpy.dtype(recipe.model.dtype).itemsize
@@ -305,19 +313,42 @@ def estimated_bytes(recipe: config.Recipe, c: Config, trainers: int) -> dict[str
     return {
         "parameters": 4 * size / shards,
         "optimizer": 8 * size / shards,
+        "batch": recipe.minibatches * _batch_bytes(recipe, c, trainers),
         **({"reference": compute * size / shards} if recipe.kl.coefficient else {}),
         "activations": stream * c.layers * kept_bytes(c, cast(Remat, recipe.model.remat), compute),
         "temporaries": held + max(layer, logits),
     }
 
 
-def with_remat(recipe: config.Recipe, c: Config, trainers: int, hardware: Hardware) -> config.Recipe:
-    """The recipe with the least recomputation that fits by arithmetic, where its `model.remat` is "auto"."""
+def _batch_bytes(recipe: config.Recipe, c: Config, trainers: int) -> float:
+    """Bytes on each trainer of a mini-batch, which has room for the longest sequences."""
+    # heavy
+    from jaxrl.grpo.packing import most_streams
+    from jaxrl.programs import layout_of, terms_of
+
+    layout, streams = layout_of(recipe, c), 6 + len(terms_of(recipe))  # of a number a token
+    stream = layout.streams[-1]
+    rows = most_streams(recipe.optimizer.minibatch_prompts * recipe.rollout.samples, trainers, stream, layout)
+    return 4 * rows * (streams * stream + 2 * layout.segments)
+
+
+def with_remat(
+    recipe: config.Recipe, c: Config, trainers: int, hardware: Hardware, share: float = MEMORY_SHARE
+) -> config.Recipe:
+    """The recipe with the least recomputation that fits by arithmetic, where its `model.remat` is "auto".
+
+    Args:
+      recipe: the run's.
+      c: the model.
+      trainers: devices that train.
+      hardware: each of them.
+      share: of its memory that a trainer may use.
+    """
     if recipe.model.remat != "auto":
         return recipe
     for remat in reversed(KEPT):
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, remat=remat))
-        if sum(estimated_bytes(recipe, c, trainers).values()) <= MEMORY_SHARE * hardware.memory:
+        if sum(estimated_bytes(recipe, c, trainers).values()) <= share * hardware.memory:
             break
     return recipe
 
@@ -376,7 +407,9 @@ def compiled_bytes(recipe: config.Recipe, c: Config, trainers: int, hardware: st
     if recipe.kl.coefficient:
         held["reference"] = as_reference(state.params, recipe.model.dtype)
         scoring += round(_shard_bytes(state.params))  # the reference as the program takes it
-    return {name: _shard_bytes(tree) for name, tree in held.items()} | {
+    sizes = {name: _shard_bytes(tree) for name, tree in held.items()}
+    sizes["batch"] *= recipe.minibatches  # those of a step are all there before the first update
+    return sizes | {
         "activations": activations,
         "temporaries": training - activations,
         "temporaries of scoring": scoring,
@@ -488,29 +521,39 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
       InputError: for options that are out of range or exclude each other, or a recipe that these devices cannot run.
     """
     _require_possible(a)
-    if a.kept < 1 and recipe.groups.filter != "refill":
+    if a.kept < 1 and recipe.groups.filter not in ("refill", "drop"):
         raise InputError(
-            f'--kept = {a.kept:g} is for groups.filter = "refill", and the recipe has another; leave it out'
+            f'--kept = {a.kept:g} is for groups.filter = "refill" and "drop", and the recipe has another; leave it out'
         )
     c, hardware, data = model_config(recipe.model.path), HARDWARE[a.hardware], recipe.mesh.data
     decoder.require_positions(c, recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
     count = a.trainers or a.devices or (recipe.mesh.fsdp or NODE) * data
     if count % data:
         raise InputError(f"{count} devices cannot be divided by mesh.data = {data}; change one of them")
-    w = _workload(with_remat(recipe, c, count, hardware), c, a)
+    in_turn = not a.samplers  # trainer and sampler share each device, as `sampling.servers` divides it
+    share = TRAINERS_MEMORY if in_turn else MEMORY_SHARE
+    w = _workload(with_remat(recipe, c, count, hardware, share), c, a)
 
-    def fits(trainers: int) -> bool:
+    def fits(trainers: int) -> Remat | None:
         if trainers % data or c.width % (trainers // data):  # uneven shards are no shards
-            return False
+            return None
         of_some = with_remat(recipe, c, trainers, hardware)
-        return sum(estimated_bytes(of_some, c, trainers).values()) <= MEMORY_SHARE * hardware.memory
+        able = sum(estimated_bytes(of_some, c, trainers).values()) <= MEMORY_SHARE * hardware.memory
+        return cast(Remat, of_some.model.remat) if able else None
 
-    steps = [predict(w, hardware, count, a.samplers or count, colocated=not a.samplers)]
+    own = dataclasses.replace(w, room=SERVERS_MEMORY if in_turn else MEMORY_SHARE)
+    steps = [predict(own, hardware, count, a.samplers or count, colocated=in_turn)]
     if a.devices > 1:
         steps.append(best_split(w, hardware, count, fits))
     steps.sort(key=lambda step: step.total)
     trainers, lengths = steps[0].trainers, response_lengths(w)
-    recipe = with_remat(recipe, c, trainers, hardware)
+    share = TRAINERS_MEMORY if steps[0].colocated else MEMORY_SHARE
+    recipe = with_remat(recipe, c, trainers, hardware, share)
+    held = (
+        compiled_bytes(recipe, c, trainers, a.hardware) if a.compile else estimated_bytes(recipe, c, trainers)
+    )
+    if steps[0].colocated:
+        held["sampler"] = SERVERS_MEMORY * hardware.memory
     forward = sequence_flops(c, lengths + w.prompt_tokens)
     return {
         "stage": "whole run",
@@ -522,9 +565,7 @@ def plan(recipe: config.Recipe, a: Assumptions) -> Plan:
         "capped_fraction": float((lengths >= w.cap).mean()),
         "steps": [dataclasses.asdict(step) | {"total": step.total} for step in steps],
         "flops": {"old log-probs": w.logprob_passes * forward, "update": 3 * w.epochs * w.trained * forward},
-        "bytes": compiled_bytes(recipe, c, trainers, a.hardware)
-        if a.compile
-        else estimated_bytes(recipe, c, trainers),
+        "bytes": held,
         "compiler": compiler(a.hardware) if a.compile else "none",
     }
 
@@ -563,6 +604,7 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
     trained = 1 - a.zero_advantage if by_group and not terms and loss.skip_zero_advantage else 1.0
     skipped = 1 / recipe.minibatches if loss.skip_first_old_logprobs and recipe.optimizer.epochs == 1 else 0
     passes = 1.0 if recipe.looks else (1 - skipped) * trained
+    dropped = a.kept if recipe.groups.filter == "drop" else 1.0
     return Workload(
         model=c,
         prompts=recipe.rollout.prompts,
@@ -574,8 +616,8 @@ def _workload(recipe: config.Recipe, c: Config, a: Assumptions) -> Workload:
         updates=recipe.updates_per_step,
         epochs=recipe.optimizer.epochs,
         kept=a.kept if recipe.groups.filter == "refill" else 1.0,
-        logprob_passes=passes + bool(recipe.kl.coefficient),
-        trained=trained,
+        logprob_passes=dropped * (passes + bool(recipe.kl.coefficient)),
+        trained=dropped * trained,
         remat=cast(Remat, recipe.model.remat),  # by `with_remat`
         eager=a.eager,
         tensor=a.tensor,

@@ -156,7 +156,8 @@ def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh, say
     """Builds the programs of a recipe; they are compiled when they first run, or see `Programs.compile_ahead`.
 
     Where `model.remat` is "auto", `update` is compiled for the longest streams, with less and less kept for the
-    backward pass, until its bytes fit into SHARE of what JAX may use of a device, or of a CPU device's part of memory.
+    backward pass, until its bytes fit into SHARE of what JAX may use of a device, or of a CPU device's part of memory,
+    beside the step's other mini-batches and a reference.
 
     Args:
       recipe: what to compute.
@@ -177,19 +178,24 @@ def build_programs(recipe: config.Recipe, model: decoder.Config, mesh: Mesh, say
         if not choices:
             say(f"model.remat: {remat}, which takes the least memory")
             return programs
-        needed = _bytes_of_update(programs)
+        needed = _bytes_of_update(programs, recipe.minibatches)
         if not processes.any_of(needed > room):
             say(f"model.remat: {remat}, with which an update takes {needed / 1e9:.1f} of {room / 1e9:.1f} GB")
             return programs
 
 
-def _bytes_of_update(programs: Programs) -> float:
-    """Bytes of `update` for the longest streams, whose executable it keeps; infinite where the compiler refuses."""
+def _bytes_of_update(programs: Programs, minibatches: int) -> float:
+    """Bytes of `update` for the longest streams, whose executable it keeps; infinite where the compiler refuses.
+
+    All mini-batches of a step are on the devices before the first update.
+    """
     batch = programs.abstract_batch(programs.layout.streams[-1])
+    of_one = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(batch))
+    others = (minibatches - 1) * of_one / programs.mesh.size
     jobs = programs.update.expect(programs.abstract_state(), batch)
     background.start(jobs, threads=1)
     try:
-        return peak_bytes(jobs[0][0].result())
+        return peak_bytes(jobs[0][0].result()) + others
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -36,8 +36,11 @@ from jaxrl.plan import (
     show,
     with_remat,
 )
+from jaxrl.programs import layout_of
+from jaxrl.sampling.servers import SERVERS_MEMORY, TRAINERS_MEMORY
 from jaxrl.types import JsonObject, Remat
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 R1_DISTILL = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"]
 LLAMA_8B = decoder.Config("llama", 128_256, 4096, 32, 32, 8, 128, 14_336, 5e5, 1e-5, False, 131_072)
 QWEN3_32B = decoder.Config("qwen3", 151_936, 5120, 64, 64, 8, 128, 25_600, 1e6, 1e-6, False, 40_960)
@@ -148,6 +151,7 @@ def test_flops_of_a_token_of_r1_distill(length: int, gigaflops: float) -> None:
 def test_parameters_are_the_published_counts() -> None:
     assert parameters(R1_DISTILL) == 1_777_088_000
     assert parameters(LLAMA_8B) == 8_030_261_248
+    assert parameters(KNOWN["Qwen/Qwen3-1.7B"]) == 1_720_574_976
 
 
 def test_decoding_equal_responses_at_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +202,16 @@ def test_the_split_is_the_fastest(devices: int, least: int) -> None:
     def seconds(trainers: int) -> float:
         return predict(JUSTRL, HARDWARE["A100"], trainers, devices - trainers).total
 
-    found = best_split(JUSTRL, HARDWARE["A100"], devices, fits=lambda trainers: trainers >= least)
+    found = best_split(
+        JUSTRL, HARDWARE["A100"], devices, fits=lambda trainers: "full" if trainers >= least else None
+    )
     assert (found.trainers, found.samplers) == (found.trainers, devices - found.trainers)
     assert found.total == min(seconds(t) for t in range(least, devices))
 
 
 def test_a_split_has_to_have_the_memory() -> None:
     with pytest.raises(InputError, match="no split of 8 devices"):
-        best_split(JUSTRL, HARDWARE["A100"], 8, fits=lambda _: False)
+        best_split(JUSTRL, HARDWARE["A100"], 8, fits=lambda _: None)
 
 
 SMALL = decoder.Config("qwen2", 512, 64, 3, 4, 2, 16, 96, 1e4, 1e-6, False, 512)
@@ -254,6 +260,57 @@ def test_compiled_bytes_are_those_of_arithmetic(gather: str) -> None:
     # the arithmetic is that of a GPU's buffers, which are fewer
     assert estimated["temporaries"] < held["temporaries"] < 1.5 * estimated["temporaries"]
     assert held["temporaries of scoring"] < held["temporaries"]
+
+
+@pytest.mark.parametrize("terms", [{}, {"entropy": {"bonus": 0.1}}])
+def test_all_mini_batches_of_a_step_are_counted(terms: dict[str, dict[str, object]]) -> None:
+    """They are placed before the first update; with 512 answers a prompt that is gigabytes."""
+    recipe = small_recipe(**terms)
+    held, estimated = compiled_bytes(recipe, SMALL, 4, "v5p"), estimated_bytes(recipe, SMALL, 4)
+    assert estimated["batch"] == pytest.approx(held["batch"], rel=0.01)
+    layout = layout_of(recipe, SMALL)
+    rows = (
+        16 // 4 // (256 // layout.buckets[-1])
+    )  # of each device, where all sequences are as long as they may be
+    assert recipe.minibatches == 2
+    assert held["batch"] == pytest.approx(2 * 4 * rows * 256 * (6 + len(terms)), rel=0.3)
+
+
+def test_devices_in_turn_are_shared_as_a_run_shares_them() -> None:
+    """What a trainer keeps fits beside a server, whose cache is smaller than that of one which has its device alone."""
+    recipe = config.load(str(RECIPES / "justrl-deepseek-1.5b.toml"), [])
+    in_turn, alone = (
+        plan(recipe, Assumptions(compile=False, trainers=8, samplers=samplers)) for samplers in (0, 8)
+    )
+    memory = HARDWARE["H100"].memory
+    assert in_turn["bytes"].pop("sampler") == SERVERS_MEMORY * memory and "sampler" not in alone["bytes"]
+    assert sum(in_turn["bytes"].values()) <= TRAINERS_MEMORY * memory < sum(alone["bytes"].values())
+    assert in_turn["steps"][0]["decode"] > alone["steps"][0]["decode"]
+
+
+def test_a_sampler_needs_room_for_the_longest_sequence() -> None:
+    """vLLM does not start where its cache cannot hold one."""
+    short = dataclasses.replace(JUSTRL, response_tokens=500)
+    size = 2 * parameters(R1_DISTILL) + 15_510 * 28_672
+    for spare, enough in ((1e6, True), (-1e6, False)):
+        hardware = dataclasses.replace(HARDWARE["H100"], memory=(size + spare) / 0.85)
+        if enough:
+            predict(short, hardware, 8, 8)
+        else:
+            with pytest.raises(InputError, match="no room for a sequence of 15360 tokens"):
+                predict(short, hardware, 8, 8)
+
+
+def test_a_split_recomputes_what_its_own_trainers_have_no_memory_for() -> None:
+    def remat(trainers: int) -> Remat | None:
+        return {1: None, 2: "full"}.get(trainers, "products")
+
+    found = best_split(JUSTRL, HARDWARE["A100"], 4, remat)
+    totals = [
+        predict(dataclasses.replace(JUSTRL, remat=kept), HARDWARE["A100"], t, 4 - t).total
+        for t, kept in ((2, "full"), (3, "products"))
+    ]
+    assert found.trainers in (2, 3) and found.total == min(totals)
 
 
 def test_state_is_divided_among_fsdp_and_copied_over_data() -> None:
@@ -360,11 +417,14 @@ def test_the_real_recipe_compiles_for_its_real_mesh() -> None:
         (["--kl.coefficient", "0.001", "--kl.place", "reward"], 1, 2),
         (["--sampler.correction", "masked"], 0.6, 1),
         (["--optimizer.epochs", "2"], 0.6, 0.6),
+        (["--groups.filter", "drop"], 0.5 * 0.6, 0.5 * 0.75 * 0.6),
+        (["--groups.filter", "refill"], 0.6, 0.75 * 0.6),
     ],
 )
 def test_a_workload_has_the_sequences_and_passes_of_its_techniques(
     changes: list[str], trained: float, passes: float
 ) -> None:
     recipe = config.load(Path(__file__).parents[1] / "recipes" / "justrl-deepseek-1.5b.toml", changes)
-    found = _workload(recipe, next(iter(KNOWN.values())), Assumptions(zero_advantage=0.4))
+    found = _workload(recipe, next(iter(KNOWN.values())), Assumptions(zero_advantage=0.4, kept=0.5))
+    assert found.kept == (0.5 if recipe.groups.filter == "refill" else 1)
     assert (found.trained, found.logprob_passes) == (pytest.approx(trained), pytest.approx(passes))

@@ -184,8 +184,11 @@ def test_logprobs_is_needed_where_the_recipe_can_call_it(changes: dict, needed: 
 
 
 def test_auto_recomputes_the_least_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the compiler's count; the executable that was counted is the one that runs."""
-    recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, remat="auto"))
+    """By the compiler's count, with all mini-batches; the executable that was counted is the one that runs."""
+    values = config.to_dict(RECIPE)
+    values["model"]["remat"] = "auto"
+    values["rollout"]["prompts"] = 3 * values["optimizer"]["minibatch_prompts"]
+    recipe = config.from_dict(values)
 
     def built(room: float) -> tuple[Programs, str]:
         said: list[str] = []
@@ -194,8 +197,10 @@ def test_auto_recomputes_the_least_that_fits(monkeypatch: pytest.MonkeyPatch) ->
 
     programs, chosen = built(1e12)
     assert chosen == "products,"
-    longest = programs.abstract_batch(programs.layout.streams[-1]).tokens.shape
-    needed = peak_bytes(programs.update.executables[longest].result())
+    batch = programs.abstract_batch(programs.layout.streams[-1])
+    needed = peak_bytes(programs.update.executables[batch.tokens.shape].result())
+    of_one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // 2  # devices
+    needed += 2 * of_one  # those of the other mini-batches
     assert built(needed)[1] == "products,"
     assert built(needed - 1)[1] != "products,"
     least, chosen = built(1)

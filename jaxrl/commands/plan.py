@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--spread", type=float, default=0.8, help="deviation over mean of lengths (default: 0.8)")
     zero = "share of rollouts left out of training (default: 0)"
     add("--zero-advantage", type=float, default=0.0, help=zero)
-    add("--kept", type=float, default=1.0, help="share of groups in the band, of refill (default: 1)")
+    add(
+        "--kept", type=float, default=1.0, help="share of groups in the band, of refill and drop (default: 1)"
+    )
     add("--tensor", type=int, default=1, help="devices that one sampler spans (default: 1)")
     add("--eager", action="store_true", help="the sampler runs without CUDA graphs")
     add("--no-compile", dest="compile", action="store_false", help="estimate the memory, in a second")

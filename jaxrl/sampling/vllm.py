@@ -2,7 +2,8 @@
 
 Token ids go out; token ids, their log-probabilities and the version of the model weights come back. Every server has
 the same weights: `publish` makes each load them while its requests are paused. A prompt's samples are one request, so
-its prompt is prefilled once. Requests go to the server with the fewest under way, and to another one where it fails.
+its prompt is prefilled once; or a few requests where one's answer would be too large to hold. Requests go to the server
+with the fewest under way, and to another one where it fails.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from jaxrl.types import JsonObject, OnGroup, OnRollout, OnUpdate, Prompt, Rollou
 PAUSE: dict[OnUpdate, str] = {"keep": "keep", "drain": "wait"}  # vLLM's names for them
 RAW = f"gives log-probs from before sampling; start it with --logprobs-mode {PROCESSED}"
 ANYTHING = Needs()
+AT_ONCE = 1 << 19  # tokens that the samples of a request may have; each is up to 150 bytes of its answer
 JUST_BACK = 5.0  # seconds for which a server that was found well is not asked again
 
 T = TypeVar("T")
@@ -243,7 +245,7 @@ class VLLMSampler:
     async def _ask(
         self, url: str, prompt: Prompt, samples: int, params: SamplingParams, seed: tuple[int, ...]
     ) -> list[Rollout]:
-        """All samples of one prompt.
+        """All samples of one prompt; sample g has the same noise in whichever request it is.
 
         Raises:
           InputError: if the server is not what it has to be.
@@ -257,15 +259,33 @@ class VLLMSampler:
         if oldest is None:
             raise ServerError("it does not have the current weights")
         different = samples if params.temperature else 1
+        size, number = max(1, AT_ONCE // params.max_tokens), request_seed(seed)
+        requests = [
+            asyncio.ensure_future(
+                self._ask_some(url, prompt, min(size, different - first), params, number + first, oldest)
+            )
+            for first in range(0, different, size)
+        ]
+        try:
+            rollouts = [rollout for some in await asyncio.gather(*requests) for rollout in some]
+        finally:
+            for request in requests:  # one has failed, or none is left
+                request.cancel()
+        return rollouts if params.temperature else rollouts * samples
+
+    async def _ask_some(
+        self, url: str, prompt: Prompt, samples: int, params: SamplingParams, seed: int, oldest: int
+    ) -> list[Rollout]:
+        """Samples of one prompt, the first of which has the noise of `seed`; see `_ask`."""
         sampling = {
-            "n": different,
+            "n": samples,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,
             "max_tokens": params.max_tokens,
             "stop_token_ids": list(params.stop_ids),
             "ignore_eos": True,
-            "seed": request_seed(seed),
+            "seed": seed,
             "logprobs": 0,
             "detokenize": False,
         }
@@ -278,7 +298,7 @@ class VLLMSampler:
         try:
             answer = await self._client.post(url, "/inference/v1/generate", body, limit)
             known = self._names_since(oldest)
-            rollouts = read_answer(answer, prompt, different, params, self._needs.vocab_size, known, url)
+            return read_answer(answer, prompt, samples, params, self._needs.vocab_size, known, url)
         except (Refused, BadAnswer, InputError):
             found = await self._weights_of(url)
             if is_foreign(found):
@@ -287,7 +307,6 @@ class VLLMSampler:
                 self._current[url] = None
                 raise ServerError(f"it was started anew: it has weights {shown(found)}") from None
             raise
-        return rollouts if params.temperature else rollouts * samples
 
     def _names_since(self, oldest: int) -> dict[str, int]:
         """The versions that a server may have, by name."""

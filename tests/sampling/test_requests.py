@@ -12,8 +12,8 @@ import pytest
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
-from jaxrl.sampling.vllm import VLLMSampler
-from jaxrl.types import Prompt, Rollout, SamplingParams, silent
+from jaxrl.sampling.vllm import VLLMSampler, request_seed
+from jaxrl.types import JsonObject, Prompt, Rollout, SamplingParams, silent
 from json_server import serving
 from vllm_stand_in import Nothing, Server
 
@@ -70,6 +70,34 @@ def test_prompts_that_are_asked_for_on_the_way_are_sampled_too(server: Server, s
     assert [[rollout.prompt.id for rollout in group] for group in groups] == [["0"], ["1"], ["2"], []]
     assert told == {0: ["0"], 1: ["1"], 2: ["2"], 3: []}
     assert sorted(server.asked) == [0, 1, 2, 3] and "3" in sampler.dropped
+
+
+def test_no_request_has_more_samples_than_its_answer_can_hold(
+    server: Server, sampler: VLLMSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sample g has the seed of its prompt plus g, as vLLM numbers those of one request; what fails comes again."""
+    monkeypatch.setattr("jaxrl.sampling.vllm.AT_ONCE", 3 * SAMPLING.max_tokens)
+    asked, failed = list[tuple[int, int]](), list[int]()
+
+    def answer(body: JsonObject, whole: JsonObject) -> JsonObject | tuple[int, JsonObject]:
+        sampling = body["sampling_params"]
+        if sampling["n"] == 2 and not failed:
+            failed.append(1)
+            return 503, {}
+        asked.append((sampling["seed"], sampling["n"]))
+        for choice in whole["choices"]:
+            choice["token_ids"] = [2 + sampling["seed"] % 97 + choice["index"], 1]
+            choice["logprobs"]["content"] = [{"logprob": -0.25}] * 2
+            choice["weight_versions"][0]["end"] = 2
+            choice["finish_reason"] = "stop"
+        return whole
+
+    server.answer = answer
+    (group,) = sampler.generate(PROMPTS[1:2], 8, SAMPLING, (1,))
+    seed = request_seed((1, 0))
+    assert failed and set(asked) == {(seed, 3), (seed + 3, 3), (seed + 6, 2)}
+    parts = [(seed + first, g) for first, n in ((0, 3), (3, 3), (6, 2)) for g in range(n)]
+    assert [int(r.tokens[0]) for r in group] == [2 + first % 97 + g for first, g in parts]
 
 
 @pytest.mark.parametrize("error", [InputError, RunError, KeyError, KeyboardInterrupt])
