@@ -131,6 +131,19 @@ def whole_run(name: str, recipe: Recipe, devices: int) -> JsonObject:
     return totals
 
 
+def table(rows: list[JsonObject]) -> str:
+    """The table of docs/planning.md, from the rows of the results."""
+    heads = "| recipe | tokens at most | 8 H100 in turn: GPU hours, GB | one step ahead | 32 in turn | one step ahead |"
+    lines = [heads, "|---|---|---|---|---|---|"]
+    for small, large in zip(rows[::2], rows[1::2], strict=True):
+        cells = [small["recipe"], f"{small['tokens'] / 1e9:.0f} billion"]
+        for row, how in ((row, how) for row in (small, large) for how in ("in turn", "ahead")):
+            most = max(stage[how]["peak_gigabytes"] for stage in row["stages"])
+            cells.append(f"{row[how]['device_hours']:,.0f}, {most:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _row(made: Plan) -> JsonObject:
     step = made["steps"][0]
     return {

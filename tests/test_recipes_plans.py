@@ -28,6 +28,11 @@ def test_all_published_runs_are_planned() -> None:
     ]
 
 
+def test_the_page_has_their_table() -> None:
+    page = (plans.FOLDER.parent / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert plans.table(ROWS) in page
+
+
 def test_the_arithmetic_is_that_of_the_gpu_compiler() -> None:
     compiled = [row["compiled"] for row in ROWS if row["devices"] == plans.DEVICES[0]]
     assert len(compiled) == len(plans.RECIPES)
