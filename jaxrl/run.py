@@ -33,6 +33,7 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.parallel.signals import Stop
 from jaxrl.programs import Programs, build_programs, objective_of, require_room, same_programs
 from jaxrl.reference import Reference, as_reference, take
+from jaxrl.results import evaluation_metrics
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.sampling.local import require_positions
 from jaxrl.sampling.open import open_sampler
@@ -43,7 +44,7 @@ from jaxrl.telemetry.profile import Compilations, Profile, resources
 from jaxrl.telemetry.progress import Progress
 from jaxrl.telemetry.rollouts import write_rollouts
 from jaxrl.telemetry.timer import Phase, Timer, watchdog
-from jaxrl.telemetry.trackers import Tracker, finite, open_trackers, read_rows
+from jaxrl.telemetry.trackers import Tracker, finite, history, open_trackers, read_rows
 from jaxrl.types import Detokenize, SamplingParams, Say, Tokenizer
 
 
@@ -172,6 +173,7 @@ class Run:
     profile: Profile
     say: Say
     differences: list[float]  # `agreement.METRIC` of the steps so far, where it is known
+    tokens: list[float]  # sampled in the steps so far, where it is known
     opening: dict[str, float]  # seconds before the first step, as metrics
 
     @property
@@ -209,6 +211,10 @@ class Run:
             run, metrics = self.recipe.run, step_metrics(work.recipe, self.setup.model, step, record)
             if len(self.setup.stages) > 1:
                 metrics["run/stage"] = float(work.stage.number + 1)
+            self.tokens.append(metrics["sampler/tokens"])
+            metrics["sampler/tokens_total"] = sum(self.tokens)
+            if self.setup.evaluates(step):
+                metrics |= evaluation_metrics(self.setup.directory, step)
             metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
             metrics["time/compilation_wait"] = self.setup.programs(work.stage).waited()
             if step == self.start:
@@ -243,10 +249,16 @@ class Run:
         )
 
     def evaluate(self, steps: int) -> None:
-        """Evaluates what the sampler holds after so many steps, where the recipe wants that."""
+        """Evaluates what the sampler holds after so many steps, where the recipe wants that.
+
+        The results are metrics of the step that begins with these parameters; the last ones have a row of their own.
+        """
         if self.setup.evaluates(steps) and self.setup.evaluation:
             with self.timer("evaluation"):
                 self.setup.evaluation(self, steps)
+            if steps == self.recipe.run.steps and (last := evaluation_metrics(self.setup.directory, steps)):
+                for tracker in self.trackers:
+                    tracker.log(steps, finite(last))
 
 
 def first_step_line(metrics: Mapping[str, float]) -> str:
@@ -468,7 +480,7 @@ def open_run(
     if chief:
         write_atomically(directory / "recipe.toml", config.to_toml(recipe))
     loaded = time.monotonic()
-    before = agreement.history(read_rows(directory / "metrics.jsonl")[0], start)
+    before, _ = read_rows(directory / "metrics.jsonl")
     timer = Timer()
     with (
         watchdog(timer, print),
@@ -478,7 +490,7 @@ def open_run(
         ) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
-        closing(History(directory / FILE, start, say)) if chief else nullcontext() as history,
+        closing(History(directory / FILE, start, say)) if chief else nullcontext() as prompts,
         closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
         opening = {"time/load": loaded - setup.began, "time/open": time.monotonic() - loaded}
@@ -488,12 +500,13 @@ def open_run(
             sampler,
             checkpoints,
             trackers,
-            history,
+            prompts,
             progress,
             timer,
             profile,
             say,
-            before,
+            history(before, agreement.METRIC, start),
+            history(before, "sampler/tokens", start),
             opening,
         )
 

@@ -186,6 +186,7 @@ def one_step(run: Run, work: Work, carry: Carry, batches: Batches) -> tuple[Carr
         refused=everyone.count([]),
         passes=ledger.cursor / len(work.prompts.prompts),
         stale=stale,
+        rate=rate,
         updates=updates,
         sampling_seconds=own.ended - own.began,
         phases=run.timer.seconds(),

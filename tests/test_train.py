@@ -27,6 +27,7 @@ from jaxrl.run import LoadEvaluation, Run, Setup
 from jaxrl.telemetry.history import read_history
 from jaxrl.telemetry.rollouts import rollout_files
 from jaxrl.telemetry.timer import PHASES
+from jaxrl.telemetry.trackers import read_metrics
 from jaxrl.train import train
 
 
@@ -53,6 +54,39 @@ def test_learns_and_leaves_a_complete_run_folder(uninterrupted: Path) -> None:
     )
     for name in ("recipe.toml", "checkpoints/6", "rollouts/step_000005.jsonl"):
         assert (uninterrupted / name).exists(), name
+
+
+def test_metrics_are_those_of_the_rollouts(uninterrupted: Path) -> None:
+    """Recounted from the files of rollouts."""
+    total = 0
+    for row, path in zip(tiny_run.metrics(uninterrupted), rollout_files(uninterrupted), strict=True):
+        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        lengths, right = (
+            np.array([answer["tokens"] for answer in answers]),
+            np.array([answer["score"] > 0 for answer in answers]),
+        )
+        total += lengths.sum()
+        expected = {
+            "reward/std": np.std([answer["reward"] for answer in answers]),
+            "response/length_min": lengths.min(),
+            "response/length_mean_right": lengths[right].mean(),
+            "response/length_mean_wrong": lengths[~right].mean(),
+            "prompt/length_mean": 3,
+            "sampler/tokens_total": total,
+            "sampler/staleness_max": 0,
+            "update/learning_rate": 1e-3 * min(row["step"], 1),
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+        assert 0 <= row["sampler/k3_kl"] < 1e-6 and row["sampler/ess"] == pytest.approx(1, abs=1e-5)
+        sides = [row[f"update/clip_fraction_{side}"] for side in ("low", "high")]
+        assert row["update/clip_fraction"] == pytest.approx(sum(sides))
+
+
+def test_the_page_names_all_metrics(uninterrupted: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    names = set().union(*rows) - {"step"}
+    assert {name for name in names if f"`{name}`" not in page} == set()
 
 
 def test_the_history_of_prompts_counts_the_rollouts(uninterrupted: Path) -> None:
@@ -121,7 +155,13 @@ def test_training_longer_learns_to_copy_and_benchmarks_show_it(base: Path, tmp_p
     folder = tmp_path / "run" / "eval" / "benchmarks"
     results = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
     assert [(r["step"], r["max_tokens"]) for r in results] == [(0, 12), (20, 12), (30, 12)]
-    rows = tiny_run.metrics(tmp_path / "run")
+    evaluated = {r["step"]: r["benchmarks"]["digits"]["pass@1"] for r in results}
+    *rows, last_row = tiny_run.metrics(tmp_path / "run")
+    assert last_row == {"step": 30, "eval/digits/pass@1": evaluated[30]}
+    assert {r["step"]: r["eval/digits/pass@1"] for r in rows if "eval/digits/pass@1" in r} == {
+        step: evaluated[step] for step in (0, 20)
+    }
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 30  # steps
     accuracy = [row["reward/accuracy"] for row in rows]
     assert np.mean(accuracy[:3]) < 0.6 and np.mean(accuracy[-5:]) > 0.9
     near = (rows[:2], rows[19:22], rows[-2:])  # the first step moves nothing
@@ -135,6 +175,7 @@ def test_training_longer_learns_to_copy_and_benchmarks_show_it(base: Path, tmp_p
     last.unlink()
     tiny_run.finish("train", recipe)  # what is missing is made up for, the rest is kept
     assert last.exists() and len(list(folder.iterdir())) == 3
+    assert tiny_run.metrics(tmp_path / "run") == [*rows, last_row]
 
 
 def with_held_out(folder: Path, base: Path, **overrides: object) -> Path:
