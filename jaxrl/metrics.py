@@ -16,12 +16,8 @@ from jaxrl.models import decoder
 from jaxrl.telemetry import agreement
 from jaxrl.types import Groups
 
-MISMATCH = (
-    "sampler/logprob_diff",
-    "sampler/ratio",
-    "sampler/k3_kl",
-    "sampler/ess",
-)  # what compares sampler and trainer starts so
+# What compares sampler and trainer starts so.
+MISMATCH = ("sampler/logprob_diff", "sampler/ratio", "sampler/k3_kl", "sampler/ess")
 
 Measured = Mapping[str, np.ndarray]  # an update's metrics, on the host
 

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -194,6 +195,15 @@ def train_here(recipe: Path, load: LoadEvaluation = in_training.load, **override
     ]
     train(config.load(recipe, options), load, lines.append)
     return lines
+
+
+@pytest.mark.slow
+def test_a_run_in_another_thread_trains(base: Path, tmp_path: Path) -> None:
+    """As in a web server or a notebook's worker; Python takes signals in the main thread alone."""
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 1})
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train_here, recipe).result(300)
+    assert len(tiny_run.metrics(tmp_path / "run")) == 1
 
 
 def test_an_owed_evaluation_is_made_on_the_restart(base: Path, tmp_path: Path) -> None:
