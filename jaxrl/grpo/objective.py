@@ -128,8 +128,8 @@ def policy_objective(
 
     Returns:
       the scalar loss, and means over the tokens with nonzero weight: clip_fraction (the clip binds), its parts
-      clip_fraction_low and clip_fraction_high by the bound that the ratio is beyond, clip_fraction_dual (the dual clip
-      binds), approx_kl (mean of old - new); and ratio_max.
+      clip_fraction_low and clip_fraction_high by the bound that the ratio is beyond, clip_fraction_lower (the dual clip
+      binds; verl's name), approx_kl (mean of old - new); and ratio_max.
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, weights])
     live = weights != 0
@@ -165,7 +165,7 @@ def policy_objective(
         "clip_fraction": mean(binds),
         "clip_fraction_low": mean(binds & (reached < low)),
         "clip_fraction_high": mean(binds & (reached > high)),
-        "clip_fraction_dual": jnp.zeros(()) if dual is None else mean(dual),
+        "clip_fraction_lower": jnp.zeros(()) if dual is None else mean(dual),
         "approx_kl": mean(-log_ratio),
         "ratio_max": jnp.max(jnp.where(live, ratios, 0.0)),
     }

@@ -30,7 +30,7 @@ def policy_objective(logprobs, old_logprobs, advantages, weights, *, clip_low, c
         "clip_fraction": mean(binds),
         "clip_fraction_low": mean(binds & (ratio < 1 - clip_low)),
         "clip_fraction_high": mean(binds & (ratio > 1 + clip_high)),
-        "clip_fraction_dual": mean((loss > bound) & (advantages < 0)),
+        "clip_fraction_lower": mean((loss > bound) & (advantages < 0)),
         "approx_kl": mean(-log_ratio),
         "ratio_max": jnp.max(jnp.where(live, ratio, 0.0)),
     }

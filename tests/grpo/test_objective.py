@@ -64,7 +64,7 @@ def test_loss_gradient_and_metrics_are_verls(case: JsonObject, mode: str) -> Non
     near(loss, expected["loss"])
     near(grad, expected["grad_logprob"])
     near(metrics["clip_fraction"], expected["clipfrac"])
-    near(metrics["clip_fraction_dual"], expected["clipfrac_lower"])
+    near(metrics["clip_fraction_lower"], expected["clipfrac_lower"])
     near(metrics["approx_kl"], expected["ppo_kl"])
     ratio = np.exp(np.array(case["logprob"]) - np.array(case["old_logprob"]))
     near(metrics["ratio_max"], ratio[mask == 1].max())
@@ -121,7 +121,7 @@ def test_values_are_those_in_float64_and_gradients_finite_differences(ranges: Ra
     assert metrics["clip_fraction_low"] == pytest.approx(low[live].mean(), rel=1e-5)
     assert metrics["clip_fraction_high"] == pytest.approx(high[live].mean(), rel=1e-5) and high[live].any()
     dual = down & (ratio > ranges["dual_clip"])
-    assert metrics["clip_fraction_dual"] == pytest.approx(dual[live].mean(), rel=1e-5) and dual[live].any()
+    assert metrics["clip_fraction_lower"] == pytest.approx(dual[live].mean(), rel=1e-5) and dual[live].any()
     assert metrics["approx_kl"] == pytest.approx((old - logprobs)[live].mean(), rel=1e-5)
     assert metrics["ratio_max"] == pytest.approx(ratio[live].max(), rel=1e-5)
 
@@ -168,7 +168,7 @@ def test_ratio_one_is_the_policy_gradient() -> None:
     loss, grad, metrics = value_and_grad(logprobs, logprobs, advantages, weights)
     np.testing.assert_allclose(grad, -advantages * weights, rtol=1e-6)
     assert loss == pytest.approx(-(advantages * weights).sum(), rel=1e-5)
-    clipped = dict.fromkeys([f"clip_fraction{side}" for side in ("", "_low", "_high", "_dual")], 0)
+    clipped = dict.fromkeys([f"clip_fraction{side}" for side in ("", "_low", "_high", "_lower")], 0)
     assert metrics == clipped | {"approx_kl": 0, "ratio_max": 1}
 
 

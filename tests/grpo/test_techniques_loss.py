@@ -266,7 +266,7 @@ def test_technique_policy_losses(case: JsonObject) -> None:
         near(grad, expected["grad"], 1e-5, name)
         if name == "verl:vanilla":
             near(metrics["clip_fraction"], expected["metrics"]["pg_clipfrac"], 1e-6)
-            near(metrics["clip_fraction_dual"], expected["metrics"]["pg_clipfrac_lower"], 1e-6)
+            near(metrics["clip_fraction_lower"], expected["metrics"]["pg_clipfrac_lower"], 1e-6)
 
 
 # Archer

@@ -255,7 +255,7 @@ def reference_gradient(model: Config, params: Params, mini: MiniBatch) -> tuple[
     metrics["clip_fraction"] = binds.sum() / total
     metrics["clip_fraction_low"] = (binds & (a < 0)).sum() / total
     metrics["clip_fraction_high"] = (binds & (a > 0)).sum() / total
-    metrics["clip_fraction_dual"] = ((a < 0) & (ratio > CLIP["dual_clip"])).sum() / total
+    metrics["clip_fraction_lower"] = ((a < 0) & (ratio > CLIP["dual_clip"])).sum() / total
     metrics["ratio_max"] = ratio.max(initial=0)
     metrics["logprob_diff_max"] = abs(difference).max(initial=0)
     metrics["ratio_histogram"] = np.bincount(np.searchsorted(EDGES, difference), minlength=len(EDGES) + 1)
@@ -397,7 +397,7 @@ def test_the_trajectory_has_everything_in_it() -> None:
     pairs = zip(metrics, minibatches(UNTIED), strict=True)
     off_policy = [m for m, mini in pairs if not mini.on_policy and m["tokens"]]
     assert all(m["clip_fraction"] > 0.05 for m in off_policy)
-    assert any(m["clip_fraction_dual"] > 0 for m in off_policy)
+    assert any(m["clip_fraction_lower"] > 0 for m in off_policy)
     norms = [m["grad_norm"] for m in metrics]
     assert norms[4] == 0 and min(norms[:4]) < OPTIMIZER.max_grad_norm < max(norms), norms
     assert_same_bits(params[1], first_params(UNTIED))  # the first rollout batch runs at 0, both updates of it
