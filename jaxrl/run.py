@@ -43,6 +43,7 @@ from jaxrl.telemetry.history import FILE, History
 from jaxrl.telemetry.profile import Compilations, Profile, resources
 from jaxrl.telemetry.progress import Progress
 from jaxrl.telemetry.rollouts import write_rollouts
+from jaxrl.telemetry.services import Remote, makers, open_services, table
 from jaxrl.telemetry.timer import Phase, Timer, watchdog
 from jaxrl.telemetry.trackers import Tracker, finite, history, open_trackers, read_rows
 from jaxrl.types import Detokenize, SamplingParams, Say, Tokenizer
@@ -167,6 +168,7 @@ class Run:
     sampler: Shared
     checkpoints: Checkpoints
     trackers: Sequence[Tracker]
+    services: Sequence[Remote]
     history: History | None  # of the first process
     progress: Progress
     timer: Timer
@@ -222,11 +224,14 @@ class Run:
                     "time/compilation": self.setup.compilations.seconds,
                     "time/first_step": time.monotonic() - self.setup.began,
                 }
-            for tracker in self.trackers:
+            keeps = bool(run.rollouts_every) and step % run.rollouts_every == 0
+            for service in self.services if keeps else ():  # before the step's metrics, which end it
+                service.answers(step, table(record.sampled, self.setup.tokenizer.decode))
+            for tracker in (*self.trackers, *self.services):
                 tracker.log(step, finite(metrics))
             if self.history:
                 self.history.log(step, record.sampled)
-            if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
+            if processes.chief() and keeps:
                 decode = self.setup.tokenizer.decode
                 write_rollouts(self.setup.directory, step, record.sampled, decode, run.rollouts_keep)
         self.progress.step_done(step, metrics)
@@ -257,7 +262,7 @@ class Run:
             with self.timer("evaluation"):
                 self.setup.evaluation(self, steps)
             if steps == self.recipe.run.steps and (last := evaluation_metrics(self.setup.directory, steps)):
-                for tracker in self.trackers:
+                for tracker in (*self.trackers, *self.services):
                     tracker.log(steps, finite(last))
 
 
@@ -285,6 +290,7 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
       InputError: for whatever cannot be used.
     """
     began = time.monotonic()
+    makers(recipe.run.trackers)  # a service that is not installed is named before anything is loaded
     if recipe.run.compilation_cache:
         _keep_programs(at_home(recipe.run.compilation_cache), say)
     compilations = Compilations()
@@ -490,6 +496,7 @@ def open_run(
         ) as sampler,
         Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
+        open_services(recipe, chief, say) as services,
         closing(History(directory / FILE, start, say)) if chief else nullcontext() as prompts,
         closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
@@ -500,6 +507,7 @@ def open_run(
             sampler,
             checkpoints,
             trackers,
+            services,
             prompts,
             progress,
             timer,

@@ -98,7 +98,7 @@ def test_commands_that_need_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--samples", "3"], "did you mean --rollout.samples or --eval.samples?"),
         (["--num-generations", "4"], "did you mean --rollout.samples?"),
         (["--actor_rollout_ref.rollout.n=8"], "did you mean --rollout.samples?"),
-        (["--report_to", "wandb"], "did you mean --run.tensorboard?"),
+        (["--report_to", "wandb"], "did you mean --run.trackers?"),
         (["rollout.samples=4"], "an option begins with --: --rollout.samples 4"),
         (["--run.steps", "3", "--nonsense"], "jaxrl train RECIPE --help lists them all"),
     ],

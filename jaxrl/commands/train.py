@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from jaxrl import config
 from jaxrl.commands.options import sampler_overrides
@@ -34,3 +35,22 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             f"{len(evaluations)} packages evaluate during training, not one; install jaxrl again"
         )
     train(recipe, next(iter(evaluations)).load())
+    if recipe.run.trackers:
+        send_report(recipe)
+
+
+def send_report(recipe: config.Recipe) -> None:
+    """Gives the finished run's report to its trackers; a line says if that fails."""
+    from jaxrl.parallel import processes
+    from jaxrl.report.figures import report
+    from jaxrl.telemetry.expendable import Expendable
+    from jaxrl.telemetry.services import open_services
+
+    def send() -> None:
+        page = next(path for path in report([Path(recipe.run.directory)]) if path.suffix == ".html")
+        with open_services(recipe, True, print) as services:
+            for service in services:
+                service.file(page)
+
+    if processes.chief():
+        Expendable("report.html", print, "no tracker got it")(send)

@@ -36,7 +36,8 @@ ELSEWHERE = {
     "eval_steps": "eval.every",
     "test_freq": "eval.every",
     "vllm_server_host": "sampler.urls",
-    "report_to": "run.tensorboard",
+    "report_to": "run.trackers",
+    "project_name": "run.project",
 }
 
 
