@@ -24,6 +24,11 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def rollout_rows(run: Path, step: int) -> list[Any]:
+    """The rows of the rollouts of a step, 0 for the first."""
+    return pq.read_table(run / "rollouts" / f"step_{step:06d}.parquet").to_pylist()
+
+
 def tiny_tokenizer(path: Path, chat_template: str | None = TEMPLATE) -> Any:
     """Saves a Hugging Face tokenizer to the folder, and returns it.
 
