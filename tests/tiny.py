@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>"]
 TEMPLATE = (
     "<bos>{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
