@@ -70,9 +70,7 @@ def test_the_newest_step_is_shown_and_its_prompts_once(
     assert samples(printed(capsys, run, "--limit", 0)) == every
 
 
-def test_answers_are_chosen_by_outcome_and_prompt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_are_chosen_by_outcome_and_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path, 0)
     assert samples(printed(capsys, run, "--right")) == [("a", "0", "right"), ("b", "0", "right")]
     output = printed(capsys, run, "--wrong", "--prompt", "b")

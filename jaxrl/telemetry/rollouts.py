@@ -159,7 +159,8 @@ def _read_parquet(file: Path, needed: frozenset[str], size: float) -> Iterator[d
                     size -= share
                     if size <= 0:
                         return
-        except Exception as error:  # damage shows as any of Arrow's errors, Python's of text, or a failed read
+        # damage shows as any of Arrow's errors or Python's of text; a read that the disk fails has a number
+        except Exception as error:
             if isinstance(error, OSError) and error.errno:
                 raise
             yield None
