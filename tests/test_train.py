@@ -30,6 +30,7 @@ from jaxrl.telemetry.rollouts import rollout_files
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import read_metrics
 from jaxrl.train import train
+from tiny import rollout_rows
 
 
 def optimizer_bytes(run: Path) -> dict[str, list[float]]:
@@ -53,7 +54,7 @@ def test_learns_and_leaves_a_complete_run_folder(uninterrupted: Path) -> None:
     assert {"policy/entropy", "update/grad_norm", "update/clip_fraction", "response/length_mean"} <= set(
         rows[0]
     )
-    for name in ("recipe.toml", "checkpoints/6", "rollouts/step_000005.jsonl"):
+    for name in ("recipe.toml", "checkpoints/6", "rollouts/step_000005.parquet"):
         assert (uninterrupted / name).exists(), name
 
 
@@ -92,9 +93,9 @@ def test_the_page_names_all_metrics(uninterrupted: Path) -> None:
 
 def test_the_history_of_prompts_counts_the_rollouts(uninterrupted: Path) -> None:
     expected = []
-    for step, path in enumerate(rollout_files(uninterrupted)):
+    for step in range(len(rollout_files(uninterrupted))):
         prompts: dict[str, tuple[int, int]] = {}
-        for row in map(json.loads, path.read_text().splitlines()):
+        for row in rollout_rows(uninterrupted, step):
             right, shown = prompts.get(row["prompt_id"], (0, 0))
             prompts[row["prompt_id"]] = right + (row["score"] > 0), shown + 1
         expected.append({"step": step, "prompts": prompts})
@@ -110,8 +111,8 @@ def stream_lengths(run: Path) -> list[set[int]]:
     """Lengths of the streams of each step's mini-batches on one device."""
     recipe, steps = config.load(run / "recipe.toml"), []
     layout = layout_of(recipe, hf.read_config(Path(recipe.model.path)))
-    for path in rollout_files(run):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for step in range(len(rollout_files(run))):
+        rows = rollout_rows(run, step)
         steps.append(set[int]())
         for half in (rows[:32], rows[32:]):
             groups = [{row["reward"] for row in half[i : i + 8]} for i in range(0, 32, 8)]
