@@ -470,7 +470,13 @@ def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
 
 @contextmanager
 def open_run(
-    setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say, stop: Stop
+    setup: Setup,
+    checkpoints: Checkpoints,
+    start: int,
+    devices: Devices,
+    say: Say,
+    stop: Stop,
+    quiet: bool = False,
 ) -> Iterator[Run]:
     """Opens sampler, trackers and progress of a run that goes on from `start`; all of it ends with the context.
 
@@ -481,6 +487,7 @@ def open_run(
       devices: where started vLLM servers run.
       say: prints a line.
       stop: once it is asked for, no server is waited for any more.
+      quiet: whether to show no progress.
     """
     recipe, directory, chief = setup.recipe, setup.directory, processes.chief()
     if chief:
@@ -494,7 +501,7 @@ def open_run(
         open_sampler(
             recipe, setup.folder, setup.model, setup.mesh, say, devices, lambda: stop.asked
         ) as sampler,
-        Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
+        Progress(recipe.run.steps, start, title=directory.name, quiet=quiet or not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
         open_services(recipe, chief, say) as services,
         closing(History(directory / FILE, start, say)) if chief else nullcontext() as prompts,

@@ -120,7 +120,7 @@ def test_help_lists_every_section(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["train", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    options = ("--rollout.samples", "--loss.clip-high", "--eval.every", "--samplers", "--profile")
+    options = ("--rollout.samples", "--loss.clip-high", "--eval.every", "--samplers", "--profile", "--quiet")
     assert all(option in shown for option in options)
 
 

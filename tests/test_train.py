@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -142,7 +143,10 @@ def test_the_time_to_the_first_step_is_reported_by_part(base: Path, tmp_path: Pa
 
 
 def test_a_profile_has_the_phases(base: Path, tmp_path: Path) -> None:
-    tiny_run.finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4}), "--profile", "2")
+    options = ("--profile", "2", "--quiet", "--log-level", "debug")
+    said = tiny_run.finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4}), *options)
+    assert "step 1/4" not in said and "the first step ended after" in said
+    assert re.search(r"jax.* DEBUG ", said)
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     found = trace.read_bytes()
     assert all(phase.encode() in found for phase in PHASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("--samplers", metavar="URL,URL", help="sample by these vLLM servers: --sampler.urls")
     parser.add_argument("--profile", metavar="STEPS", help="trace STEPS steps for XProf: --run.profile")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", choices=levels, help="of JAX and other libraries, on stderr")
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -34,7 +38,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise InputError(
             f"{len(evaluations)} packages evaluate during training, not one; install jaxrl again"
         )
-    train(recipe, next(iter(evaluations)).load())
+    if args.log_level:
+        logging.basicConfig(
+            level=args.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
+        )
+    train(recipe, next(iter(evaluations)).load(), quiet=args.quiet)
     if recipe.run.trackers:
         send_report(recipe)
 
