@@ -39,9 +39,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             f"{len(evaluations)} packages evaluate during training, not one; install jaxrl again"
         )
     if args.log_level:
-        logging.basicConfig(
-            level=args.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
-        )
+        form = "%(asctime)s %(name)s %(levelname)s %(message)s"
+        logging.basicConfig(level=args.log_level.upper(), format=form, force=True)  # absl's handler is there
     train(recipe, next(iter(evaluations)).load(), quiet=args.quiet)
     if recipe.run.trackers:
         send_report(recipe)
