@@ -258,7 +258,7 @@ def open_services(recipe: config.Recipe, enabled: bool, say: Say) -> Iterator[li
                 path.parent.mkdir(exist_ok=True)
                 known = {"id": uuid.uuid4().hex[:8]}
                 write_atomically(path, json.dumps(known))
-            shown = {**config.flat(recipe), **_versions()}
+            shown = {**config.flat(recipe), **versions()}
             subject = Subject(known["id"], directory.resolve().name, section.project, directory, shown)
             opened.append(Remote(name, path, subject, make, say))
             stack.callback(opened[-1].close)
@@ -284,7 +284,7 @@ def table(groups: Groups, detokenize: Detokenize) -> list[Row]:
     return rows
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The version of this package, and the commit where it is a checkout."""
     folder, found = Path(__file__).parents[2], {"jaxrl.version": __version__}
     if (folder / ".git").exists():
