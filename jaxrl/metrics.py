@@ -69,7 +69,23 @@ def rollout_metrics(groups: Groups) -> dict[str, float]:
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
         "response/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in flat])),
-    }
+    } | function_metrics([r.rewards for r in flat if r.rewards is not None])
+
+
+def function_metrics(rewards: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of the values that the recipe's functions gave, by name, and the share of rollouts where one failed.
+
+    Args:
+      rewards: of each rollout; NaN where a function failed.
+    """
+    if not rewards:
+        return {}
+    found: dict[str, float] = {}
+    for name in sorted({name for each in rewards for name in each}):
+        known = [each[name] for each in rewards if name in each and not np.isnan(each[name])]
+        found[f"reward/{name}/mean"] = float(np.mean(known)) if known else np.nan
+    failed = [any(map(np.isnan, each.values())) for each in rewards]
+    return found | {"reward/failed_fraction": float(np.mean(failed))}
 
 
 def group_metrics(recipe: config.Recipe, record: Record) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxrl.config.named import find
 from jaxrl.config.rules import impossible
-from jaxrl.config.sections import Recipe, Source, StageEntry
+from jaxrl.config.sections import Recipe, RewardFunction, Source, StageEntry
 from jaxrl.errors import InputError, first_line
 from jaxrl.types import JsonObject
 
@@ -192,8 +192,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
 
 def _suggestion(location: tuple[int | str, ...]) -> str:
     known = [f.name for f in dataclasses.fields(Recipe)]
-    if location[:2] == ("data", "sources") and len(location) > 3:
-        known = [f.name for f in dataclasses.fields(Source)]
+    of_lists = {"data.sources": Source, "reward.functions": RewardFunction}
+    entry = of_lists.get(".".join(map(str, location[:2])))
+    if entry and len(location) > 3:
+        known = [f.name for f in dataclasses.fields(entry)]
     elif len(location) > 1:
         known = [f.name for f in dataclasses.fields(getattr(Recipe(), str(location[0])))]
     if location == ("advantage", "normalize_std"):
