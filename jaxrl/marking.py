@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from jaxrl import config
@@ -78,4 +79,7 @@ def finished(groups: Groups) -> list[list[Rollout]]:
 
 def functions_of(recipe: config.Recipe) -> Functions | None:
     """The functions that say which answers are right, where the recipe has no verifier; for evaluations."""
-    return None if recipe.reward.marked_by else Functions(recipe.reward)
+    return None if recipe.reward.marked_by else _functions(recipe.reward)
+
+
+_functions = functools.lru_cache(Functions)

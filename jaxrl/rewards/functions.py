@@ -103,7 +103,7 @@ def describe(path: str) -> Description:
         found = subprocess.run(
             _command(path, 1.0, 0),
             env=_environment(),
-            stdin=subprocess.DEVNULL,
+            input=b"",
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=START_SECONDS,
@@ -193,7 +193,7 @@ class Functions:
         return wait
 
     def try_out(self, prompt: Prompt, detokenize: Detokenize, say: Say) -> None:
-        """Calls the functions with a prompt's answer as the response, so that what always fails is found before a start.
+        """Calls the functions with a prompt's answer as the response: what always fails is found before a start.
 
         Raises:
           InputError, RunError: if one fails; where the recipe goes on with such failures it is said instead.
@@ -207,6 +207,8 @@ class Functions:
                 f"the reward functions {failed} failed on the answer to prompt {prompt.id} itself; that counts as "
                 f"reward.failure_value = {self._section.failure_value}, and reward/failed_fraction is the share of such"
             )
+        for pool in self._pools:  # they have no log yet, and may not be needed for a while
+            self._loop.call_soon_threadsafe(pool.rest)
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""
@@ -291,10 +293,14 @@ class _Pool:
         self._loop.call_soon_threadsafe(self._take, job)
         return job.values
 
-    def close(self) -> None:
+    def rest(self) -> None:
+        """Ends the processes; new ones start when they are needed."""
         for slot in self._slots:
             if slot.process:
                 slot.process.lose(ENDED)
+
+    def close(self) -> None:
+        self.rest()
         for task in self._tasks:
             task.cancel()
         _give_up(self._waiting, RunError(ENDED))

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, TypeAlias, cast
@@ -194,6 +195,7 @@ def serve(path: str, seconds: float, memory: int) -> None:
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints is no reply
+    cast(TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)  # it may be killed
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         function = load(path)
@@ -206,6 +208,7 @@ def serve(path: str, seconds: float, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     replies.write(_line(described))
     asyncio.run(_answer(function, bool(described["batch"]), seconds, replies))
+    os._exit(0)  # whatever threads the module has started
 
 
 def _end_with(parent: int) -> None:

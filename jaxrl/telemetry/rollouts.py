@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class RolloutRow(TypedDict):
     logprob_mean: float  # nats
     token_ids: list[int]
     logprobs: list[float]  # nats, rounded
+    rewards: NotRequired[dict[str, float]]  # of the recipe's functions, without those that failed
 
 
 def write_rollouts(directory: Path, step: int, groups: Groups, detokenize: Detokenize, keep: int = 0) -> None:
@@ -85,7 +86,7 @@ def read_rollouts(file: Path, size: int) -> Iterator[RolloutRow | None]:
 def _rows_of(step: int, groups: Groups, detokenize: Detokenize) -> Iterator[RolloutRow]:
     for group in groups:
         for g, r in enumerate(group):
-            yield {
+            row: RolloutRow = {
                 "step": step,
                 "prompt_id": r.prompt.id,
                 "sample": g,
@@ -102,6 +103,9 @@ def _rows_of(step: int, groups: Groups, detokenize: Detokenize) -> Iterator[Roll
                 # as `round` gives them: 24 bits times 10^4 are exact in float64
                 "logprobs": np.round(r.logprobs.astype(np.float64), DIGITS).tolist(),
             }
+            if r.rewards is not None:
+                row["rewards"] = {name: value for name, value in r.rewards.items() if value == value}
+            yield row
 
 
 def _add_to_vocabulary(path: Path, groups: Groups, detokenize: Detokenize) -> None:
