@@ -134,6 +134,11 @@ def test_slow_functions_run_beside_each_other_and_marking_does_not_wait(
         assert 0.2 <= time.monotonic() - began < most
 
 
+@pytest.fixture(autouse=True)
+def little_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxrl.rewards.functions.GRACE", 0.5)
+
+
 FAILING = {
     "raises": ("raise KeyError('x')", "raised KeyError: 'x' (mine.py, line 3)", "correct it"),
     "no number": ("return 'good'", "returned 'good' (str); a reward is a finite number", "correct it"),
@@ -151,7 +156,9 @@ FAILING = {
 @pytest.mark.parametrize("case", FAILING)
 def test_a_failure_names_function_prompt_and_cause(tmp_path: Path, case: str, kind: str) -> None:
     body, cause, remedy = FAILING[case]
-    path = write(tmp_path, f"{kind} score(response):\n    if 'three' in response:\n        {body}\n    return 0.5\n")
+    path = write(
+        tmp_path, f"{kind} score(response):\n    if 'three' in response:\n        {body}\n    return 0.5\n"
+    )
     recipe = recipe_of(path, seconds=0.5, memory_mib=1024)
     with pytest.raises(InputError) as caught:
         marked(recipe, [rollout(0), rollout(3)])
@@ -181,7 +188,7 @@ def test_failures_count_as_a_value_and_the_others_are_kept(tmp_path: Path, case:
 
 def test_what_may_pass_is_tried_again_by_the_same_command(tmp_path: Path) -> None:
     path = write(tmp_path, "def score(response): raise ConnectionRefusedError('the judge is away')\n")
-    with pytest.raises(RunError, match="the judge is away .*; the same command tries again, or set"):
+    with pytest.raises(RunError, match=r"the judge is away .*; the same command tries again, or set"):
         marked(recipe_of(path), [rollout()])
 
 
