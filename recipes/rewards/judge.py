@@ -1,6 +1,7 @@
 """A judge: a model at an OpenAI-compatible endpoint, such as `vllm serve`, marks each answer from 0 to 10.
 
-JUDGE_URL is the server's, http://localhost:8001 say; JUDGE_MODEL its model, the first that it serves by default; JUDGE_KEY its key, if it has one.
+JUDGE_URL is the server's, http://localhost:8001 say; JUDGE_MODEL its model, by default the first that it serves;
+JUDGE_KEY its key, if it has one.
 """
 
 import asyncio
