@@ -59,7 +59,7 @@ def test_rewards_of_a_run_are_those_of_the_functions(whole: Path) -> None:
     for metrics, rows in zip(tiny_run.metrics(whole), rollouts(whole), strict=True):
         expected = []
         for row in rows:
-            asked, stopped = row["prompt"], row["finish_reason"] == "stop"
+            asked, stopped = row["answer"], row["finish_reason"] == "stop"
             extra = int(asked) / 4 if asked in row["completion"] else 0.0
             parts = {"short/stopped": float(stopped), "short/tokens": -row["tokens"], "extra": extra}
             assert row["rewards"] == parts | {"short": stopped - row["tokens"]}
@@ -118,9 +118,10 @@ def test_without_a_verifier_functions_say_what_is_right_in_evaluations_too(
     filter_: str, base: Path, tmp_path: Path
 ) -> None:
     own = {"reward.verifier": "none", "reward.function": "mine.py:score", "reward.threshold": 0.7}
-    own |= {"groups.filter": filter_, "run.steps": 2, "data.skip_unanswered": False}
+    own |= {"groups.filter": filter_, "run.steps": 2}
     own |= {"eval.path": str(tmp_path / "problems.jsonl"), "eval.every": 2, "eval.samples": 4}
-    source = "def score(responses, problem):\n    return [0.75 if p in r else 0.5 for p, r in zip(problem, responses)]\n"
+    values = "[0.75 if p in r else 0.5 for p, r in zip(problem, responses)]"
+    source = f"def score(responses, problem):\n    return {values}\n"
     recipe = write_recipe(tmp_path, base, source, **own)
     tiny_run.finish("train", recipe)
     for metrics, rows in zip(tiny_run.metrics(tmp_path / "run"), rollouts(tmp_path / "run"), strict=True):
@@ -141,8 +142,8 @@ def test_a_failure_ends_the_run_with_a_line(base: Path, tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in said, said
     assert said.splitlines()[-1].startswith(
-        f'jaxrl: reward.function = "{tmp_path}/mine.py:score" raised ValueError: substring not found (mine.py, line 2), '
-        "for an answer to prompt "
+        f'jaxrl: reward.function = "{tmp_path}/mine.py:score" raised ValueError: substring not found (mine.py, line '
+        "2), for an answer to prompt "
     )
     assert "line 2, in score" in (tmp_path / "run" / "rewards.log").read_text()
 
@@ -154,8 +155,8 @@ def test_a_failure_ends_the_run_with_a_line(base: Path, tmp_path: Path) -> None:
         ("def other(): return 1\n", "/mine.py has no function score; its functions are: other"),
         (
             "def score(response, difficulty): return 1\n",
-            "problems.jsonl: no row has a column 'difficulty'. Set the arguments of {path}, which are response, answer, "
-            "prompt, tokens, finish_reason and columns",
+            "problems.jsonl: no row has a column 'difficulty'. Set the arguments of {path}, which are response, "
+            "answer, prompt, tokens, finish_reason and columns",
         ),
         (
             "def score(response): return 'good'\n",
@@ -193,7 +194,7 @@ def test_a_missing_column_of_parquet_is_named(base: Path, tmp_path: Path) -> Non
             assert work.prompts.prompts[0].columns == {"extra": {"bonus": 1}, "level": 4}
             continue
         with pytest.raises(
-            InputError, match="no column 'extra'; there are: problem, answer, other. Set the arg"
+            InputError, match=r"no column 'extra'; there are: problem, answer, other\. Set the arg"
         ):
             load(recipe, None, silent)
 
