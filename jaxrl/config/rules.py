@@ -112,10 +112,6 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         "reward.function and reward.functions are two ways to say the same; give one of them",
     )
     yield (
-        all(function.path for function in r.reward.functions),
-        "reward.functions: one has no path; give it, as in reward.function",
-    )
-    yield (
         not twice,
         f"reward.functions: two are named '{', '.join(twice)}'; give each a name of its own",
     )

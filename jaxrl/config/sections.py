@@ -334,7 +334,7 @@ class Sampler(Section):
 class RewardFunction(Section):
     """One of several functions of a reward."""
 
-    path: FunctionPath
+    path: Annotated[FunctionPath, Field(min_length=1)]
     """As reward.function."""
     weight: Float = 1.0
     """What its value is multiplied by in the reward; 0 only reports it."""

@@ -350,7 +350,10 @@ Key = str | tuple[object, ...]
 
 
 def _problems(
-    files: Sequence[Path], section: config.Data, counts: Counts, taken: Mapping[str, str]
+    files: Sequence[Path],
+    section: config.Data,
+    counts: Counts,
+    taken: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Problem]:
     """The rows of files with a problem and an answer, without duplicates where the recipe wants that.
 
