@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import pytest
 from jaxrl import config
 from jaxrl.errors import RunError
 from jaxrl.marking import finished, make_marker
-from jaxrl.rewards.functions import Functions
+from jaxrl.rewards.functions import Functions, describe
 from jaxrl.types import JsonObject, Prompt, Rollout
 from json_server import JsonHandler, serving
 from recipes.rewards.code import share_passed
@@ -73,6 +76,18 @@ def test_endless_code_ends() -> None:
 
 def test_no_code_is_no_reward() -> None:
     assert share_passed("add is 3", TESTS) == 0.0
+
+
+def test_the_function_of_the_page() -> None:
+    page = (EXAMPLES.parents[1] / "docs" / "rewards.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    assert names["brief"]("it is 4", "4", 1000, level=3) == 1.5 and not names["brief"]("it is 5", "4", 10)
+    for recipe in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
+        reward = config.from_dict(tomllib.loads(recipe)).reward
+        for function in reward.named:
+            if function.path.startswith("recipes/"):
+                assert describe(str(EXAMPLES.parents[1] / function.path)).takes
 
 
 class Endpoint(ThreadingHTTPServer):
