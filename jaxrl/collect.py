@@ -17,6 +17,7 @@ from jaxrl.grpo.groups import asked, in_band, rescuable, trained
 from jaxrl.ledger import Answer
 from jaxrl.marking import finished
 from jaxrl.prepare import Method
+from jaxrl.rewards.functions import Functions
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.types import Marker, Prompt, Rollout, SamplingParams
 
@@ -35,6 +36,7 @@ class Work:
     method: Method
     mark: Marker  # by the steps of the stage
     sampling: SamplingParams
+    functions: Functions | None = None  # that the marker calls
 
     @property
     def recipe(self) -> config.Recipe:

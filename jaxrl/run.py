@@ -375,6 +375,7 @@ def _works(
                     r.rollout.max_tokens,
                     vocabulary.stop_ids,
                 ),
+                functions,
             )
 
 
@@ -488,6 +489,7 @@ def open_run(
     timer = Timer()
     with (
         watchdog(timer, print),
+        _closing_functions(setup),
         _finishing(checkpoints, timer),
         open_sampler(
             recipe, setup.folder, setup.model, setup.mesh, say, devices, lambda: stop.asked
@@ -512,6 +514,17 @@ def open_run(
             before,
             opening,
         )
+
+
+@contextmanager
+def _closing_functions(setup: Setup) -> Iterator[None]:
+    """Ends calls of reward functions with the run; batches that are sampled ahead may wait for some."""
+    try:
+        yield
+    finally:
+        for work in setup.works:
+            if work.functions:
+                work.functions.close()
 
 
 @contextmanager

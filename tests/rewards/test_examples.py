@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -15,14 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiny_run
+from evals import judge
 from jaxrl import config
 from jaxrl.errors import RunError
 from jaxrl.marking import finished, make_marker
 from jaxrl.rewards.functions import Functions, describe
+from jaxrl.sampling.client import api_key
+from jaxrl.sampling.servers import CPU
 from jaxrl.types import JsonObject, Prompt, Rollout
 from json_server import JsonHandler, serving
 from recipes.rewards.code import share_passed
 from recipes.rewards.form import thoughts_then_box
+from recipes.rewards.judge import ASKED
 
 EXAMPLES = Path(__file__).parents[2] / "recipes" / "rewards"
 
@@ -160,3 +167,46 @@ def test_a_judge_that_is_away_ends_the_run_for_now(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("JUDGE_MODEL", "judge")
     with pytest.raises(RunError, match=r"raised ConnectionError: http://127.0.0.1:1: ConnectError"):
         judged(["I give 3"])
+
+
+@pytest.mark.vllm
+def test_judge_is_a_real_vllm_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its marks are what the server itself says, and others for other responses."""
+
+    def example(rng: np.random.Generator) -> Rollout:
+        """A long prompt of unknown symbols with a digit in it, and that digit as the reply."""
+        digit = 6 + int(rng.integers(3))
+        asked = np.array([2, *[0] * int(rng.integers(1, 24)), digit, 0, 3], np.int32)
+        prompt = Prompt("", asked, "")
+        return Rollout(prompt, np.array([digit, 1], np.int32), np.zeros(2, np.float32), "stop", 0)
+
+    size, tokenizer = len(tiny_run.SYMBOLS), tiny_run.make_tokenizer()
+    folder = tiny_run.pretrain(
+        tmp_path / "model", size, tokenizer, example, 100, longest=32, positions=512, head_dim=32
+    )
+    program = os.environ.get("VLLM", ".venv-vllm/bin/vllm")
+    recipe = config.from_dict({"model": {"dtype": "float32"}, "sampler": {"vllm": program}})
+    with judge.server(recipe, folder, "tiny", tmp_path, CPU) as url:
+        monkeypatch.setenv("JUDGE_URL", url)
+        monkeypatch.setenv("JUDGE_KEY", api_key())
+        texts = [f"{n} is the answer " * k for n in range(3) for k in (1, 2, 3)]
+        found = judged(texts)
+        said = [ask(url, text) for text in texts]
+    numbers = [re.search(r"\d+", each) for each in said]
+    assert found == [min(int(n[0]), 10) / 10 if n else 0.0 for n in numbers]
+    assert len(set(found)) > 1
+
+
+def ask(url: str, response: str) -> str:
+    """What a server says to the judge's question, by another HTTP client."""
+    text = ASKED.format(problem="What is it?", answer="42", response=response)
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": 8,
+    }
+    headers = {"Authorization": f"Bearer {api_key()}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)["choices"][0]["message"]["content"] or ""
