@@ -63,7 +63,8 @@ demo: $(VENV)/.installed $(if $(filter vllm,$(SAMPLER)),vllm)
 
 smollm2: $(SMOLLM2)/config.json
 
-$(SMOLLM2)/config.json: $(VENV)/.installed-test
+$(SMOLLM2)/config.json: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[gguf]'
 	$(BIN)/python recipes/smollm2_from_gguf.py $(SMOLLM2)
 
 test: $(VENV)/.installed-test

@@ -12,6 +12,7 @@ from benchmarks.harness import write_results
 from jaxrl import config
 from jaxrl.models.decoder import Config
 from jaxrl.plan import KNOWN, compiled_bytes, estimated_bytes
+from jaxrl.types import JsonObject
 
 MODELS = {
     "R1-Distill-Qwen-1.5B": next(iter(KNOWN.values())),
@@ -58,6 +59,19 @@ CASES = [
     Case(1, "full", 32_768, model="Qwen3-0.6B"),
     Case(4, "none", 16_384, model="Qwen3-0.6B"),
 ]
+
+
+def table(rows: list[JsonObject]) -> str:
+    """The table of docs/planning.md: compiled bytes of the results beside the arithmetic of now."""
+    heads = "| model | trainers | remat | stream | gather | chunk | compiled GB | arithmetic | |"
+    lines = [heads, "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        case = Case(**{name: row[name] for name in Case._fields})
+        estimated = sum(estimated_bytes(case.recipe(), MODELS[case.model], case.trainers).values())
+        sizes = f"{row['bytes'] / 1e9:.1f} | {estimated / 1e9:.1f} | {estimated / row['bytes'] - 1:+.1%}"
+        what = f"{case.model} | {case.trainers} | {case.remat} | {case.stream:,} | {case.gather} | {case.chunk:,}"
+        lines.append(f"| {what} | {sizes} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -44,6 +44,8 @@ FREE = (
     "run.steps",
     "run.directory",
     "run.tensorboard",
+    "run.trackers",
+    "run.project",
     "run.rollouts_every",
     "run.rollouts_keep",
     "run.compilation_cache",

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -62,11 +63,22 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
     Raises:
       InputError, RunError: see `writing`.
     """
+    with replacing(path) as file:
+        file.writelines(part.encode() for part in ([text] if isinstance(text, str) else text))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that is written in the context, and is at `path` once that ends. Makes the folder if it is missing.
+
+    Raises:
+      InputError, RunError: see `writing`.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
+        with temporary.open("wb") as file:
+            yield file
         temporary.replace(path)
 
 

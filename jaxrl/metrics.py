@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrl import config
-from jaxrl.grpo.mismatch import ratio_quantiles
+from jaxrl.grpo.mismatch import mismatch, ratio_quantiles
 from jaxrl.hardware import HARDWARE
 from jaxrl.models import decoder
 from jaxrl.telemetry import agreement
 from jaxrl.types import Groups
 
-MISMATCH = ("sampler/logprob_diff", "sampler/ratio")  # what compares sampler and trainer starts so
+# What compares sampler and trainer starts so.
+MISMATCH = ("sampler/logprob_diff", "sampler/ratio", "sampler/k3_kl", "sampler/ess")
 
 Measured = Mapping[str, np.ndarray]  # an update's metrics, on the host
 
@@ -32,6 +33,7 @@ class Record:
     refused: int  # prompts that the sampler refused
     passes: float  # through the prompts of the present order so far
     stale: bool  # whether older parameters sampled some
+    rate: float  # of the optimizer
     updates: Sequence[Measured]  # of each update, in order
     sampling_seconds: float  # of this process, maybe during an earlier step
     phases: dict[str, float]  # time/PHASE: seconds
@@ -46,6 +48,7 @@ def step_metrics(recipe: config.Recipe, model: decoder.Config, step: int, record
         metrics |= {name: np.nan for name in metrics if name.startswith(MISMATCH)}
     metrics |= {
         "data/epochs": record.passes,
+        "update/learning_rate": record.rate,
         "time/step": record.seconds,
         "perf/devices": float(jax.device_count()),
     }
@@ -59,16 +62,22 @@ def rollout_metrics(groups: Groups) -> dict[str, float]:
     """
     flat = [rollout for group in groups for rollout in group]
     lengths = np.array([len(r.tokens) for r in flat])
+    rewards = np.array([r.reward for r in flat])
     right = np.array([[rollout.score > 0 for rollout in group] for group in groups])
     return {
-        "reward/mean": float(np.mean([r.reward for r in flat])),
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
         "reward/accuracy": float(right.mean()),
         "reward/undecided_fraction": float(np.mean([r.undecided for r in flat])),
         "groups/all_correct_fraction": float(right.all(axis=1).mean()),
         "groups/all_wrong_fraction": float((~right).all(axis=1).mean()),
         "response/length_mean": float(lengths.mean()),
+        "response/length_min": float(lengths.min()),
         "response/length_max": float(lengths.max()),
+        "response/length_mean_right": _mean(lengths[right.ravel()]),
+        "response/length_mean_wrong": _mean(lengths[~right.ravel()]),
         "response/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in flat])),
+        "prompt/length_mean": float(np.mean([len(r.prompt.tokens) for r in flat])),
     } | function_metrics([r.rewards for r in flat if r.rewards is not None])
 
 
@@ -88,6 +97,11 @@ def function_metrics(rewards: Sequence[Mapping[str, float]]) -> dict[str, float]
     return found | {"reward/failed_fraction": float(np.mean(failed))}
 
 
+def _mean(values: Float[np.ndarray, " N"]) -> float:
+    """NaN of no values."""
+    return float(values.mean()) if len(values) else np.nan
+
+
 def group_metrics(recipe: config.Recipe, record: Record) -> dict[str, float]:
     """What a filter and a rescue made of the groups; nothing where the recipe has neither."""
     found: dict[str, float] = {}
@@ -104,13 +118,14 @@ def group_metrics(recipe: config.Recipe, record: Record) -> dict[str, float]:
 def sampler_metrics(record: Record, step: int) -> dict[str, float]:
     """How the step's batch was sampled; seconds are this process's."""
     rollouts = [r for group in record.sampled for r in group]
-    tokens = sum(len(r.tokens) for r in rollouts)
+    tokens, versions = sum(len(r.tokens) for r in rollouts), [r.version for r in rollouts]
     return {
         "time/sampling": record.sampling_seconds,
         "perf/sampling_tokens_per_second": tokens / record.sampling_seconds,
         "sampler/tokens": float(tokens),
         "sampler/refused": float(record.refused),
-        "sampler/staleness": float(step - np.mean([r.version for r in rollouts])),
+        "sampler/staleness": float(step - np.mean(versions)),
+        "sampler/staleness_max": float(step - min(versions)),
     }
 
 
@@ -129,18 +144,20 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
         counts = dict.fromkeys(("update/tokens", "update/sequences", "update/skipped"), 0.0)
         return counts | {agreement.METRIC: np.nan}
     tokens = values("tokens")
-    names = {f"clip_fraction_{side}": f"update/clip_fraction_{side}" for side in ("low", "high")}
-    terms = {name: float(np.nanmean(values(own))) for own, name in names.items() if own in updates[0]}
-    if "kl" in updates[0]:
-        terms["policy/kl_reference"] = mean("kl", values("kl_tokens"))
+    terms = {"policy/kl_reference": mean("kl", values("kl_tokens"))} if "kl" in updates[0] else {}
+    clipped = {
+        side: float(np.nanmean(values(f"clip_fraction{side}"))) for side in ("", "_low", "_high", "_lower")
+    }
+    clipped["_dual"] = clipped.pop("_lower")  # "lower" would be read as the lower bound
+    terms |= {f"update/clip_fraction{side}": share for side, share in clipped.items()}
+    sums = {name: float(values(f"mismatch_{name}").sum()) for name in ("k3", "ratio", "square")}
+    k3, ess = mismatch(**sums, tokens=float(tokens.sum()))
     ratios = np.sum([u["ratio_histogram"] for u in updates], axis=0)
     low, median, high = ratio_quantiles(ratios, (0.01, 0.5, 0.99))
     return {
         "policy/entropy": mean("entropy"),
         "update/loss": float(values("loss").mean()),
         "update/grad_norm": float(values("grad_norm").mean()),
-        "update/clip_fraction": float(np.nanmean(values("clip_fraction"))),
-        "update/clip_fraction_lower": float(np.nanmean(values("clip_fraction_lower"))),
         "update/approx_kl": mean("approx_kl"),
         "update/ratio_max": float(values("ratio_max").max()),
         "update/skipped": float(values("skipped").sum()),
@@ -148,6 +165,8 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
         "update/sequences": float(values("sequences").sum()),
         "sampler/logprob_diff_mean": mean("logprob_diff_mean"),
         "sampler/logprob_diff_max": float(values("logprob_diff_max").max()),
+        "sampler/k3_kl": k3,
+        "sampler/ess": ess,
         "sampler/ratio_p01": low,
         "sampler/ratio_p50": median,
         "sampler/ratio_p99": high,
@@ -157,7 +176,11 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
 def performance(model: decoder.Config, record: Record) -> dict[str, float]:
     """Tokens a second of the whole step, and the update's model FLOPs over the devices' peak where it is known."""
     lengths = np.array([len(r.prompt.tokens) + len(r.tokens) for g in record.groups for r in g], float)
-    metrics = {"perf/tokens_per_second": float(lengths.sum() / record.seconds)}  # of those trained on
+    speed = float(lengths.sum() / record.seconds)  # of those trained on
+    metrics = {
+        "perf/tokens_per_second": speed,
+        "perf/tokens_per_second_per_device": speed / jax.device_count(),
+    }
     kind = jax.devices()[0].device_kind
     peak = next((hardware.flops for name, hardware in HARDWARE.items() if name in kind), None)
     if peak and len(lengths):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 EvalProtocol = Literal["default", "justrl_released"]  # of `jaxrl eval --benchmarks`
@@ -129,3 +131,20 @@ class BenchmarksResult(TypedDict):
     judge: JudgeSettings | None
     benchmarks: dict[str, BenchmarkResult]
     average: dict[Grading, Average | None]
+
+
+def evaluation_metrics(directory: Path, steps: int) -> dict[str, float]:
+    """Accuracies that a run's folder has after so many steps, as metrics: eval/held_out/pass@1, eval/BENCHMARK/pass@1.
+
+    Where there are several benchmarks, eval/average/pass@1 too.
+    """
+    found, name = dict[str, float](), f"step_{steps:06d}.json"
+    held_out, benchmarks = (directory / "eval" / name, directory / "eval" / "benchmarks" / name)
+    if held_out.exists():
+        found["held_out"] = json.loads(held_out.read_text(encoding="utf-8"))["accuracy"]
+    if benchmarks.exists():
+        result: TrainingResult = json.loads(benchmarks.read_text(encoding="utf-8"))
+        found |= {task: each["pass@1"] for task, each in result["benchmarks"].items()}
+        if len(result["benchmarks"]) > 1:
+            found["average"] = result["average"]["pass@1"]
+    return {f"eval/{task}/pass@1": value for task, value in found.items()}

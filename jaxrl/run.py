@@ -33,6 +33,7 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.parallel.signals import Stop
 from jaxrl.programs import Programs, build_programs, objective_of, require_room, same_programs
 from jaxrl.reference import Reference, as_reference, take
+from jaxrl.results import evaluation_metrics
 from jaxrl.rewards.functions import Functions, columns_of, digest_of
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.sampling.local import require_positions
@@ -43,8 +44,9 @@ from jaxrl.telemetry.history import FILE, History
 from jaxrl.telemetry.profile import Compilations, Profile, resources
 from jaxrl.telemetry.progress import Progress
 from jaxrl.telemetry.rollouts import write_rollouts
+from jaxrl.telemetry.services import Remote, makers, open_services, table
 from jaxrl.telemetry.timer import Phase, Timer, watchdog
-from jaxrl.telemetry.trackers import Tracker, finite, open_trackers, read_rows
+from jaxrl.telemetry.trackers import Tracker, finite, history, open_trackers, read_rows
 from jaxrl.types import Detokenize, SamplingParams, Say, Tokenizer
 
 
@@ -170,12 +172,14 @@ class Run:
     sampler: Shared
     checkpoints: Checkpoints
     trackers: Sequence[Tracker]
+    services: Sequence[Remote]
     history: History | None  # of the first process
     progress: Progress
     timer: Timer
     profile: Profile
     say: Say
     differences: list[float]  # `agreement.METRIC` of the steps so far, where it is known
+    tokens: list[float]  # sampled in the steps so far, where it is known
     opening: dict[str, float]  # seconds before the first step, as metrics
 
     @property
@@ -213,6 +217,10 @@ class Run:
             run, metrics = self.recipe.run, step_metrics(work.recipe, self.setup.model, step, record)
             if len(self.setup.stages) > 1:
                 metrics["run/stage"] = float(work.stage.number + 1)
+            self.tokens.append(metrics["sampler/tokens"])
+            metrics["sampler/tokens_total"] = sum(self.tokens)
+            if self.setup.evaluates(step):
+                metrics |= evaluation_metrics(self.setup.directory, step)
             metrics |= {"perf/compilations": float(self.setup.compilations.new())} | resources()
             metrics["time/compilation_wait"] = self.setup.programs(work.stage).waited()
             if step == self.start:
@@ -220,11 +228,14 @@ class Run:
                     "time/compilation": self.setup.compilations.seconds,
                     "time/first_step": time.monotonic() - self.setup.began,
                 }
-            for tracker in self.trackers:
+            keeps = bool(run.rollouts_every) and step % run.rollouts_every == 0
+            for service in self.services if keeps else ():  # before the step's metrics, which end it
+                service.answers(step, table(record.sampled, self.setup.tokenizer.decode))
+            for tracker in (*self.trackers, *self.services):
                 tracker.log(step, finite(metrics))
             if self.history:
                 self.history.log(step, record.sampled)
-            if processes.chief() and run.rollouts_every and step % run.rollouts_every == 0:
+            if processes.chief() and keeps:
                 decode = self.setup.tokenizer.decode
                 write_rollouts(self.setup.directory, step, record.sampled, decode, run.rollouts_keep)
         self.progress.step_done(step, metrics)
@@ -247,10 +258,16 @@ class Run:
         )
 
     def evaluate(self, steps: int) -> None:
-        """Evaluates what the sampler holds after so many steps, where the recipe wants that."""
+        """Evaluates what the sampler holds after so many steps, where the recipe wants that.
+
+        The results are metrics of the step that begins with these parameters; the last ones have a row of their own.
+        """
         if self.setup.evaluates(steps) and self.setup.evaluation:
             with self.timer("evaluation"):
                 self.setup.evaluation(self, steps)
+            if steps == self.recipe.run.steps and (last := evaluation_metrics(self.setup.directory, steps)):
+                for tracker in (*self.trackers, *self.services):
+                    tracker.log(steps, finite(last))
 
 
 def first_step_line(metrics: Mapping[str, float]) -> str:
@@ -277,6 +294,7 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
       InputError: for whatever cannot be used.
     """
     began = time.monotonic()
+    makers(recipe.run.trackers)  # a service that is not installed is named before anything is loaded
     if recipe.run.compilation_cache:
         _keep_programs(at_home(recipe.run.compilation_cache), say)
     compilations = Compilations()
@@ -469,7 +487,13 @@ def open_checkpoints(recipe: config.Recipe) -> Checkpoints:
 
 @contextmanager
 def open_run(
-    setup: Setup, checkpoints: Checkpoints, start: int, devices: Devices, say: Say, stop: Stop
+    setup: Setup,
+    checkpoints: Checkpoints,
+    start: int,
+    devices: Devices,
+    say: Say,
+    stop: Stop,
+    quiet: bool = False,
 ) -> Iterator[Run]:
     """Opens sampler, trackers and progress of a run that goes on from `start`; all of it ends with the context.
 
@@ -480,12 +504,13 @@ def open_run(
       devices: where started vLLM servers run.
       say: prints a line.
       stop: once it is asked for, no server is waited for any more.
+      quiet: whether to show no progress.
     """
     recipe, directory, chief = setup.recipe, setup.directory, processes.chief()
     if chief:
         write_atomically(directory / "recipe.toml", config.to_toml(recipe))
     loaded = time.monotonic()
-    before = agreement.history(read_rows(directory / "metrics.jsonl")[0], start)
+    before, _ = read_rows(directory / "metrics.jsonl")
     timer = Timer()
     with (
         watchdog(timer, print),
@@ -494,9 +519,10 @@ def open_run(
         open_sampler(
             recipe, setup.folder, setup.model, setup.mesh, say, devices, lambda: stop.asked
         ) as sampler,
-        Progress(recipe.run.steps, start, title=directory.name, quiet=not chief) as progress,
+        Progress(recipe.run.steps, start, title=directory.name, quiet=quiet or not chief) as progress,
         open_trackers(directory, start, recipe.run.tensorboard, enabled=chief, say=say) as trackers,
-        closing(History(directory / FILE, start, say)) if chief else nullcontext() as history,
+        open_services(recipe, chief, say) as services,
+        closing(History(directory / FILE, start, say)) if chief else nullcontext() as prompts,
         closing(Profile(directory / "profile", start, recipe.run.profile, say)) as profile,
     ):
         opening = {"time/load": loaded - setup.began, "time/open": time.monotonic() - loaded}
@@ -506,12 +532,14 @@ def open_run(
             sampler,
             checkpoints,
             trackers,
-            history,
+            services,
+            prompts,
             progress,
             timer,
             profile,
             say,
-            before,
+            history(before, agreement.METRIC, start),
+            history(before, "sampler/tokens", start),
             opening,
         )
 

@@ -29,13 +29,16 @@ BARRIER = 300.0  # seconds; every process does the same work before this barrier
 Batches = Prefetch[Collected]
 
 
-def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: Say = print) -> None:
+def train(
+    recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: Say = print, quiet: bool = False
+) -> None:
     """Trains until `run.steps`, from the newest checkpoint of the run folder where there is one.
 
     Args:
       recipe: the whole experiment.
       evaluation: what evaluates during training, such as `evals.in_training.load`; needed where `eval.every` is set.
       say: prints a line.
+      quiet: whether to show no progress.
 
     Raises:
       InputError: for a recipe, model or data that cannot be used; for `eval.every` without an evaluation.
@@ -59,7 +62,7 @@ def train(recipe: config.Recipe, evaluation: LoadEvaluation | None = None, say: 
                     longer = "append a stage" if recipe.stages else "raise run.steps"
                     say(f"{setup.directory} has its {start} steps; {longer} to go on")
                     return
-                with open_run(setup, checkpoints, start, devices, say, stop) as run:
+                with open_run(setup, checkpoints, start, devices, say, stop, quiet) as run:
                     try:
                         done = run_steps(run, carry, stop)
                     except RunError as error:
@@ -186,6 +189,7 @@ def one_step(run: Run, work: Work, carry: Carry, batches: Batches) -> tuple[Carr
         refused=everyone.count([]),
         passes=ledger.cursor / len(work.prompts.prompts),
         stale=stale,
+        rate=rate,
         updates=updates,
         sampling_seconds=own.ended - own.began,
         phases=run.timer.seconds(),

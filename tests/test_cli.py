@@ -19,6 +19,7 @@ import pytest
 import tiny_run
 from faults import permissions_bind
 from jaxrl import cli, config
+from jaxrl.config import hints
 from jaxrl.config.named import FOLDER as RECIPES
 from jaxrl.errors import BAD_INPUT, InputError
 
@@ -89,12 +90,38 @@ def test_commands_that_need_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "cannot read the recipe" in refused(capsys, "train", tmp_path / "recipe.toml")
 
 
+@pytest.mark.parametrize(
+    "option, meant",
+    [
+        (["--learning_rate", "1e-5"], "did you mean --optimizer.learning_rate?"),
+        (["--stepz=3"], "did you mean --run.steps?"),
+        (["--samples", "3"], "did you mean --rollout.samples or --eval.samples?"),
+        (["--num-generations", "4"], "did you mean --rollout.samples?"),
+        (["--actor_rollout_ref.rollout.n=8"], "did you mean --rollout.samples?"),
+        (["--report_to", "wandb"], "did you mean --run.trackers?"),
+        (["rollout.samples=4"], "an option begins with --: --rollout.samples 4"),
+        (["--run.steps", "3", "--nonsense"], "jaxrl train RECIPE --help lists them all"),
+    ],
+)
+def test_options_of_other_libraries_are_explained(
+    option: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "plan", "demo", *option)
+    assert line.endswith(meant)
+
+
+def test_every_hint_is_a_key() -> None:
+    assert set(hints.ELSEWHERE.values()) <= set(config.flat(config.Recipe()))
+    assert all(hints.misnamed([f"--{key}", "x=1"], [key]) is None for key in config.flat(config.Recipe()))
+
+
 def test_help_lists_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(option in shown for option in ("--rollout.samples", "--loss.clip-high", "--eval.every"))
+    options = ("--rollout.samples", "--loss.clip-high", "--eval.every", "--samplers", "--profile", "--quiet")
+    assert all(option in shown for option in options)
 
 
 def test_export_reads_one_checkpoint_or_the_newest(base: Path, tmp_path: Path) -> None:
@@ -161,7 +188,7 @@ def test_commands_come_from_entry_points(capsys: pytest.CaptureFixture[str]) -> 
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line.split()[0] for line in lines if re.match(r" {4}\w", line)]
-    assert commands == ["train", "eval", "probe", "export", "check", "plan", "recipes", "report"]
+    assert commands == ["train", "eval", "probe", "export", "check", "plan", "recipes", "report", "rollouts"]
 
 
 def test_an_option_that_no_command_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -375,6 +375,11 @@ def test_estimated_bytes_are_those_of_the_gpu_compiler(row: JsonObject) -> None:
     assert sum(estimated.values()) == pytest.approx(row["bytes"], rel=0.12)
 
 
+def test_the_page_has_the_grid_and_the_arithmetic_of_now() -> None:
+    page = (RESULTS.parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert plan_bytes.table(GRID) in page
+
+
 def test_without_the_gpu_compiler_the_cpu_compiles_and_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import tiny_run
 from jaxrl import config
 from jaxrl.errors import InputError
-from jaxrl.rewards.functions import describe
 from jaxrl.run import load
 from jaxrl.telemetry.rollouts import rollout_files
 from jaxrl.train import train
@@ -52,7 +52,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rollouts(run: Path) -> list[list[dict[str, Any]]]:
-    return [[json.loads(line) for line in path.read_text().splitlines()] for path in rollout_files(run)]
+    return [pq.read_table(path).to_pylist() for path in rollout_files(run)]
 
 
 def test_rewards_of_a_run_are_those_of_the_functions(whole: Path) -> None:
@@ -76,6 +76,7 @@ def test_a_run_without_functions_has_nothing_of_theirs(uninterrupted: Path) -> N
     assert sorted(name for name in row if name.startswith("reward/")) == [
         "reward/accuracy",
         "reward/mean",
+        "reward/std",
         "reward/undecided_fraction",
     ]
     assert "rewards" not in rollouts(uninterrupted)[0][0]
@@ -106,7 +107,7 @@ def test_two_processes_give_the_same_rewards(whole: Path, base: Path, tmp_path: 
     test_processes.complete(write_recipe(tmp_path, base, **{"run.steps": 1}))
     one, two = tiny_run.metrics(whole)[0], tiny_run.metrics(tmp_path / "run")[0]
     names = [name for name in one if name.startswith("reward/")]
-    assert len(names) == 8 and {name: one[name] for name in names} == {name: two[name] for name in names}
+    assert len(names) == 9 and {name: one[name] for name in names} == {name: two[name] for name in names}
     assert rollouts(tmp_path / "run")[0] == [
         {**row, "logprobs": own["logprobs"], "logprob_mean": own["logprob_mean"]}
         for row, own in zip(rollouts(whole)[0], rollouts(tmp_path / "run")[0], strict=True)
@@ -171,7 +172,6 @@ def test_what_fails_anyway_is_said_before_a_sampler_starts(
     recipe = write_recipe(tmp_path, base, source or "", **{"reward.function": "mine.py:score"})
     if source is None:
         (tmp_path / "mine.py").unlink()
-    describe.cache_clear()
     with pytest.raises(InputError) as caught:
         load(config.load(recipe), None, silent)
     assert message.format(path=tmp_path / "mine.py:score") in str(caught.value)
@@ -180,7 +180,6 @@ def test_what_fails_anyway_is_said_before_a_sampler_starts(
 
 def test_a_missing_column_of_parquet_is_named(base: Path, tmp_path: Path) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     source = "def score(response, extra, level=3): return extra['bonus'] + level\n"
     for name, columns in (("good", {"extra": [{"bonus": 1}], "level": [4]}), ("bad", {"other": [1]})):
@@ -188,7 +187,6 @@ def test_a_missing_column_of_parquet_is_named(base: Path, tmp_path: Path) -> Non
         pq.write_table(pa.table({"problem": ["0"], "answer": ["0"]} | columns), path)
         own = {"reward.function": "mine.py:score", "data.path": str(path)}
         recipe = config.load(write_recipe(tmp_path, base, source, **own))
-        describe.cache_clear()
         if name == "good":
             (work,) = load(recipe, None, silent).works
             assert work.prompts.prompts[0].columns == {"extra": {"bonus": 1}, "level": 4}

@@ -15,7 +15,7 @@ from jaxrl import config, run
 from jaxrl.cli import main
 from jaxrl.errors import InputError
 from jaxrl.types import silent
-from tiny import lines
+from tiny import lines, rollout_rows
 
 ONE_UPDATE = {
     "optimizer.minibatch_prompts": 8,
@@ -34,10 +34,6 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def rollouts(whole: Path, step: int) -> list[dict[str, Any]]:
-    return lines(whole / "rollouts" / f"step_{step:06d}.jsonl")
-
-
 def test_the_reference_is_the_policy_where_it_begins_anew(whole: Path) -> None:
     kl = [row["policy/kl_reference"] for row in lines(whole / "metrics.jsonl")]
     anew = {0, 2, 3, 5, 8}  # every 2 steps of a stage, and with the second one
@@ -51,7 +47,7 @@ def test_the_reference_is_the_policy_where_it_begins_anew(whole: Path) -> None:
 
 def test_every_trained_group_is_in_the_band_and_all_are_counted(whole: Path) -> None:
     for step, row in enumerate(lines(whole / "metrics.jsonl")):
-        found = rollouts(whole, step)
+        found = rollout_rows(whole, step)
         groups = [found[i : i + 8] for i in range(0, len(found), 8)]
         right = [sum(r["score"] > 0 for r in group) for group in groups]
         assert len(groups) == row["groups/sampled"] >= row["groups/trained"] == 8
@@ -59,7 +55,7 @@ def test_every_trained_group_is_in_the_band_and_all_are_counted(whole: Path) -> 
         assert mixed >= 8 if step < 3 else mixed > 0
         assert row["reward/accuracy"] == pytest.approx(sum(right) / len(found))
         assert row["sampler/tokens"] == sum(r["tokens"] for r in found)
-    assert max(len(rollouts(whole, step)) for step in range(9)) > 64  # some step took more than a round
+    assert max(len(rollout_rows(whole, step)) for step in range(9)) > 64  # some step took more than a round
 
 
 def test_prompts_that_were_solved_are_left_out(whole: Path) -> None:
@@ -76,7 +72,7 @@ def test_prompts_that_were_solved_are_left_out(whole: Path) -> None:
 
 
 def test_limits_and_temperature_are_the_stage_s(whole: Path) -> None:
-    assert all(r["tokens"] <= 6 for step in range(3) for r in rollouts(whole, step))
+    assert all(r["tokens"] <= 6 for step in range(3) for r in rollout_rows(whole, step))
     hot = [row["policy/entropy"] for row in lines(whole / "metrics.jsonl")]
     assert min(hot[3:5]) > max(hot[:3])
     assert {row["run/stage"] for row in lines(whole / "metrics.jsonl")} == {1, 2, 3}

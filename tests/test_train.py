@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -27,7 +29,9 @@ from jaxrl.run import LoadEvaluation, Run, Setup
 from jaxrl.telemetry.history import read_history
 from jaxrl.telemetry.rollouts import rollout_files
 from jaxrl.telemetry.timer import PHASES
+from jaxrl.telemetry.trackers import read_metrics
 from jaxrl.train import train
+from tiny import rollout_rows
 
 
 def optimizer_bytes(run: Path) -> dict[str, list[float]]:
@@ -51,15 +55,48 @@ def test_learns_and_leaves_a_complete_run_folder(uninterrupted: Path) -> None:
     assert {"policy/entropy", "update/grad_norm", "update/clip_fraction", "response/length_mean"} <= set(
         rows[0]
     )
-    for name in ("recipe.toml", "checkpoints/6", "rollouts/step_000005.jsonl"):
+    for name in ("recipe.toml", "checkpoints/6", "rollouts/step_000005.parquet"):
         assert (uninterrupted / name).exists(), name
+
+
+def test_metrics_are_those_of_the_rollouts(uninterrupted: Path) -> None:
+    """Recounted from the files of rollouts."""
+    total = 0
+    for row in tiny_run.metrics(uninterrupted):
+        answers = rollout_rows(uninterrupted, row["step"])
+        lengths, right = (
+            np.array([answer["tokens"] for answer in answers]),
+            np.array([answer["score"] > 0 for answer in answers]),
+        )
+        total += lengths.sum()
+        expected = {
+            "reward/std": np.std([answer["reward"] for answer in answers]),
+            "response/length_min": lengths.min(),
+            "response/length_mean_right": lengths[right].mean(),
+            "response/length_mean_wrong": lengths[~right].mean(),
+            "prompt/length_mean": 3,
+            "sampler/tokens_total": total,
+            "sampler/staleness_max": 0,
+            "update/learning_rate": 1e-3 * min(row["step"], 1),
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+        assert 0 <= row["sampler/k3_kl"] < 1e-6 and row["sampler/ess"] == pytest.approx(1, abs=1e-5)
+        sides = [row[f"update/clip_fraction_{side}"] for side in ("low", "high")]
+        assert row["update/clip_fraction"] == pytest.approx(sum(sides))
+
+
+def test_the_page_names_all_metrics(uninterrupted: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    names = set().union(*rows) - {"step"}
+    assert {name for name in names if f"`{name}`" not in page} == set()
 
 
 def test_the_history_of_prompts_counts_the_rollouts(uninterrupted: Path) -> None:
     expected = []
-    for step, path in enumerate(rollout_files(uninterrupted)):
+    for step in range(len(rollout_files(uninterrupted))):
         prompts: dict[str, tuple[int, int]] = {}
-        for row in map(json.loads, path.read_text().splitlines()):
+        for row in rollout_rows(uninterrupted, step):
             right, shown = prompts.get(row["prompt_id"], (0, 0))
             prompts[row["prompt_id"]] = right + (row["score"] > 0), shown + 1
         expected.append({"step": step, "prompts": prompts})
@@ -75,8 +112,8 @@ def stream_lengths(run: Path) -> list[set[int]]:
     """Lengths of the streams of each step's mini-batches on one device."""
     recipe, steps = config.load(run / "recipe.toml"), []
     layout = layout_of(recipe, hf.read_config(Path(recipe.model.path)))
-    for path in rollout_files(run):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for step in range(len(rollout_files(run))):
+        rows = rollout_rows(run, step)
         steps.append(set[int]())
         for half in (rows[:32], rows[32:]):
             groups = [{row["reward"] for row in half[i : i + 8]} for i in range(0, 32, 8)]
@@ -106,7 +143,10 @@ def test_the_time_to_the_first_step_is_reported_by_part(base: Path, tmp_path: Pa
 
 
 def test_a_profile_has_the_phases(base: Path, tmp_path: Path) -> None:
-    tiny_run.finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4}), "--profile", "2")
+    options = ("--profile", "2", "--quiet", "--log-level", "debug")
+    said = tiny_run.finish("train", tiny_run.write_recipe(tmp_path, base, **{"run.steps": 4}), *options)
+    assert "step 1/4" not in said and "the first step ended after" in said
+    assert re.search(r"jax.* DEBUG ", said)
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     found = trace.read_bytes()
     assert all(phase.encode() in found for phase in PHASES)
@@ -121,7 +161,13 @@ def test_training_longer_learns_to_copy_and_benchmarks_show_it(base: Path, tmp_p
     folder = tmp_path / "run" / "eval" / "benchmarks"
     results = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
     assert [(r["step"], r["max_tokens"]) for r in results] == [(0, 12), (20, 12), (30, 12)]
-    rows = tiny_run.metrics(tmp_path / "run")
+    evaluated = {r["step"]: r["benchmarks"]["digits"]["pass@1"] for r in results}
+    *rows, last_row = tiny_run.metrics(tmp_path / "run")
+    assert last_row == {"step": 30, "eval/digits/pass@1": evaluated[30]}
+    assert {r["step"]: r["eval/digits/pass@1"] for r in rows if "eval/digits/pass@1" in r} == {
+        step: evaluated[step] for step in (0, 20)
+    }
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 30  # steps
     accuracy = [row["reward/accuracy"] for row in rows]
     assert np.mean(accuracy[:3]) < 0.6 and np.mean(accuracy[-5:]) > 0.9
     near = (rows[:2], rows[19:22], rows[-2:])  # the first step moves nothing
@@ -135,6 +181,7 @@ def test_training_longer_learns_to_copy_and_benchmarks_show_it(base: Path, tmp_p
     last.unlink()
     tiny_run.finish("train", recipe)  # what is missing is made up for, the rest is kept
     assert last.exists() and len(list(folder.iterdir())) == 3
+    assert tiny_run.metrics(tmp_path / "run") == [*rows, last_row]
 
 
 def with_held_out(folder: Path, base: Path, **overrides: object) -> Path:
@@ -153,6 +200,15 @@ def train_here(recipe: Path, load: LoadEvaluation = in_training.load, **override
     ]
     train(config.load(recipe, options), load, lines.append)
     return lines
+
+
+@pytest.mark.slow
+def test_a_run_in_another_thread_trains(base: Path, tmp_path: Path) -> None:
+    """As in a web server or a notebook's worker; Python takes signals in the main thread alone."""
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 1})
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train_here, recipe).result(300)
+    assert len(tiny_run.metrics(tmp_path / "run")) == 1
 
 
 def test_an_owed_evaluation_is_made_on_the_restart(base: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>"]
 TEMPLATE = (
     "<bos>{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
@@ -22,6 +24,11 @@ def jsonl(path: Path, rows: Sequence[object]) -> str:
 def lines(path: Path) -> list[Any]:
     """The rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rollout_rows(run: Path, step: int) -> list[Any]:
+    """The rows of the rollouts of a step, 0 for the first."""
+    return pq.read_table(run / "rollouts" / f"step_{step:06d}.parquet").to_pylist()
 
 
 def tiny_tokenizer(path: Path, chat_template: str | None = TEMPLATE) -> Any:

@@ -157,6 +157,6 @@ def weights(run: Path, out: Path) -> list[np.ndarray]:
 
 
 def metrics(run: Path) -> list[MetricsRow]:
-    """The metrics of a run, less those that follow the clock and the machine."""
+    """The metrics of a run, less those that follow the clock and the machine; the last evaluation has a row too."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]

@@ -11,8 +11,8 @@ HELP = "an HTML page and figures of one run or several"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="folder for the figures; default: report in the first run")
-    megabytes = "of rollout files to take into the page (default: 100)"
-    parser.add_argument("--rollouts", type=int, default=100, metavar="MB", help=megabytes)
+    megabytes = "of rollout files to take into the page (default: 30)"
+    parser.add_argument("--rollouts", type=int, default=30, metavar="MB", help=megabytes)
 
 
 def run(args: argparse.Namespace, _: list[str]) -> None:

@@ -14,6 +14,7 @@ import tomli_w
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from jaxrl.config.hints import misnamed
 from jaxrl.config.named import find
 from jaxrl.config.rules import impossible
 from jaxrl.config.sections import Recipe, RewardFunction, Source, StageEntry
@@ -98,13 +99,22 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def from_command_line(default: Recipe, args: list[str], program: str) -> Recipe:
-    """Overrides a recipe by `--section.key value`; `--help` prints every field and exits."""
+    """Overrides a recipe by `--section.key value`; `--help` prints every field and exits.
+
+    Raises:
+      InputError: for an option that is named otherwise.
+    """
+    problem = misnamed(args, list(flat(default)))
+    if problem:
+        raise InputError(problem)
     return tyro.cli(
         tyro.conf.configure(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed)(Recipe),
         default=default,
         args=[{"true": "True", "false": "False"}.get(arg, arg) for arg in args],  # as TOML writes them
         prog=program,
-        description="Overrides of the recipe's values, which are shown as defaults.",
+        description="Overrides of the recipe's values, which are shown as defaults. Short forms: --samplers URL,URL "
+        "for --sampler.urls with --rollout.engine vllm; --profile STEPS for --run.profile. --quiet shows no progress; "
+        "--log-level debug|info|warning|error is of JAX and other libraries.",
     )
 
 

@@ -167,10 +167,14 @@ class Run(Section):
     """Seed of prompt order and sampling noise (verl data.seed; the engine's own seed is not published)."""
     tensorboard: bool = True
     """Also write TensorBoard event files into the run folder (ours)."""
+    trackers: tuple[Annotated[str, _known_or_plugin("wandb", "trackio", "mlflow")], ...] = ()
+    """Services to report to as well: wandb, trackio, mlflow, or "module:function" of your own (ours)."""
+    project: Annotated[str, AfterValidator(_printable)] = "jaxrl"
+    """Project of the run at a service; of MLflow, its experiment (ours)."""
     rollouts_every: Count = 1
-    """Keep every n-th step's rollouts as jsonl; 0 keeps none (ours)."""
+    """Keep every n-th step's rollouts as parquet; 0 keeps none (ours)."""
     rollouts_keep: Count = 50
-    """Files of rollouts to keep, the newest ones; 0 keeps all, of some 200 MB each in a JustRL run (ours)."""
+    """Files of rollouts to keep, the newest ones; 0 keeps all, of some 50 MB each in a JustRL run (ours)."""
     compilation_cache: str = "~/.cache/jaxrl"
     """Folder for compiled programs, on a file system that all hosts share; empty keeps none (ours)."""
     profile: Count = 0

@@ -73,6 +73,30 @@ def ratio_histogram(
     return jnp.zeros(len(EDGES) + 1).at[bins].add(live.astype(jnp.float32))
 
 
+def mismatch_sums(
+    trainer: Float[jax.Array, "*T"], sampler: Float[jax.Array, "*T"], live: Bool[jax.Array, "*T"]
+) -> dict[str, Float[jax.Array, ""]]:
+    """Sums over live tokens, of r = exp(trainer - sampler) with the exponent within 20 nats; see `mismatch`."""
+    apart = jnp.where(live, jnp.clip(trainer - sampler, -20, 20), 0.0)
+    ratio = jnp.where(live, jnp.exp(apart), 0.0)
+    return {
+        "mismatch_k3": jnp.sum(jnp.expm1(apart) - apart),
+        "mismatch_ratio": jnp.sum(ratio),
+        "mismatch_square": jnp.sum(ratio**2),
+    }
+
+
+def mismatch(k3: float, ratio: float, square: float, tokens: float) -> tuple[float, float]:
+    """Sampler against trainer, from the sums of `mismatch_sums` over so many tokens; NaN over none.
+
+    Returns:
+      k3: mean of r - 1 - log r, an estimate of KL(sampler || trainer) in nats (Schulman 2020).
+      ess: (sum r)^2 / (tokens x sum r^2), the share of tokens that the same gradient's variance would take had the
+        trainer sampled them (Kong 1992); 1 where sampler and trainer agree.
+    """
+    return (k3 / tokens, ratio**2 / (tokens * square)) if tokens else (float("nan"), float("nan"))
+
+
 def ratio_quantiles(histogram: Float[np.ndarray, " bins"], shares: tuple[float, ...]) -> list[float]:
     """The ratios below which these shares of tokens lie, to a tenth of a decade of their logarithm."""
     middle = np.sign(EDGES[1:]) * np.sqrt(np.abs(EDGES[:-1] * EDGES[1:]))

@@ -127,9 +127,9 @@ def policy_objective(
       log_ratio_bound: logp_t - old_t is cut off at +- this (20 in verl since 0.4.1; infinite in 0.4.0, JustRL's).
 
     Returns:
-      the scalar loss, and means over the tokens with nonzero weight: clip_fraction (the clip binds),
-      clip_fraction_lower (the dual clip binds), approx_kl (mean of old - new); and ratio_max. With `bounds`,
-      clip_fraction_low and clip_fraction_high are the parts of clip_fraction by the side on which it binds.
+      the scalar loss, and means over the tokens with nonzero weight: clip_fraction (the clip binds), its parts
+      clip_fraction_low and clip_fraction_high by the bound that the ratio is beyond, clip_fraction_lower (the dual clip
+      binds; verl's name), approx_kl (mean of old - new); and ratio_max.
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, weights])
     live = weights != 0
@@ -150,25 +150,25 @@ def policy_objective(
     own_logprobs = logprobs if surrogate is clip else jnp.where(live, logprobs, 0.0)
     loss, binds = surrogate(own_logprobs, ratios, advantages, low, high)
     binds = binds if cut is None else binds | cut
-    lower = None
+    dual = None
     if surrogate is clip and math.isfinite(dual_clip):
         bound = -advantages * dual_clip
-        lower = (loss > bound) & (advantages < 0)
+        dual = (loss > bound) & (advantages < 0)
         loss = jnp.where(advantages < 0, jnp.minimum(loss, bound), loss)
     count = jnp.maximum(live.sum(), 1)
 
     def mean(x: Array) -> jax.Array:
         return jnp.sum(jnp.where(live, x, 0.0)) / count
 
+    reached = ratios if cut is None else jnp.exp(log_ratio)
     metrics = {
         "clip_fraction": mean(binds),
-        "clip_fraction_lower": jnp.zeros(()) if lower is None else mean(lower),
+        "clip_fraction_low": mean(binds & (reached < low)),
+        "clip_fraction_high": mean(binds & (reached > high)),
+        "clip_fraction_lower": jnp.zeros(()) if dual is None else mean(dual),
         "approx_kl": mean(-log_ratio),
         "ratio_max": jnp.max(jnp.where(live, ratios, 0.0)),
     }
-    if bounds:
-        metrics["clip_fraction_low"] = mean(binds & (ratios < low))
-        metrics["clip_fraction_high"] = mean(binds & (ratios > high))
     loss = jnp.where(live, loss, 0.0)
     return jnp.sum(weights * (loss if corrections is None else corrections * loss)), metrics
 

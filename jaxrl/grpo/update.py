@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from jaxrl import config
 from jaxrl.grpo.kl import kl_penalty
 from jaxrl.grpo.logprobs import token_logprobs
-from jaxrl.grpo.mismatch import ratio_histogram
+from jaxrl.grpo.mismatch import mismatch_sums, ratio_histogram
 from jaxrl.grpo.objective import Objective, policy_objective
 from jaxrl.grpo.packing import Layout, PackedBatch
 from jaxrl.grpo.sharded_params import ShardedParams, make_sharded_params
@@ -288,6 +288,7 @@ class _OnDevice:
         sums |= {"loss": loss, "tokens": count, "sequences": jnp.sum(micro.buckets >= 0).astype(jnp.float32)}
         sums |= {"entropy": jnp.sum(jnp.where(live, entropy, 0.0)), "logprob_diff_mean": difference.sum()}
         sums |= {"ratio_histogram": ratio_histogram(old, micro.sampler_logprobs, live)}
+        sums |= mismatch_sums(old, micro.sampler_logprobs, live)
         peaks = {"ratio_max": metrics["ratio_max"], "logprob_diff_max": difference.max()}
         return loss, {"sums": sums, "peaks": peaks}
 
@@ -361,7 +362,7 @@ def _averages(totals: Metrics, response_tokens: Float32[Array, ""]) -> Metrics:
     """Means from sums.
 
     Clip fractions are shares of all response tokens, as verl counts them: tokens that were left out have a zero
-    advantage and cannot be clipped. The others are means over the tokens that were trained on.
+    advantage and cannot be clipped. The others are means over the tokens that were trained on, NaN over none.
     """
     over_all = {name: totals[name] / response_tokens for name in totals if name.startswith("clip_fraction")}
     over_trained = {

@@ -123,7 +123,7 @@ def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
         yield
         return
     leaving, me, client = threading.Event(), jax.process_index(), _client()
-    main = threading.main_thread().ident
+    main, takes_signals = threading.main_thread().ident, threading.current_thread() is threading.main_thread()
     assert main
 
     def keep(value: str) -> None:
@@ -156,7 +156,10 @@ def lookout(say: Say, stop: Stop, silence: float = 20.0) -> Iterator[None]:
             try:
                 client.key_value_set(f"jaxrl/alive/{me}", str(beat), allow_overwrite=True)
                 if not stop.asked and client.key_value_dir_get("jaxrl/stop/"):
-                    signal.pthread_kill(main, PEER)
+                    if takes_signals:
+                        signal.pthread_kill(main, PEER)
+                    else:
+                        stop.ask(stop.reason)
                 kept = beats()
             except jax.errors.JaxRuntimeError:  # process 0 keeps them, so it is the one that is gone
                 kept = dict.fromkeys(range(1, jax.process_count()), LEFT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -56,11 +57,16 @@ class Stop:
 def graceful_stop(say: Say) -> Iterator[Stop]:
     """Once armed, the first Ctrl-C, SIGTERM or SIGHUP lets the step finish and be saved; any other stops at once.
 
+    Outside of the main thread, where Python takes no signals, they do what they did before.
+
     Raises:
       KeyboardInterrupt: after Ctrl-C.
       SystemExit: with TRY_AGAIN, after SIGTERM or SIGHUP (which `nohup` keeps away).
     """
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def ask(number: int, _: FrameType | None) -> None:
         first, stop.asked = not stop.asked, True

@@ -42,7 +42,7 @@ COLUMNS = 3  # of panels in one figure
 MANY = 20  # steps from which on a curve is smoothed, as in the page
 
 
-def report(directories: list[Path], out: Path | None = None, megabytes: int = 100) -> list[Path]:
+def report(directories: list[Path], out: Path | None = None, megabytes: int = 30) -> list[Path]:
     """Writes report.html, training.png (an overview), a PNG a panel, accuracy.png and benchmarks.png, and summary.md.
 
     prompts.png is a panel where a run has a history of its prompts.

@@ -176,7 +176,7 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
             f"--rollouts {-(-size * runs // 10**6)} takes in all"
         )
     if damaged:
-        note += f"; {damaged:,} damaged lines are left out"
+        note += f"; {damaged:,} damaged lines or files are left out"
     if not vocabulary:
         note += "; tokens are not shaded, since the run has no rollouts/vocabulary.json"
     return {"prompts": list(prompts), "rows": rows}, note
@@ -200,7 +200,7 @@ def _cells(row: RolloutRow, prompt: int, vocabulary: Mapping[str, str]) -> list[
         int(row["finish_reason"] == "length"),
         row["version"],
         row["tokens"],
-        row["logprob_mean"],
+        round(row["logprob_mean"], 4),
         row["completion"],
         _letters(spans(row["completion"], pieces)) if known else "",
         _letters(min(round(-100 * x), HIGHEST_COST) for x in row["logprobs"]),

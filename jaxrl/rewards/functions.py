@@ -92,13 +92,18 @@ def _described(path: str, line: bytes) -> Description:
     return Description(**values)
 
 
-@functools.lru_cache
 def describe(path: str) -> Description:
-    """Looks at a function in a process of its own, which ends.
+    """Looks at a function in a process of its own, which ends; again only where its file has changed.
 
     Raises:
       InputError: if there is no such function, its module cannot be imported, or it cannot be called by name.
     """
+    file = Path(path.rpartition(":")[0])
+    return _describe(path, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@functools.lru_cache
+def _describe(path: str, changed: int) -> Description:
     try:
         found = subprocess.run(
             _command(path, 1.0, 0),
@@ -373,7 +378,14 @@ class _Pool:
         command = _command(self.function.path, seconds, memory)
         # an async function is stopped by its own process, if that can
         limit = seconds + GRACE * self.description.asynchronous
-        return await _Process.start(command, self.function.path, limit, self._log)
+        found, process = await _Process.start(command, self.function.path, limit, self._log)
+        if found.source != self.description.source:
+            process.lose("has changed")
+            raise InputError(
+                f"{_key(self.function.path)}: its file has changed since the run began; put it back, or begin a stage "
+                "with another function"
+            )
+        return process
 
     def _fail(self, job: _Job, why: str, passing: bool) -> None:
         """Gives an answer the recipe's value, or ends the run."""
@@ -413,8 +425,10 @@ class _Process:
         self._reading = asyncio.ensure_future(self._read())
 
     @classmethod
-    async def start(cls, command: Sequence[str], path: str, limit: float, log: Path | None) -> _Process:
-        """Starts it, and waits until the function is loaded.
+    async def start(
+        cls, command: Sequence[str], path: str, limit: float, log: Path | None
+    ) -> tuple[Description, _Process]:
+        """Starts it, and waits until the function is loaded; returns what it tells of it, too.
 
         Args:
           command: that starts it.
@@ -443,14 +457,14 @@ class _Process:
         ready = False
         try:
             async with asyncio.timeout(START_SECONDS):
-                _described(path, await process.stdout.readline())
+                found = _described(path, await process.stdout.readline())
             ready = True
         except TimeoutError:
             raise RunError(f"{_key(path)}: its process was not ready after {START_SECONDS:.0f} s") from None
         finally:
             if not ready:
                 _kill(process.pid)
-        return cls(process, limit)
+        return found, cls(process, limit)
 
     async def ask(self, arguments: JsonObject, answers: int) -> JsonObject:
         """Calls the function, for one answer or several.

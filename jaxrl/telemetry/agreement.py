@@ -6,18 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl.telemetry.trackers import MetricsRow
-
 METRIC = "sampler/logprob_diff_mean"  # nats a token
 USUAL = 0.02  # above what bfloat16 makes of it
 LEAST = 1e-3  # below this no change matters
 STEPS, TIMES = 20, 5.0
-
-
-def history(rows: Sequence[MetricsRow], start: int) -> list[float]:
-    """The metric of the steps before `start`, where they have it."""
-    values = [row.get(METRIC) for row in rows if (row["step"] or 0) < start]
-    return [value for value in values if isinstance(value, float)]
 
 
 def bound(before: Sequence[float]) -> float:

@@ -12,13 +12,14 @@ from jaxrl.types import Say
 class Expendable:
     """Does what only reports. Once that fails, a line names it, and from then on it is left out."""
 
-    def __init__(self, path: Path, say: Say) -> None:
+    def __init__(self, where: Path | str, say: Say, problem: str = "cannot be written") -> None:
         """
         Args:
-          path: where the reports go.
+          where: the reports go.
           say: prints a line.
+          problem: what the line says of `where`.
         """
-        self._path, self._say, self._failed = path, say, False
+        self._where, self._say, self._problem, self._failed = where, say, problem, False
 
     def __call__(self, report: Callable[[], object]) -> None:
         if self._failed:
@@ -27,4 +28,4 @@ class Expendable:
             report()
         except Exception as error:  # training goes on, whatever it is
             self._failed = True
-            self._say(f"{self._path}: cannot be written ({first_line(error)}); the run goes on without it")
+            self._say(f"{self._where}: {self._problem} ({first_line(error)}); the run goes on without it")

@@ -1,4 +1,7 @@
-"""Live progress on a terminal: steps, the phase under way, the last step's figures. Elsewhere: a line a step."""
+"""Live progress on a terminal: steps, the phase under way, the last step's figures. Elsewhere: lines of text.
+
+There a step is a line when it ends, and a line a minute says how far it is.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from rich.text import Text
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.types import Rollout
 
+EVERY = 60.0  # seconds between lines of a step under way, where there is no terminal
 SHOWN = {
     "reward": "reward/mean",
     "accuracy": "reward/accuracy",
@@ -71,16 +75,21 @@ class Progress:
         self._asked: Counter[int] = Counter()  # rollouts that a step waits for beyond its first round
         self._why = ""  # it samples again
         self._title = title
+        self._said = time.monotonic()  # when the last line was printed, where there is no terminal
+        self._over = threading.Event()
 
     def __enter__(self) -> Progress:
         if self._live:
             self._display = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
             self._display.__enter__()
+        elif not self._quiet:
+            threading.Thread(target=self._tell, name="progress", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
         if self._display:
             self._bars.update(self._phase, visible=False)
             self._display.__exit__(kind, error, trace)
@@ -94,7 +103,8 @@ class Progress:
         """Begins a new phase of the step, of `total` units where that is known, `done` of them already."""
         self._tokens.clear()
         self._phase_began = time.monotonic()
-        self._bars.reset(self._phase, total=total, completed=done, description=name, note="")
+        self._bars.reset(self._phase, completed=done, description=name, note="")
+        self._bars.tasks[self._phase].total = total  # `reset` takes None for "as before"
 
     def sampling(self, step: int, total: int) -> None:
         """Begins the phase in which `step` waits for its `total` rollouts, some of which may be there."""
@@ -143,6 +153,20 @@ class Progress:
             done = step + 1 - self._first
             left = (time.monotonic() - self._began) / done * (self._total - step - 1)
             print(f"step {step + 1}/{self._total}{self._stage}  {line}  |  ETA {_duration(left)}", flush=True)
+            self._said = time.monotonic()
+
+    def _tell(self) -> None:
+        """Prints how far the phase under way is, whenever nothing was printed for a while."""
+        while not self._over.wait(EVERY / 20):
+            now = time.monotonic()
+            if now - self._said < EVERY:
+                continue
+            self._said, bar = now, self._bars.tasks[self._phase]
+            steps = self._bars.tasks[self._steps]
+            count = f" {bar.completed:,.0f}/{bar.total:,.0f}" if bar.total else ""
+            parts = [f"{bar.description}{count} for {_duration(now - self._phase_began)}", bar.fields["note"]]
+            number = f"step {min(steps.completed + 1, self._total):.0f}/{self._total}{self._stage}"
+            print(f"{number}  {'  |  '.join(filter(None, parts))}", flush=True)
 
     def _render(self) -> Group:
         return Group(self._bars, self._figures)

@@ -6,7 +6,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -113,15 +113,26 @@ def finite(metrics: Mapping[str, float]) -> MetricsRow:
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:
-    """Reads the rows of a metrics.jsonl.
+    """Reads the rows of a metrics.jsonl; not the last evaluation's, which is of no step.
 
     Raises:
       InputError: if there are none.
     """
-    rows, _ = read_rows(path)
+    rows = [row for row in read_rows(path)[0] if not is_evaluation(row)]
     if not rows:
         raise InputError(f"{path}: no metrics; give a run folder that has trained for a step")
     return rows
+
+
+def is_evaluation(row: MetricsRow) -> bool:
+    """Whether a row has the results of an evaluation, and nothing of a step."""
+    return len(row) > 1 and all(name == "step" or name.startswith("eval/") for name in row)
+
+
+def history(rows: Sequence[MetricsRow], name: str, start: int) -> list[float]:
+    """A metric of the steps before `start`, where they have it."""
+    values = [row.get(name) for row in rows if (row["step"] or 0) < start]
+    return [value for value in values if isinstance(value, float)]
 
 
 def read_rows(path: Path) -> tuple[list[MetricsRow], list[bytes]]:

@@ -31,7 +31,7 @@ FILES = (
     "metrics.jsonl",
     "metrics.damaged.jsonl",
     "prompts.jsonl",
-    "rollouts/step_000001.jsonl",
+    "rollouts/step_000001.parquet",
     "rollouts/vocabulary.json",
     "eval/step_000002.json",
     "tensorboard/events*",
@@ -138,7 +138,7 @@ def test_a_damaged_file_costs_no_history_silently(
     }
     renewed = ["lock", "metrics.jsonl", "prompts.jsonl", "recipe.toml", "rollouts/vocabulary.json", name]
     if "going on from step 2" in output:  # on another mesh than before
-        renewed += ["rollouts/step_000002.jsonl", "rollouts/step_000003.jsonl"]
+        renewed += ["rollouts/step_000002.parquet", "rollouts/step_000003.parquet"]
     kept = {path: data for path, data in before.items() if path not in renewed}
     assert not [path for path, data in kept.items() if not after.get(path, b"").startswith(data)]
     for kind, read in (("metrics", read_metrics), ("prompts", read_history)):
@@ -154,7 +154,7 @@ WRITTEN = (
     "metrics.jsonl",
     "metrics.damaged.jsonl",
     "prompts.jsonl",
-    "rollouts/step_000003.jsonl",
+    "rollouts/step_000003.parquet",
     "rollouts/vocabulary.json",
     "tensorboard/events*",
 )
@@ -180,7 +180,7 @@ def test_writers_go_on_from_a_damaged_file_or_name_it(tmp_path: Path, file: str,
                 write_rollouts(tmp_path, step, [[rollout]], str)
 
     steps(0, 3)
-    (tmp_path / "rollouts" / "step_000003.jsonl").touch()
+    (tmp_path / "rollouts" / "step_000003.parquet").touch()
     with (tmp_path / "metrics.jsonl").open("a") as torn:
         torn.write("[]\n")
     (tmp_path / "metrics.damaged.jsonl").write_text("{}\n")

@@ -1,4 +1,4 @@
-"""The loss as it was before there were techniques, line for line: what the plain recipe has to compile to.
+"""The loss as it is without techniques, line for line: what the plain recipe has to compile to.
 
 It takes the place of the product's own in test_plain_program.py.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.grpo.logprobs import Residuals, _logits
-from jaxrl.grpo.mismatch import ratio_histogram
+from jaxrl.grpo.mismatch import mismatch_sums, ratio_histogram
 
 
 def policy_objective(logprobs, old_logprobs, advantages, weights, *, clip_low, clip_high, dual_clip):
@@ -18,7 +18,7 @@ def policy_objective(logprobs, old_logprobs, advantages, weights, *, clip_low, c
     ratio = jnp.exp(log_ratio)
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = jnp.maximum(plain, clipped)
+    loss, binds = jnp.maximum(plain, clipped), clipped > plain
     bound = -advantages * dual_clip
     bounded = jnp.where(advantages < 0, jnp.minimum(loss, bound), loss)
     count = jnp.maximum(live.sum(), 1)
@@ -27,7 +27,9 @@ def policy_objective(logprobs, old_logprobs, advantages, weights, *, clip_low, c
         return jnp.sum(jnp.where(live, x, 0.0)) / count
 
     metrics = {
-        "clip_fraction": mean(clipped > plain),
+        "clip_fraction": mean(binds),
+        "clip_fraction_low": mean(binds & (ratio < 1 - clip_low)),
+        "clip_fraction_high": mean(binds & (ratio > 1 + clip_high)),
         "clip_fraction_lower": mean((loss > bound) & (advantages < 0)),
         "approx_kl": mean(-log_ratio),
         "ratio_max": jnp.max(jnp.where(live, ratio, 0.0)),
@@ -51,10 +53,11 @@ def loss(self, held, micro):
     live = micro.weights != 0
     count = live.sum().astype(jnp.float32)
     difference = jnp.where(live, jnp.abs(old - micro.sampler_logprobs), 0.0)
-    sums = {name: metrics[name] * count for name in ("clip_fraction", "clip_fraction_lower", "approx_kl")}
+    sums = {name: value * count for name, value in metrics.items() if name != "ratio_max"}
     sums |= {"loss": loss, "tokens": count, "sequences": jnp.sum(micro.buckets >= 0).astype(jnp.float32)}
     sums |= {"entropy": jnp.sum(jnp.where(live, entropy, 0.0)), "logprob_diff_mean": difference.sum()}
     sums |= {"ratio_histogram": ratio_histogram(old, micro.sampler_logprobs, live)}
+    sums |= mismatch_sums(old, micro.sampler_logprobs, live)
     peaks = {"ratio_max": metrics["ratio_max"], "logprob_diff_max": difference.max()}
     return loss, {"sums": sums, "peaks": peaks}
 

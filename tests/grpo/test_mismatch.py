@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.grpo.mismatch import EDGES, importance_weights, ratio_histogram, ratio_quantiles
+from jaxrl.grpo.mismatch import (
+    EDGES,
+    importance_weights,
+    mismatch,
+    mismatch_sums,
+    ratio_histogram,
+    ratio_quantiles,
+)
 from jaxrl.models import decoder
 from jaxrl.types import Level, Truncation
 
@@ -52,6 +59,31 @@ def test_importance_weights_need_a_log_prob_of_both() -> None:
         importance_weights([np.zeros(3)], [np.zeros(2)], "truncated", 2.0)
     with pytest.raises(ValueError):
         importance_weights([np.zeros(3)], [], "truncated", 2.0)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0])
+def test_divergence_and_effective_sample_size(spread: float) -> None:
+    """Sums of parts add up; k3 is unbiased for the exact divergence of two policies."""
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 1, (2, 50)) * [[1], [spread]]
+    sampler, trainer = (x - np.log(np.exp(x).sum()) for x in (logits[0], logits.sum(axis=0)))
+    ids, live = rng.choice(50, 20_000, p=np.exp(sampler)), rng.random(20_000) < 0.7
+    parts = [
+        mismatch_sums(jnp.asarray(trainer[ids[own]]), jnp.asarray(sampler[ids[own]]), jnp.asarray(live[own]))
+        for own in np.split(np.arange(20_000), 4)
+    ]
+    names = ("mismatch_k3", "mismatch_ratio", "mismatch_square")
+    k3, ess = mismatch(*(float(sum(part[name] for part in parts)) for name in names), live.sum())
+    ratio = np.exp(trainer - sampler)[ids][live]
+    np.testing.assert_allclose(k3, np.mean(ratio - 1 - np.log(ratio)), rtol=2e-2 if spread < 1 else 1e-4)
+    np.testing.assert_allclose(ess, ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()), rtol=1e-5)
+    exact = np.sum(np.exp(sampler) * (sampler - trainer))
+    assert k3 == pytest.approx(exact, rel=0.1)
+
+
+def test_no_tokens_have_no_divergence() -> None:
+    nothing = mismatch_sums(jnp.array([jnp.nan]), jnp.zeros(1), jnp.array([False]))
+    assert all(float(value) == 0 for value in nothing.values()) and np.isnan(mismatch(0, 0, 0, 0)).all()
 
 
 @pytest.mark.parametrize("spread", [1e-5, 1e-2, 1.0])

@@ -117,8 +117,11 @@ def test_values_are_those_in_float64_and_gradients_finite_differences(ranges: Ra
     up, down = advantages > 0, advantages < 0
     binds = (up & (ratio > 1 + ranges["clip_high"])) | (down & (ratio < 1 - ranges["clip_low"]))
     assert metrics["clip_fraction"] == pytest.approx(binds[live].mean(), rel=1e-5) and binds[live].any()
-    lower = down & (ratio > ranges["dual_clip"])
-    assert metrics["clip_fraction_lower"] == pytest.approx(lower[live].mean(), rel=1e-5) and lower[live].any()
+    low, high = binds & down, binds & up
+    assert metrics["clip_fraction_low"] == pytest.approx(low[live].mean(), rel=1e-5)
+    assert metrics["clip_fraction_high"] == pytest.approx(high[live].mean(), rel=1e-5) and high[live].any()
+    dual = down & (ratio > ranges["dual_clip"])
+    assert metrics["clip_fraction_lower"] == pytest.approx(dual[live].mean(), rel=1e-5) and dual[live].any()
     assert metrics["approx_kl"] == pytest.approx((old - logprobs)[live].mean(), rel=1e-5)
     assert metrics["ratio_max"] == pytest.approx(ratio[live].max(), rel=1e-5)
 
@@ -165,7 +168,8 @@ def test_ratio_one_is_the_policy_gradient() -> None:
     loss, grad, metrics = value_and_grad(logprobs, logprobs, advantages, weights)
     np.testing.assert_allclose(grad, -advantages * weights, rtol=1e-6)
     assert loss == pytest.approx(-(advantages * weights).sum(), rel=1e-5)
-    assert metrics == {"clip_fraction": 0, "clip_fraction_lower": 0, "approx_kl": 0, "ratio_max": 1}
+    clipped = dict.fromkeys([f"clip_fraction{side}" for side in ("", "_low", "_high", "_lower")], 0)
+    assert metrics == clipped | {"approx_kl": 0, "ratio_max": 1}
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4)])
@@ -199,3 +203,5 @@ def test_technique_the_geometric_ratio_counts_the_tokens_that_it_cuts(advantage:
     )
     _, metrics = policy_objective(*arrays, **RANGE, ratio="geometric", sequences=np.zeros(4, np.int32))
     assert float(metrics["clip_fraction"]) == 0.5
+    sides = [float(metrics[f"clip_fraction_{side}"]) for side in ("low", "high")]
+    assert sides == ([0, 0.5] if advantage > 0 else [0.5, 0])

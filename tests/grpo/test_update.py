@@ -253,10 +253,14 @@ def reference_gradient(model: Config, params: Params, mini: MiniBatch) -> tuple[
     ratio = np.exp(log_ratio)
     binds = ((a > 0) & (ratio > 1 + CLIP["clip_high"])) | ((a < 0) & (ratio < 1 - CLIP["clip_low"]))
     metrics["clip_fraction"] = binds.sum() / total
+    metrics["clip_fraction_low"] = (binds & (a < 0)).sum() / total
+    metrics["clip_fraction_high"] = (binds & (a > 0)).sum() / total
     metrics["clip_fraction_lower"] = ((a < 0) & (ratio > CLIP["dual_clip"])).sum() / total
     metrics["ratio_max"] = ratio.max(initial=0)
     metrics["logprob_diff_max"] = abs(difference).max(initial=0)
     metrics["ratio_histogram"] = np.bincount(np.searchsorted(EDGES, difference), minlength=len(EDGES) + 1)
+    metrics["mismatch_k3"] = (np.exp(difference) - 1 - difference).sum()
+    metrics["mismatch_ratio"], metrics["mismatch_square"] = (np.exp(n * difference).sum() for n in (1, 2))
     means = {"approx_kl": -log_ratio, "entropy": entropy, "logprob_diff_mean": abs(difference)}
     return grads, metrics | {name: x.mean() if rows else np.nan for name, x in means.items()}
 

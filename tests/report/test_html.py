@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 from jaxrl import config
 from jaxrl.report.html import render, spans
 from jaxrl.report.runs import read_run, series, smooth
-from jaxrl.telemetry.rollouts import write_rollouts
+from jaxrl.telemetry.rollouts import rollout_files, write_rollouts
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.types import FinishReason, Prompt, Rollout
 
@@ -98,7 +100,7 @@ class Scripts(HTMLParser):
         return json.loads(gzip.decompress(base64.b64decode(self.scripts[f"packed-{name}"])))
 
 
-def page_of(*runs: Path, megabytes: int = 100) -> tuple[Path, Scripts, str]:
+def page_of(*runs: Path, megabytes: int = 30) -> tuple[Path, Scripts, str]:
     path = runs[0] / "report.html"
     text = render([read_run(run) for run in runs], megabytes)
     path.write_text(text, encoding="utf-8")
@@ -174,13 +176,24 @@ def test_warnings_are_shown_with_their_rules(tmp_path: Path) -> None:
     assert "⚠ entropy collapse</a>" in text and "under half of the first tenth" in html.unescape(text)
 
 
+@pytest.mark.parametrize("form", [".jsonl", ".parquet"])  # of older runs, and of newer ones
 @pytest.mark.parametrize("limit, steps, shown", [(1, 70, 64), (10, 70, 70)])
-def test_what_is_left_out_is_said(limit: int, steps: int, shown: int, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", groups=1)
-    row = json.loads((run / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
+def test_what_is_left_out_is_said(form: str, limit: int, steps: int, shown: int, tmp_path: Path) -> None:
+    run, rng = make_run(tmp_path / "run", groups=1), np.random.default_rng(0)
+    files = rollout_files(run)
+    rows = pq.read_table(files[0]).to_pylist()
+    for file in files:
+        file.unlink()
     for step in range(steps):
-        line = json.dumps(row | {"step": step, "completion": row["completion"] + "x" * 9000}) + "\n"
-        (run / "rollouts" / f"step_{step:06d}.jsonl").write_text(line * 8)
+        for row in rows:
+            # bytes that take as many in a compressed file
+            noise = base64.b64encode(rng.bytes(9_500 if form == ".parquet" else 6_750)).decode()
+            row |= {"step": step, "completion": noise}
+        path = run / "rollouts" / f"step_{step:06d}{form}"
+        if form == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
     _, page, text = page_of(run, megabytes=limit)
     (rollouts,) = page.unpacked("rollouts")
     found = {r[0] for r in rollouts["rows"]}
@@ -188,7 +201,20 @@ def test_what_is_left_out_is_said(limit: int, steps: int, shown: int, tmp_path: 
     (note,) = re.findall(r"data-note>(.*?)</p>", text, re.S)
     cut = f"of {steps} steps stored" in note
     assert cut == (limit == 1) and ("--rollouts 6 takes in all" in note) == cut
-    assert len(rollouts["rows"]) == (shown * 2 if cut else shown * 8)  # 15.6 kB a step: two of 9.8 kB
+    assert len(rollouts["rows"]) == (shown * 2 if cut else shown * 8)  # 15.6 kB a step: two of some 10 kB
+
+
+def test_damaged_rollouts_are_left_out_and_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    first, second = rollout_files(run)
+    second.write_bytes(second.read_bytes()[:-20])
+    _, page, text = page_of(run)
+    (rollouts,) = page.unpacked("rollouts")
+    assert {row[0] for row in rollouts["rows"]} == {1} and len(rollouts["rows"]) == 24
+    (note,) = re.findall(r"data-note>(.*?)</p>", text, re.S)
+    assert "24 rollouts of 2 steps; 1 damaged lines or files are left out" in note
+    first.write_bytes(b"")
+    assert "0 rollouts of 2 steps; 2 damaged" in page_of(run)[2]
 
 
 def test_a_run_without_vocabulary_or_rollouts_has_a_page(tmp_path: Path) -> None:

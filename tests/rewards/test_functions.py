@@ -202,6 +202,16 @@ def test_after_a_failure_nothing_more_is_marked(tmp_path: Path) -> None:
             mark(rollout())
 
 
+def test_a_file_that_changes_under_a_run_ends_it(tmp_path: Path) -> None:
+    recipe = recipe_of(write(tmp_path, "def score(response): return 1\n"))
+    with opened(recipe) as functions:
+        mark = make_marker(recipe, detokenize, functions)
+        functions.try_out(rollout().prompt, detokenize, print)
+        write(tmp_path, "def score(response): return 2\n")
+        with pytest.raises(InputError, match="its file has changed since the run began; put it back"):
+            finished([[mark(rollout())]])
+
+
 def test_what_it_prints_and_raises_is_in_the_log(tmp_path: Path) -> None:
     path = write(tmp_path, "def score(response):\n    print('looking')\n    return 1 / 0\n")
     recipe = recipe_of(path, on_failure="value")
@@ -281,7 +291,6 @@ def test_installed_entry_points_and_modules_are_found(
 
 def test_the_digest_follows_source_weight_and_name(tmp_path: Path) -> None:
     def digest(source: str, **keys: Any) -> str:
-        describe.cache_clear()
         path = write(tmp_path, source)
         return digest_of(recipe_of("", functions=[{"path": path} | keys]).reward)
 

@@ -14,7 +14,8 @@ import tiny_run
 from jaxrl import config
 from jaxrl.collect import Collected, Collector
 from jaxrl.errors import InputError
-from jaxrl.telemetry.agreement import METRIC, bound, disagreement, history
+from jaxrl.telemetry.agreement import METRIC, bound, disagreement
+from jaxrl.telemetry.trackers import history
 from jaxrl.train import train
 
 
@@ -43,7 +44,7 @@ def test_what_leaves_the_band_of_the_last_steps_is_said(
 
 def test_the_band_outlives_a_restart() -> None:
     rows = [{"step": i, METRIC: value} for i, value in enumerate([0.1, None, 0.3, 0.4])] + [{"step": 1}]
-    assert history(rows, 3) == [0.1, 0.3]
+    assert history(rows, METRIC, 3) == [0.1, 0.3]
 
 
 @pytest.mark.slow

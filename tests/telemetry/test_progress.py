@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -28,6 +30,25 @@ def test_without_a_terminal_a_step_is_a_line(capsys: pytest.CaptureFixture) -> N
         output.startswith("step 4/10  reward 0.25  |  step 1.50s  |  ETA 0:00:0") and output.count("\n") == 1
     )
     assert "\x1b" not in output
+
+
+def test_without_a_terminal_a_long_step_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxrl.telemetry.progress.EVERY", 0.4)
+    with Progress(10, 3, "run") as progress:
+        progress.phase("sample", total=4)
+        progress.advance(ROLLOUT)
+        time.sleep(1)
+        progress.step_done(3, {})
+        progress.phase("update")
+        time.sleep(0.7)
+    time.sleep(0.6)
+    lines = capsys.readouterr().out.splitlines()
+    first, *_ = [line for line in lines if "sample" in line]
+    assert re.fullmatch(r"step 4/10  sample 1/4 for 0:00:0\d  \|  [\d,]+ tokens/s", first)
+    assert re.fullmatch(r"step 5/10  update for 0:00:0\d", lines[-1])
+    assert len(lines) <= 6 and "\x1b" not in "".join(lines)
 
 
 def test_rollouts_of_a_later_step_are_counted_when_their_turn_comes() -> None:
