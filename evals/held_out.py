@@ -15,11 +15,12 @@ from evals.statistics import confidence
 from jaxrl import config, data
 from jaxrl.errors import InputError
 from jaxrl.files import write_atomically
-from jaxrl.marking import make_marker
+from jaxrl.marking import finished, functions_of, make_marker
 from jaxrl.models import hf
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.results import HeldOutResult
+from jaxrl.rewards.functions import columns_of
 from jaxrl.sampling import servers
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.sampling.open import open_sampler
@@ -59,7 +60,7 @@ class HeldOut:
             progress.advance(rollout)
             return self.mark(rollout)
 
-        own = sampler.generate(self.problems, samples, self.params, seed, on_rollout)
+        own = finished(sampler.generate(self.problems, samples, self.params, seed, on_rollout))
         groups = sampler.gather(own, self.problems, f"evaluation {name} {step}")
         result = summary(groups, self.params, name, step)
         if identity:
@@ -77,7 +78,9 @@ def load_problems(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.
     """
     if not recipe.eval.path:
         raise InputError("eval.path is empty; name a file, folder or Hub id of held-out problems")
-    return data.load_prompts(recipe.data, tokenizer, recipe.eval, recipe.reward.verifier, vocabulary).prompts
+    verifier = recipe.reward.marked_by
+    columns = {} if verifier else columns_of(recipe.reward)
+    return data.load_prompts(recipe.data, tokenizer, recipe.eval, verifier, vocabulary, columns).prompts
 
 
 def evaluate(
@@ -108,7 +111,7 @@ def evaluate(
     mesh = make_mesh()  # the devices of this process, which may be fewer than training had
     loaded = hf.load(folder, mesh=mesh)
     tokenizer = data.load_tokenizer(str(folder))
-    mark = make_marker(recipe, data.detokenizer(tokenizer))
+    mark = make_marker(recipe, data.detokenizer(tokenizer), functions_of(recipe))
     vocabulary = data.read_vocabulary(folder, tokenizer, loaded.config.vocab_size)
     say(vocabulary.summary)
     params = evaluation_params(recipe, vocabulary.stop_ids)

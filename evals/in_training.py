@@ -22,6 +22,7 @@ from jaxrl import config, data
 from jaxrl.checkpoint import identity
 from jaxrl.errors import InputError
 from jaxrl.files import set_aside, write_atomically
+from jaxrl.marking import functions_of, make_marker
 from jaxrl.parallel import processes
 from jaxrl.results import Average, TaskResult, TrainingResult
 from jaxrl.run import Run, Setup
@@ -50,7 +51,8 @@ class InTraining:
             if out.parent.name == "benchmarks":
                 run_benchmarks(run, self.tasks, params, out, steps, own)
             else:
-                problems = HeldOut(work.recipe, self.problems, params, work.mark)
+                mark = make_marker(work.recipe, run.setup.detokenize, functions_of(work.recipe))
+                problems = HeldOut(work.recipe, self.problems, params, mark)
                 problems.measure(run.sampler, run.progress, out, "step", steps, own)
 
     def missing(self, setup: Setup, steps: int) -> bool:

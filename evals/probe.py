@@ -27,10 +27,11 @@ from jaxrl import config, data
 from jaxrl.config.sections import COLDEST
 from jaxrl.errors import InputError
 from jaxrl.files import set_aside, write_atomically
-from jaxrl.marking import make_marker
+from jaxrl.marking import finished, functions_of, make_marker
 from jaxrl.models import hf
 from jaxrl.models.tensors import hash_weights
 from jaxrl.parallel.mesh import make_mesh
+from jaxrl.rewards.functions import columns_of
 from jaxrl.sampling import servers
 from jaxrl.sampling.open import open_own_sampler
 from jaxrl.telemetry.progress import Progress
@@ -161,14 +162,16 @@ def probe(job: Job, devices: servers.Devices = servers.CPU, say: Say = print) ->
     recipe, tokenizer = job.recipe, data.load_tokenizer(str(job.folder))
     vocabulary = data.read_vocabulary(job.folder, tokenizer, hf.read_config(job.folder).vocab_size)
     say(vocabulary.summary)
-    every = data.load_prompts(recipe.data, tokenizer, None, recipe.reward.verifier, vocabulary)
+    verifier = recipe.reward.marked_by
+    columns = {} if verifier else columns_of(recipe.reward)
+    every = data.load_prompts(recipe.data, tokenizer, None, verifier, vocabulary, columns)
     say(every.summary())
     chosen = dataclasses.replace(every, prompts=spread(every.prompts, job.problems), mixture=())
     settings = _settings(job, chosen, vocabulary.stop_ids)
     results = _found(job, settings, say)
     missing = [t for t in job.temperatures if t not in {result["temperature"] for result in results}]
     if missing:
-        mark = make_marker(recipe, data.detokenizer(tokenizer))
+        mark = make_marker(recipe, data.detokenizer(tokenizer), functions_of(recipe))
         asked = Asked(chosen.prompts, vocabulary.stop_ids, mark, settings)
         _sample(job, asked, missing, results, devices, say)
     return _write(job, settings, results)
@@ -251,7 +254,8 @@ def _sample(
                 return asked.mark(report(rollout))
 
             params = SamplingParams(temperature, 1.0, 0, recipe.rollout.max_tokens, asked.stop_ids)
-            groups = sampler.generate(asked.prompts, job.samples, params, (recipe.run.seed,), on_rollout)
+            seed = (recipe.run.seed,)
+            groups = finished(sampler.generate(asked.prompts, job.samples, params, seed, on_rollout))
             result = measure(groups, temperature)
             results.append(result)
             _write(job, asked.settings, results)

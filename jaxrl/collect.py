@@ -15,7 +15,9 @@ from jaxrl.config import Stage
 from jaxrl.errors import InputError
 from jaxrl.grpo.groups import asked, in_band, rescuable, trained
 from jaxrl.ledger import Answer
+from jaxrl.marking import finished
 from jaxrl.prepare import Method
+from jaxrl.rewards.functions import Functions
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.types import Marker, Prompt, Rollout, SamplingParams
 
@@ -34,6 +36,7 @@ class Work:
     method: Method
     mark: Marker  # by the steps of the stage
     sampling: SamplingParams
+    functions: Functions | None = None  # that the marker calls
 
     @property
     def recipe(self) -> config.Recipe:
@@ -129,20 +132,28 @@ class Collector:
                 self._on_more(step, asking.count - before, asking.bad)
             return stream.take(before, asking.count)
 
-        prompts = stream.take(0, asking.count)
-        if self._sampler.alone or not recipe.groups.rounds:
+        prompts, alone = stream.take(0, asking.count), self._sampler.alone
+        scored = bool(recipe.reward.marked_by)  # as they arrive; else once functions have answered
+        if not recipe.groups.rounds or (alone and scored):
             groups = self._sampler.generate(prompts, samples, work.sampling, seed, mark, more)
             self.cursor += asking.count
-            return Collected(groups, everyone=False)
-        # a filter is about everyone's groups
+            return Collected(self._whole(groups), everyone=False)
+        # a filter is about everyone's groups, and all of their answers
         groups = []
         while prompts:
             first = len(groups)
             own = self._sampler.generate(prompts, samples, work.sampling, seed, mark, first=first)
-            groups += self._sampler.gather(own, prompts, f"step {step + 1}, from prompt {first}")
+            own = self._whole(own)
+            groups += (
+                own if alone else self._sampler.gather(own, prompts, f"step {step + 1}, from prompt {first}")
+            )
             prompts = [prompt for k in range(first, len(groups)) for prompt in more(k, groups[k])]
         self.cursor += asking.count
-        return Collected(groups, everyone=True)
+        return Collected(groups, everyone=not alone)
+
+    def _whole(self, groups: list[list[Rollout]]) -> list[list[Rollout]]:
+        """Groups with the values of the recipe's functions, if it has some."""
+        return finished(groups) if self._work.recipe.reward.named else groups
 
 
 class Asking:

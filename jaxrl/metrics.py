@@ -78,7 +78,23 @@ def rollout_metrics(groups: Groups) -> dict[str, float]:
         "response/length_mean_wrong": _mean(lengths[~right.ravel()]),
         "response/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in flat])),
         "prompt/length_mean": float(np.mean([len(r.prompt.tokens) for r in flat])),
-    }
+    } | function_metrics([r.rewards for r in flat if r.rewards is not None])
+
+
+def function_metrics(rewards: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of the values that the recipe's functions gave, by name, and the share of rollouts where one failed.
+
+    Args:
+      rewards: of each rollout; NaN where a function failed.
+    """
+    if not rewards:
+        return {}
+    found: dict[str, float] = {}
+    for name in sorted({name for each in rewards for name in each}):
+        known = [each[name] for each in rewards if name in each and not np.isnan(each[name])]
+        found[f"reward/{name}/mean"] = float(np.mean(known)) if known else np.nan
+    failed = [any(map(np.isnan, each.values())) for each in rewards]
+    return found | {"reward/failed_fraction": float(np.mean(failed))}
 
 
 def _mean(values: Float[np.ndarray, " N"]) -> float:

@@ -16,7 +16,7 @@ from blake3 import blake3
 from jax.sharding import Mesh
 
 from jaxrl import config, data, prepare
-from jaxrl.checkpoint import DATA_KEYS, Checkpoints, content_key
+from jaxrl.checkpoint import DATA_KEYS, REWARD_KEYS, Checkpoints, content_key
 from jaxrl.collect import Collector, Work
 from jaxrl.config.stages import needs_reference, reference_at
 from jaxrl.errors import InputError, RunError
@@ -34,6 +34,7 @@ from jaxrl.parallel.signals import Stop
 from jaxrl.programs import Programs, build_programs, objective_of, require_room, same_programs
 from jaxrl.reference import Reference, as_reference, take
 from jaxrl.results import evaluation_metrics
+from jaxrl.rewards.functions import Functions, columns_of, digest_of
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.sampling.local import require_positions
 from jaxrl.sampling.open import open_sampler
@@ -93,12 +94,15 @@ class Setup:
         digests = {name: prompts.digest() for name, prompts in sets.items()}  # stages share them
         for work in self.works:
             found |= {content_key(work.stage.number, key): digests[id(work.prompts)] for key in DATA_KEYS}
+            if functions := digest_of(work.recipe.reward):
+                own = blake3(functions.encode()).hexdigest()
+                found |= {content_key(work.stage.number, key): own for key in REWARD_KEYS}
         return found
 
     def content(self, steps: int) -> dict[str, str]:
         """Digests of what the recipe's paths hold, by key, of the stages that begin before so many steps are done."""
         ahead = [stage.number for stage in self.stages if stage.number and stage.first >= steps]
-        keys = {content_key(number, key) for number in ahead for key in DATA_KEYS}
+        keys = {content_key(number, key) for number in ahead for key in (*DATA_KEYS, *REWARD_KEYS)}
         return {key: digest for key, digest in self._digests.items() if key not in keys}
 
     def stage_at(self, step: int) -> config.Stage:
@@ -295,6 +299,9 @@ def load(recipe: config.Recipe, load_evaluation: LoadEvaluation | None, say: Say
         _keep_programs(at_home(recipe.run.compilation_cache), say)
     compilations = Compilations()
     stages = config.stages_of(recipe)
+    for stage in stages:
+        with _about(stage, stages):
+            columns_of(stage.recipe.reward)  # looks at what it names before anything is loaded
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp)
     folder = hf.resolve(recipe.model.path)
     model = hf.read_config(folder)
@@ -352,24 +359,33 @@ def _works(
     say: Say,
 ) -> Iterator[Work]:
     """What each stage's recipe names; prompts are read once where stages have the same."""
-    sets: list[tuple[config.Data, str, data.PromptSet]] = []
+    sets: list[tuple[config.Data, str | None, dict[str, str], data.PromptSet]] = []
+    called: list[tuple[config.Reward, Functions]] = []
     for stage in stages:
         r = stage.recipe
-        section, verifier = dataclasses.replace(r.data, drop_solved=1.0, order="shuffle"), r.reward.verifier
-        prompts = next((known for *key, known in sets if key == [section, verifier]), None)
+        section, verifier = dataclasses.replace(r.data, drop_solved=1.0, order="shuffle"), r.reward.marked_by
+        columns = columns_of(r.reward)
+        prompts = next((known for *key, known in sets if key == [section, verifier, columns]), None)
+        functions = next((known for reward, known in called if reward == r.reward), None)
         with _about(stage, stages):
             if prompts is None:
-                prompts = data.load_prompts(section, tokenizer, verifier=verifier, vocabulary=vocabulary)
-                sets.append((section, verifier, prompts))
+                prompts = data.load_prompts(
+                    section, tokenizer, verifier=verifier, vocabulary=vocabulary, columns=columns
+                )
+                sets.append((section, verifier, columns, prompts))
                 say(prompts.summary() if len(stages) == 1 else f"{stage.title}: {prompts.summary()}")
             if stage.number and r.rollout.engine == "local":
                 for prompt in prompts.prompts:
                     require_positions(prompt, r.rollout.max_tokens, model)
+            if r.reward.named and not functions:
+                functions = Functions(r.reward, Path(r.run.directory) / "rewards.log")
+                functions.try_out(prompts.prompts[0], detokenize, say)
+                called.append((r.reward, functions))
             yield Work(
                 stage,
                 prompts,
                 prepare.make_method(r),
-                make_marker(r, detokenize),
+                make_marker(r, detokenize, functions),
                 SamplingParams(
                     r.rollout.temperature,
                     r.rollout.top_p,
@@ -377,6 +393,7 @@ def _works(
                     r.rollout.max_tokens,
                     vocabulary.stop_ids,
                 ),
+                functions,
             )
 
 
@@ -497,6 +514,7 @@ def open_run(
     timer = Timer()
     with (
         watchdog(timer, print),
+        _closing_functions(setup),
         _finishing(checkpoints, timer),
         open_sampler(
             recipe, setup.folder, setup.model, setup.mesh, say, devices, lambda: stop.asked
@@ -524,6 +542,17 @@ def open_run(
             history(before, "sampler/tokens", start),
             opening,
         )
+
+
+@contextmanager
+def _closing_functions(setup: Setup) -> Iterator[None]:
+    """Ends calls of reward functions with the run; batches that are sampled ahead may wait for some."""
+    try:
+        yield
+    finally:
+        for work in setup.works:
+            if work.functions:
+                work.functions.close()
 
 
 @contextmanager

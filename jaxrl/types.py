@@ -33,6 +33,7 @@ Level = Literal["token", "sequence", "geometric"]  # what an importance ratio is
 Center = Literal["none", "group", "leave_one_out", "length_weighted", "second_best", "batch"]
 Scale = Literal["none", "group", "batch"]
 OnTruncated = Literal["train", "drop", "drop_wrong"]  # what becomes of truncated responses
+OnFailure = Literal["end", "value"]  # what a reward function that fails does to a run
 Filter = Literal["none", "drop", "refill", "substitute"]  # of groups that teach nothing
 Restart = Literal["optimizer", "reference", "data"]  # what a stage may begin anew
 Ratio = Literal["token", "sequence", "geometric"]  # of two policies' probabilities
@@ -53,6 +54,7 @@ class Prompt:
     tokens: Int32[np.ndarray, " T"]  # chat-templated prompt, generation prompt included
     answer: str  # ground truth, as the verifier wants it
     problem: str = ""  # digest of the problem, without what a recipe adds to it, and of its answer
+    columns: Mapping[str, object] | None = None  # of its row, where a reward function takes some
 
     @property
     def key(self) -> str:
@@ -73,6 +75,7 @@ class Rollout:
     reward: float = float("nan")  # what is trained on: the score's, and terms of the length
     server: str = ""  # that sampled it, where there are several
     undecided: bool = False  # whether it is marked wrong because comparing its answer is too much work
+    rewards: Mapping[str, float] | None = None  # of the recipe's functions, by name; NaN where one failed
 
 
 @dataclasses.dataclass(frozen=True)

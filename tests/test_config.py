@@ -237,7 +237,8 @@ UNBOUNDED = {"loss.dual_clip", "loss.log_ratio_bound", "sampler.correction_cap"}
 def test_a_number_that_devices_do_not_hold_is_named_in_every_field() -> None:
     for number in (math.nan, -math.inf, 1e-46, -1e-400 or -1e-46):
         assert refused(number) == NUMERIC
-    assert refused(-1) == NUMERIC - {"reward.wrong"}  # the one that may be negative
+    negative = {"reward.wrong", "reward.threshold", "reward.failure_value"}  # what may be
+    assert refused(-1) == NUMERIC - negative
     for number in (math.inf, 1e39, 10**400):
         assert refused(number) >= NUMERIC - UNBOUNDED
     for number in (1 << 31, 1 << 63):
@@ -255,6 +256,26 @@ def test_each_of_several_problems_has_a_line(tmp_path: Path) -> None:
 
 
 IMPOSSIBLE = {
+    "functions_in_two_places": (
+        {"reward": {"function": "a:b", "functions": [{"path": "c:d"}]}},
+        ("reward.function and reward.functions", "give one"),
+        {"reward": {"function": ""}},
+    ),
+    "functions_of_one_name": (
+        {"reward": {"functions": [{"path": "a:b"}, {"path": "c.py:b"}]}},
+        ("reward.functions", "two are named 'b'"),
+        {"reward": {"functions": [{"path": "a:b"}, {"path": "c.py:b", "name": "d"}]}},
+    ),
+    "nothing_to_reward": (
+        {"reward": {"verifier": "none"}},
+        ('reward.verifier = "none"', "give it, or leave them out"),
+        {"reward": {"function": "an-entry-point"}},
+    ),
+    "rewards_that_may_differ": (
+        {"reward": {"function": "a:b"}, "groups": {"rescue": True}},
+        ("groups.rescue", "reward.function"),
+        {"groups": {"rescue": False}},
+    ),
     "thoughts_that_nobody_reads": (
         {"reward": {"verifier": "math_verify", "thoughts": "closed"}},
         ('reward.thoughts = "closed"', 'reward.verifier = "math_verify"', "leave it out"),
@@ -479,7 +500,7 @@ def test_help_shows_every_field_with_its_docstring(
     assert caught.value.code == 0
     help_text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
     for key, text in docstrings().items():
-        if key == "data.sources":  # each source of the file has flags of its own
+        if key in ("data.sources", "reward.functions"):  # each of the file's has flags of its own
             continue
         start = help_text.index("--" + key.replace("_", "-"))
         assert re.sub(r"\s+", "", text) in help_text[start : start + 600], key
@@ -506,6 +527,41 @@ def test_sources_of_data_come_back_from_files_and_take_overrides(tmp_path: Path)
     changed = config.load(write(tmp_path, MIXED), ["--data.sources.1.weight", "2"])
     assert [s.weight for s in changed.data.sources] == [3.0, 2.0]
     assert [line.partition(":")[0] for line in config.differences(recipe, changed)] == ["data.sources"]
+
+
+FUNCTIONS = """
+[[reward.functions]]
+path = "mine.py:score"
+weight = 3
+[[reward.functions]]
+path = "theirs:score"
+name = "theirs"
+"""
+
+
+def test_functions_come_back_from_files_with_whole_paths_and_take_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = write(tmp_path, FUNCTIONS)
+    assert config.load(path).reward.functions[0].path == "mine.py:score"  # it is nowhere yet
+    (tmp_path / "here" / "mine.py").touch()
+    assert config.load(path).reward.functions[0].path == f"{tmp_path}/here/mine.py:score"
+    (tmp_path / "mine.py").touch()
+    recipe = config.load(path, ["--reward.functions.1.weight", "0"])
+    found = [(f.path, f.weight, f.title) for f in recipe.reward.functions]
+    assert found == [(f"{tmp_path}/mine.py:score", 3.0, "score"), ("theirs:score", 0.0, "theirs")]
+    assert config.load(write(tmp_path, config.to_toml(recipe))) == recipe
+    stages = "[[stages]]\nuntil = 2\nreward.function = 'mine.py:score'\n"
+    staged = config.load(write(tmp_path, stages))
+    assert staged.stages[0].changes["reward"]["function"] == f"{tmp_path}/mine.py:score"
+
+
+@pytest.mark.parametrize("path", ["mine.py", "mine.py:", "my module:f", "a:b:c", "a.py:1"])
+def test_what_names_no_function_is_refused(path: str) -> None:
+    with pytest.raises(InputError, match=r'reward.function = .*not a "FILE.py:FUNCTION"'):
+        config.from_dict({"reward": {"function": path}})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import tomli_w
 import tyro
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from jaxrl.config.hints import misnamed
 from jaxrl.config.named import find
 from jaxrl.config.rules import impossible
-from jaxrl.config.sections import Recipe, Source, StageEntry
+from jaxrl.config.sections import Recipe, RewardFunction, Source, StageEntry
 from jaxrl.errors import InputError, first_line
 from jaxrl.types import JsonObject
 
@@ -65,9 +66,36 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     except RecursionError:
         raise InputError(f"{path}: not valid TOML: nested too deeply") from None
     if not overrides:
-        return from_dict(values, str(path))
+        return _located(from_dict(values, str(path)), path.parent)
     recipe = from_command_line(_unchecked(values, str(path)), overrides, f"jaxrl train {path}")
-    return from_dict(to_dict(recipe), "command line")
+    return _located(from_dict(to_dict(recipe), "command line"), path.parent)
+
+
+def _located(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with whole paths of the files of reward functions, which are in this folder or the current one."""
+
+    def whole(path: str) -> str:
+        file, _, function = path.rpartition(":")
+        there = [at.absolute() / file for at in (folder, Path()) if (at / file).is_file()]
+        return f"{there[0]}:{function}" if file.endswith(".py") and there else path
+
+    def located(keys: dict[str, object]) -> dict[str, object]:
+        found = dict(keys)
+        if function := keys.get("function"):
+            found["function"] = whole(str(function))
+        if functions := cast(tuple[RewardFunction, ...], keys.get("functions", ())):
+            found["functions"] = tuple(dataclasses.replace(f, path=whole(f.path)) for f in functions)
+        return found
+
+    own = {"function": recipe.reward.function, "functions": recipe.reward.functions}
+    reward = dataclasses.replace(recipe.reward, **located(own))  # type: ignore[arg-type]
+    stages = tuple(
+        dataclasses.replace(each, changes={**each.changes, "reward": located(each.changes["reward"])})
+        if "reward" in each.changes
+        else each
+        for each in recipe.stages
+    )
+    return dataclasses.replace(recipe, reward=reward, stages=stages)
 
 
 def from_command_line(default: Recipe, args: list[str], program: str) -> Recipe:
@@ -202,8 +230,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
 
 def _suggestion(location: tuple[int | str, ...]) -> str:
     known = [f.name for f in dataclasses.fields(Recipe)]
-    if location[:2] == ("data", "sources") and len(location) > 3:
-        known = [f.name for f in dataclasses.fields(Source)]
+    of_lists = {"data.sources": Source, "reward.functions": RewardFunction}
+    entry = of_lists.get(".".join(map(str, location[:2])))
+    if entry and len(location) > 3:
+        known = [f.name for f in dataclasses.fields(entry)]
     elif len(location) > 1:
         known = [f.name for f in dataclasses.fields(getattr(Recipe(), str(location[0])))]
     if location == ("advantage", "normalize_std"):

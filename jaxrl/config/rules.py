@@ -105,6 +105,26 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         f'reward.thoughts = "{r.reward.thoughts}" is a rule of {" and ".join(get_args(ByThoughts))}, and '
         f'reward.verifier = "{r.reward.verifier}" reads the whole response; leave it out',
     )
+    titles = [function.title for function in r.reward.named]
+    twice = sorted({title for title in titles if titles.count(title) > 1})
+    yield (
+        not (r.reward.function and r.reward.functions),
+        "reward.function and reward.functions are two ways to say the same; give one of them",
+    )
+    yield (
+        not twice,
+        f"reward.functions: two are named '{', '.join(twice)}'; give each a name of its own",
+    )
+    yield (
+        bool(titles) or (r.reward.verifier != "none" and r.reward.verifier_weight == 1),
+        f'reward.verifier = "{r.reward.verifier}" and reward.verifier_weight = {r.reward.verifier_weight} are about '
+        "reward.function, and there is none; give it, or leave them out",
+    )
+    yield (
+        not (titles and r.groups.rescue),
+        "groups.rescue rewards an answer of an earlier step again in every process, and reward.function may give "
+        "another value each time; leave one of them out",
+    )
     gated = bool(r.entropy.quantile)
     yield (
         not gated

@@ -29,6 +29,7 @@ from jaxrl.types import (
     Gather,
     Level,
     Normalization,
+    OnFailure,
     OnTruncated,
     OnUpdate,
     Order,
@@ -127,6 +128,18 @@ def _known_or_plugin(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _function_path(text: str) -> str:
+    if text and not re.fullmatch(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*|[\w.-]+(?<!\.py)", text):
+        raise ValueError('not a "FILE.py:FUNCTION", a "MODULE:FUNCTION" or the name of an entry point')
+    return _at_home(text)
+
+
+def _metric_name(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]*", text):
+        raise ValueError("not a name of letters, digits, _, . and -")
+    return text
+
+
 def _printable(text: str) -> str:
     if not text.isprintable() or len(text) > 60:
         raise ValueError("not a name of at most 60 printable characters")
@@ -135,6 +148,7 @@ def _printable(text: str) -> str:
 
 Date = Annotated[str, AfterValidator(_iso_date)]
 ServerURL = Annotated[str, AfterValidator(_server)]
+FunctionPath = Annotated[str, AfterValidator(_function_path)]
 Argument = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 
@@ -321,11 +335,29 @@ class Sampler(Section):
 
 
 @dataclass(frozen=True)
+class RewardFunction(Section):
+    """One of several functions of a reward."""
+
+    path: Annotated[FunctionPath, Field(min_length=1)]
+    """As reward.function."""
+    weight: Float = 1.0
+    """What its value is multiplied by in the reward; 0 only reports it."""
+    name: Annotated[str, AfterValidator(_metric_name)] = ""
+    """Of its metrics, reward/NAME/mean; empty takes the function's."""
+
+    @property
+    def title(self) -> str:
+        """Its name in metrics."""
+        return self.name or self.path.rpartition(":")[2]
+
+
+@dataclass(frozen=True)
 class Reward(Section):
-    verifier: Verifier = "strict_boxed"
+    verifier: Literal[Verifier, "none"] = "strict_boxed"
     """Marks a response +1 or -1; strict_boxed compares the last \\boxed{} as a string (JustRL's fork), minerva
     DAPO's `Answer:` line after normalizing, equivalent is DeepScaleR's lenient one (by thoughts), corrected a lenient
-    one without that one's faults, math_verify the library of that name; equivalent_or_math_verify takes either."""
+    one without that one's faults, math_verify the library of that name; equivalent_or_math_verify takes either; none
+    leaves it to reward.function and reward.threshold."""
     thoughts: Thoughts = "required"
     """Of verifiers with "equivalent" in their names: the text has <think> and </think> (required) or </think> (closed),
     and the answer comes after; or after </think> if there is one, else anywhere (optional) (DeepScaleR: required)."""
@@ -337,6 +369,37 @@ class Reward(Section):
     """Penalize answers that run into the last n tokens of rollout.max_tokens; 0 does not (JustRL's ablation: 4096)."""
     overlong_penalty: NonNegative = 1.0
     """What an answer of rollout.max_tokens loses; less in proportion below (verl overlong_buffer.penalty_factor)."""
+    function: FunctionPath = ""
+    """A function of your own whose value is added to the reward, see docs/rewards.md: "FILE.py:FUNCTION", from the
+    recipe's folder or the current one, "MODULE:FUNCTION", or the name of an entry point of "jaxrl.rewards" (ours)."""
+    functions: tuple[RewardFunction, ...] = ()
+    """Several of them instead, each a [[reward.functions]] with path, weight and name (ours)."""
+    verifier_weight: NonNegative = 1.0
+    """What 1 or reward.wrong, for the verifier, is multiplied by before the functions' values are added (ours)."""
+    threshold: Float = 0.5
+    """With verifier = "none", an answer is right if the functions' weighted sum is above this (ours)."""
+    workers: Positive = 4
+    """Processes that call each function; a plain one is called once at a time in each (ours)."""
+    in_flight: Positive = 64
+    """Calls of an async function under way at a time in each process, or most answers in a batch function's (ours)."""
+    seconds: PositiveFloat = 60.0
+    """Longest that a call may take (ours)."""
+    memory_mib: Count = 4096
+    """Address space of each of these processes in MiB; 0 is no limit (ours)."""
+    on_failure: OnFailure = "end"
+    """A call that raises, takes too long or gives no number ends the run, or counts as failure_value (value) (ours)."""
+    failure_value: Float = 0.0
+    """See on_failure; reward/failed_fraction counts them."""
+
+    @property
+    def named(self) -> tuple[RewardFunction, ...]:
+        """The functions, whichever key names them."""
+        return (RewardFunction(self.function),) if self.function else self.functions
+
+    @property
+    def marked_by(self) -> Verifier | None:
+        """The verifier, if there is one."""
+        return None if self.verifier == "none" else self.verifier
 
 
 @dataclass(frozen=True)

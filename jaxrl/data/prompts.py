@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ class Problem:
     chat: Chat
     answer: str
     hint: str | None = ""  # what is to follow the problem; None where no solution has the answer
+    columns: Mapping[str, object] | None = None  # that reward functions take
 
 
 @dataclasses.dataclass
@@ -87,11 +89,13 @@ class PromptSet:
         return self.counts.overlong
 
     def digest(self) -> str:
-        """A digest of all that a run takes from the rows: ids, tokens, answers, in their order and mixture."""
+        """A digest of all that a run takes from the rows, in their order and mixture."""
         whole = blake3(repr(self.mixture).encode())
         for prompt in self.prompts:
             texts = json.dumps([prompt.id, prompt.answer, len(prompt.tokens)])
             whole.update(texts.encode() + prompt.tokens.tobytes())
+            if prompt.columns:
+                whole.update(json.dumps(prompt.columns, sort_keys=True, default=str).encode())
         return whole.hexdigest()
 
     def without(self, keys: Collection[str]) -> PromptSet:
@@ -148,6 +152,7 @@ def load_prompts(
     held_out: config.Eval | None = None,
     verifier: Verifier | None = None,
     vocabulary: Vocabulary | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> PromptSet:
     """Reads, cleans, templates and tokenizes problems.
 
@@ -158,6 +163,8 @@ def load_prompts(
         of characters and without hints.
       verifier: is asked whether it can match the answers; None asks none.
       vocabulary: the model's, to which token ids are held; None holds them to none.
+      columns: that prompts keep for reward functions, each with what has to be set where it is missing, or "" where it
+        may be.
 
     Raises:
       InputError: naming the file, and the row or column, for anything that cannot be used as it is.
@@ -170,16 +177,16 @@ def load_prompts(
         whole = dataclasses.replace(
             section, min_characters=0, max_characters=0, hint_column="", hint_share=0.0
         )
-        return _load(whole, tokenizer, choice, verifier, vocabulary, held_out.problems)
+        return _load(whole, tokenizer, choice, verifier, vocabulary, columns, held_out.problems)
     if not section.sources:
         choice = Choice(section.path, section.config, section.split, section.files)
-        return _load(section, tokenizer, choice, verifier, vocabulary)
+        return _load(section, tokenizer, choice, verifier, vocabulary, columns)
     found: list[PromptSet] = []
     for number, source in enumerate(section.sources):
         own = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name != "weight"}
         changed = dataclasses.replace(section, sources=(), **{k: v for k, v in own.items() if v})
         choice = Choice(source.path, source.config, source.split, source.files, f"data.sources.{number}")
-        found.append(_load(changed, tokenizer, choice, verifier, vocabulary))
+        found.append(_load(changed, tokenizer, choice, verifier, vocabulary, columns))
     prompts = [
         dataclasses.replace(prompt, id=f"{number}:{prompt.id}")
         for number, one in enumerate(found, 1)
@@ -199,13 +206,17 @@ def _load(
     choice: Choice,
     verifier: Verifier | None,
     vocabulary: Vocabulary | None,
+    columns: Mapping[str, str],
     limit: int = 0,
 ) -> PromptSet:
     """One source's prompts, the first `limit` or all."""
     counts, files, source = Counts(), find_files(choice), choice.path
-    problems = list(_problems(files, section, counts))
+    problems = list(_problems(files, section, counts, columns))
     if not problems:
         raise InputError(f"{source}: no rows in it; give a file with problems")
+    for column, key in columns.items():
+        if key and all((problem.columns or {}).get(column) is None for problem in problems):
+            raise InputError(f"{source}: no row has a column '{column}'. Set {key}")
     problems = _wanted(problems, section, source, counts)
     if verifier:
         _require_matchable(problems, verifier, source, counts)
@@ -219,7 +230,7 @@ def _load(
         else:
             text = json.dumps([problem.chat.problem, problem.answer])
             digest = blake3(text.encode("utf-8", "surrogatepass")).hexdigest(8)
-            prompts.append(Prompt(problem.id, tokens, problem.answer, digest))
+            prompts.append(Prompt(problem.id, tokens, problem.answer, digest, problem.columns))
     if not prompts:
         raise InputError(
             f"{source}: all {counts.overlong} prompts are longer than data.max_prompt_tokens = "
@@ -338,7 +349,12 @@ def _places(
 Key = str | tuple[object, ...]
 
 
-def _problems(files: Sequence[Path], section: config.Data, counts: Counts) -> Iterator[Problem]:
+def _problems(
+    files: Sequence[Path],
+    section: config.Data,
+    counts: Counts,
+    taken: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Problem]:
     """The rows of files with a problem and an answer, without duplicates where the recipe wants that.
 
     Counts them on the way. DAPO's file has 1.8 million rows, so a copy of a row costs one look-up.
@@ -353,7 +369,8 @@ def _problems(files: Sequence[Path], section: config.Data, counts: Counts) -> It
     chats: set[Key] = set()
     answers: dict[Key, str] = {}
     names: set[str] = set()
-    for where, row in read_rows(files, columns, ID_COLUMNS, arguments, hints):
+    objects = {**taken, **dict.fromkeys(arguments, "data.template_column")}
+    for where, row in read_rows(files, columns, ID_COLUMNS, objects, hints):
         counts.rows += 1
         raw = _raw_key(row, columns) if section.deduplicate and not arguments else None
         if raw in copies:
@@ -379,7 +396,8 @@ def _problems(files: Sequence[Path], section: config.Data, counts: Counts) -> It
         name = f"{name}#{counts.rows}" if name in names else name
         names.add(name)
         hint = hint_of(row[section.hint_column], answer, section, where) if hints else ""
-        yield Problem(name, chat, answer, hint)
+        own = {column: row[column] for column in taken if column in row} if taken else None
+        yield Problem(name, chat, answer, hint, own)
 
 
 def _wanted(problems: list[Problem], section: config.Data, source: str, counts: Counts) -> list[Problem]:

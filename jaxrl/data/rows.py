@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jaxrl.data.files import LINES, WHOLE, format_of
@@ -32,7 +33,7 @@ def read_rows(
     files: Iterable[Path],
     columns: Sequence[str],
     optional: Sequence[str] = (),
-    objects: Sequence[str] = (),
+    objects: Mapping[str, str] = MappingProxyType({}),
     named: Mapping[str, str] | None = None,
 ) -> Rows:
     """Yields (where, {column: value}) from the rows of files, one file after another.
@@ -41,7 +42,8 @@ def read_rows(
       files: of the formats in files.py.
       columns: to read; a dot enters a struct.
       optional: to read where a row or file has them.
-      objects: to read whole, as one value, where they are structs too; None where a row has none.
+      objects: to read whole, as one value, where they are structs too, each with the recipe's key that names it; None
+        where a row of JSON has none. With an empty key they are read where a row or file has them.
       named: more columns to read, each with the recipe's key that names it, for messages.
 
     Raises:
@@ -113,7 +115,7 @@ def _values(
     halves: bool,
     columns: Mapping[str, str],
     optional: Sequence[str],
-    objects: Sequence[str],
+    objects: Mapping[str, str],
 ) -> JsonObject:
     """The wanted values of a row of JSON."""
     if not isinstance(row, dict):
@@ -121,7 +123,8 @@ def _values(
     try:
         flat = _flat(row)
         _require(columns, flat, where)
-        found = {c: flat[c] for c in (*columns, *optional) if c in flat} | {c: row.get(c) for c in objects}
+        found = {c: flat[c] for c in (*columns, *optional) if c in flat}
+        found |= {c: row.get(c) for c, key in objects.items() if key or c in row}
         if halves:
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
@@ -135,7 +138,7 @@ def _values(
 
 
 def _parquet_rows(
-    file: Path, columns: Mapping[str, str], optional: Sequence[str], objects: Sequence[str]
+    file: Path, columns: Mapping[str, str], optional: Sequence[str], objects: Mapping[str, str]
 ) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -145,15 +148,16 @@ def _parquet_rows(
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         there = _flat_table(parquet.schema_arrow.empty_table()).column_names
         _require(columns, there, str(file))
-        _require(dict.fromkeys(objects, "data.template_column"), parquet.schema_arrow.names, str(file))
-        wanted = [*columns, *(c for c in optional if c in there)]
-        for chunk in parquet.iter_batches(columns=[*wanted, *objects]):
+        names = parquet.schema_arrow.names
+        _require({c: key for c, key in objects.items() if key}, names, str(file))
+        wanted, wholes = [*columns, *(c for c in optional if c in there)], [c for c in objects if c in names]
+        for chunk in parquet.iter_batches(columns=[*dict.fromkeys((*wanted, *wholes))]):
             whole = pa.Table.from_batches([chunk])
             table = _flat_table(whole)
-            read = [*(_shortest(_single_users(table[c])) for c in wanted), *(whole[c] for c in objects)]
+            read = [*(_shortest(_single_users(table[c])) for c in wanted), *(whole[c] for c in wholes)]
             for values in zip(*(column.to_pylist() for column in read), strict=True):
                 number += 1
-                yield f"{file}, row {number}", dict(zip((*wanted, *objects), values, strict=True))
+                yield f"{file}, row {number}", dict(zip((*wanted, *wholes), values, strict=True))
         if number != parquet.metadata.num_rows:
             raise ValueError(f"it has {number} of {parquet.metadata.num_rows} rows")
     except InputError:

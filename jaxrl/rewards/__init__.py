@@ -6,8 +6,10 @@ policy has found to write.
 
 `WINNING` has the form in which each verifier looks for an answer, for checks that an answer can be matched at all.
 
-To add one, write a module here with the function and an `extract(response)` that returns the answer it compares (for
-reading rollouts). Add its name to `Verifier` in `jaxrl/types.py` and the function to `VERIFIERS`, with its form in
+A recipe's own functions are another matter: functions.py calls them in processes, where worker.py is.
+
+To add a verifier, write a module here with the function and an `extract(response)` that returns the answer it compares
+(for reading rollouts). Add its name to `Verifier` in `jaxrl/types.py` and the function to `VERIFIERS`, with its form in
 `WINNING`; recipes choose by that name. The functions shadow their modules as attributes of this package, so import
 other names by `from jaxrl.rewards.minerva import extract`. Keep imports light: samplers mark rollouts without JAX.
 """

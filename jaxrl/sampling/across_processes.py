@@ -96,6 +96,7 @@ class Follower:
 def to_bytes(groups: Groups) -> bytes:
     """Rollouts as NumPy arrays, without pickled objects, and without the prompts, which every process has."""
     flat = [rollout for group in groups for rollout in group]
+    names = sorted({name for r in flat for name in r.rewards or ()})
     with io.BytesIO() as file:
         np.savez(
             file,
@@ -108,8 +109,19 @@ def to_bytes(groups: Groups) -> bytes:
             rewards=np.array([r.reward for r in flat], np.float64),
             versions=np.array([r.version for r in flat], np.int64),
             stopped=np.array([r.finish_reason == "stop" for r in flat], bool),
+            **(_rewards(flat, names) if names else {}),  # type: ignore[arg-type]  # of savez's own options
         )
         return file.getvalue()
+
+
+def _rewards(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The values of reward functions: their names [K], and for each rollout [B, K] values and whether it has them."""
+    each = [r.rewards or {} for r in rollouts]
+    return {
+        "parts": np.array(names, str),
+        "values": np.array([[own.get(name, np.nan) for name in names] for own in each], np.float64),
+        "has": np.array([[name in own for name in names] for own in each], bool),
+    }
 
 
 def from_bytes(parts: Sequence[bytes], prompts: Sequence[Prompt]) -> list[list[Rollout]]:
@@ -130,6 +142,10 @@ def from_bytes(parts: Sequence[bytes], prompts: Sequence[Prompt]) -> list[list[R
 def _rollout(prompt: Prompt, arrays: Mapping[str, np.ndarray], i: int, end: int) -> Rollout:
     """Rollout i of `to_bytes`, whose tokens end before `end`."""
     tokens = slice(end - int(arrays["lengths"][i]), end)
+    rewards: dict[str, float] | None = None
+    if "parts" in arrays:
+        parts = zip(arrays["parts"], arrays["values"][i], arrays["has"][i], strict=True)
+        rewards = {str(name): float(value) for name, value, has in parts if has}
     return Rollout(
         prompt,
         arrays["tokens"][tokens],
@@ -139,4 +155,5 @@ def _rollout(prompt: Prompt, arrays: Mapping[str, np.ndarray], i: int, end: int)
         score=float(arrays["scores"][i]),
         undecided=bool(arrays["undecided"][i]),
         reward=float(arrays["rewards"][i]),
+        rewards=rewards,
     )

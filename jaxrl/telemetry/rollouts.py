@@ -167,8 +167,8 @@ def _read_parquet(file: Path, needed: frozenset[str], size: float) -> Iterator[d
 
 
 def _parts(rollout: Rollout) -> dict[str, float]:
-    """The parts of a rollout's reward by name."""
-    return getattr(rollout, "rewards", None) or {}
+    """The parts of a rollout's reward by name, without those of functions that failed."""
+    return {name: value for name, value in (rollout.rewards or {}).items() if not np.isnan(value)}
 
 
 def _schema(parts: Sequence[str]) -> pa.Schema:

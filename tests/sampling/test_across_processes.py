@@ -17,7 +17,8 @@ def test_shares_cover_all_prompts_evenly(count: int, processes: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_what_is_sent_arrives() -> None:
+@pytest.mark.parametrize("called", [False, True], ids=["", "with rewards of functions"])
+def test_what_is_sent_arrives(called: bool) -> None:
     rng = np.random.default_rng(0)
     prompts = [Prompt(str(i), np.arange(i + 1, dtype=np.int32), str(i)) for i in range(5)]
 
@@ -25,8 +26,10 @@ def test_what_is_sent_arrives() -> None:
         tokens = rng.integers(9, size=length).astype(np.int32)
         logprobs = rng.random(length).astype(np.float32)
         finish = "stop" if length % 2 else "length"
+        score, reward, parts = float(-length), length / 8, {"é": length / 3, "b": float("nan")}
+        rewards = {name: parts[name] for name in [*parts][length % 2 :]} if called else None
         return Rollout(
-            prompt, tokens, logprobs, finish, length, float(-length), length / 8, undecided=length > 4
+            prompt, tokens, logprobs, finish, length, score, reward, undecided=length > 4, rewards=rewards
         )
 
     lengths = [(3, 1), (2, 5), (), (4, 7), (1, 1)]
@@ -39,6 +42,7 @@ def test_what_is_sent_arrives() -> None:
         assert a.prompt is b.prompt
         assert (a.finish_reason, a.version) == (b.finish_reason, b.version)
         assert (a.score, a.reward, a.undecided) == (b.score, b.reward, b.undecided)
+        assert repr(a.rewards and sorted(a.rewards.items())) == repr(b.rewards and sorted(b.rewards.items()))
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
         assert (a.tokens.dtype, a.logprobs.dtype) == (np.int32, np.float32)
