@@ -161,7 +161,7 @@ def test_what_is_impossible_is_judged_after_the_overrides(tmp_path: Path) -> Non
         ["--data.chat_template", "maybe"],
         ["--model.dtype", "fp8"],
         ["--rollout.samplez", "8"],
-        ["--nonsense"],
+        ["--run.nonsense"],
         ["--rollout.samples"],
     ],
     ids=" ".join,

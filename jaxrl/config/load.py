@@ -112,8 +112,8 @@ def from_command_line(default: Recipe, args: list[str], program: str) -> Recipe:
         default=default,
         args=[{"true": "True", "false": "False"}.get(arg, arg) for arg in args],  # as TOML writes them
         prog=program,
-        description="Overrides of the recipe's values, which are shown as defaults. Short forms: --samplers URL,URL "
-        "for --sampler.urls with --rollout.engine vllm; --profile STEPS for --run.profile. --quiet shows no progress; "
+        description="Overrides of the recipe's values, which are shown as defaults. Besides: --samplers URL,URL "
+        "samples by these vLLM servers; --profile STEPS traces so many steps for XProf; --quiet shows no progress; "
         "--log-level debug|info|warning|error is of JAX and other libraries.",
     )
 

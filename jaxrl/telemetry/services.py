@@ -290,7 +290,7 @@ def versions() -> dict[str, str]:
     if (folder / ".git").exists():
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
         with suppress(OSError, subprocess.CalledProcessError):  # no git, or a folder of another user
-            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            shown = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
             found["jaxrl.commit"] = shown.strip()
     return found
 
