@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from jaxrl import config, data
 from jaxrl.collect import Collector, TooFew, Work, choose
 from jaxrl.data.prompts import Counts
 from jaxrl.grpo import groups
+from jaxrl.marking import Pending
 from jaxrl.types import Prompt, Rollout, SamplingParams
 
 SAMPLES = 4
@@ -97,6 +99,35 @@ def rounds_of(good: Callable[[int], bool], prompts: int, most: int) -> tuple[lis
         taken += [k for k in asked if good(k)]
         used, rounds = asked.stop, rounds + 1
     return taken, used
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_technique_refill_waits_for_functions_that_say_what_is_right(alone: bool) -> None:
+    """Scores are known once a round has ended; what is asked for and trained on is what it would be with a verifier."""
+    kinds = np.random.default_rng(1).choice(["++--", "----", "++++"], 400)
+    work = work_of(5, 400, filter="refill")
+    reward = config.Reward(verifier="none", function="mine.py:score")
+    recipe = dataclasses.replace(work.recipe, reward=reward)
+
+    def mark(rollout: Rollout, step: int = 0) -> Rollout:
+        values = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(Rollout)}
+        return Pending(**values | {"score": np.nan}, complete=lambda: rollout)
+
+    stage = dataclasses.replace(work.stage, recipe=recipe)
+    later = dataclasses.replace(work, stage=stage, mark=mark)
+    sampler, samplers = (
+        Sampler(lambda _, k: kinds[k], alone=alone),
+        Sampler(lambda _, k: kinds[k], alone=False),
+    )
+    (everyone,), (expected,) = collected(later, sampler), collected(work, samplers)
+    assert sampler.asked == samplers.asked and len(sampler.asked) > 1
+    assert [[type(each) for each in group] for group in everyone] == [[Rollout] * SAMPLES] * len(everyone)
+    assert [[each.score for each in group] for group in everyone] == [
+        [each.score for each in group] for group in expected
+    ]
+    found = [choose(one, groups, 0, {}, scored) for one, groups in ((later, everyone), (work, expected))]
+    places = [places_of(one.groups, groups) for one, groups in zip(found, (everyone, expected), strict=True)]
+    assert places[0] == places[1] and len(places[0]) == 5
 
 
 @settings(max_examples=60, deadline=None)

@@ -385,7 +385,7 @@ class Reward(Section):
     seconds: PositiveFloat = 60.0
     """Longest that a call may take (ours)."""
     memory_mib: Count = 4096
-    """Address space of each of these processes in MiB; 0 is no limit (ours)."""
+    """MiB of address space that calls may take in each of these processes, imports aside; 0 is no limit (ours)."""
     on_failure: OnFailure = "end"
     """A call that raises, takes too long or gives no number ends the run, or counts as failure_value (value) (ours)."""
     failure_value: Float = 0.0

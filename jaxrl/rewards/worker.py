@@ -191,7 +191,7 @@ def serve(path: str, seconds: float, memory: int) -> None:
     Args:
       path: of the function.
       seconds: that a call of an async function may take; the run ends processes in which others take longer.
-      memory: bytes of address space; 0 is no limit.
+      memory: bytes of address space beyond what the function's module takes; 0 is no limit.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints is no reply
@@ -204,7 +204,8 @@ def serve(path: str, seconds: float, memory: int) -> None:
         replies.write(_line({"error": str(error)}))
         return
     if memory:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        taken = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     replies.write(_line(described))
     asyncio.run(_answer(function, bool(described["batch"]), seconds, replies))

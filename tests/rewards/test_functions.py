@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -242,6 +244,34 @@ def test_closing_ends_the_processes_and_what_they_started(tmp_path: Path) -> Non
     while any(alive(int(pid)) for pid in pids.read_text().split()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    busy = (
+        f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(300)"
+    )
+    path = write(tmp_path, f"def score(response):\n    exec({busy!r})\n")
+    program = (
+        "from jaxrl import config\nfrom jaxrl.rewards.functions import Functions\nimport numpy as np, time\n"
+        "from jaxrl.types import Prompt, Rollout\n"
+        f"functions = Functions(config.Reward(function={path!r}))\n"
+        "empty = np.zeros(0, np.int32)\n"
+        "functions.start(Rollout(Prompt('', empty, ''), empty, empty, 'stop', 0), '', str)\n"
+        "time.sleep(300)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        deadline = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text()):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        run.kill()
+        run.wait()
+    while alive(int(pid.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
