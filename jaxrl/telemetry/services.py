@@ -62,19 +62,16 @@ class WandB:
     def __init__(self, subject: Subject) -> None:
         import wandb
 
-        # by its own account of the machine, a process of every host would report
-        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
-        self._wandb, self._run = (
-            wandb,
-            wandb.init(
-                project=subject.project,
-                id=subject.id,
-                name=subject.name,
-                resume="allow",
-                dir=str(subject.directory),
-                config=dict(subject.config),
-                settings=settings,
-            ),
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=subject.project,
+            id=subject.id,
+            name=subject.name,
+            resume="allow",
+            dir=str(subject.directory),
+            config=dict(subject.config),
+            # the console and the machine are the run's to report
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
