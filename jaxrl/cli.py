@@ -20,7 +20,7 @@ _DESCRIPTION = "GRPO for reasoning models in JAX."
 _EPILOG = """Any value of a recipe is an option: jaxrl train recipes/demo.toml --run.steps 10 --rollout.samples 4.
 `jaxrl train RECIPE --help` lists them all."""
 # of the help; others follow by name
-_ORDER = ("train", "eval", "probe", "export", "check", "plan", "recipes", "report", "rollouts")
+_ORDER = ("train", "eval", "probe", "export", "check", "plan", "recipes", "report", "rollouts", "doctor")
 
 
 class Command(Protocol):

@@ -188,7 +188,18 @@ def test_commands_come_from_entry_points(capsys: pytest.CaptureFixture[str]) -> 
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line.split()[0] for line in lines if re.match(r" {4}\w", line)]
-    assert commands == ["train", "eval", "probe", "export", "check", "plan", "recipes", "report", "rollouts"]
+    assert commands == [
+        "train",
+        "eval",
+        "probe",
+        "export",
+        "check",
+        "plan",
+        "recipes",
+        "report",
+        "rollouts",
+        "doctor",
+    ]
 
 
 def test_an_option_that_no_command_takes(capsys: pytest.CaptureFixture[str]) -> None:
