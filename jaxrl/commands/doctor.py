@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from jaxrl import __version__, config
 from jaxrl.errors import BAD_INPUT, InputError, RunError, first_line
+from jaxrl.files import at_home
 
 HELP = "what is installed here, and what a run would miss, each with a remedy"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "tokenizers")
@@ -66,7 +67,7 @@ def findings(vllm: str, folder: Path, port: int) -> Iterator[Finding]:
     yield from _devices()
     yield _vllm(vllm)
     yield _disk("run folder", folder)
-    yield _disk("compiled programs", Path("~/.cache/jaxrl").expanduser())
+    yield _disk("compiled programs", at_home(config.Run().compilation_cache))
     yield _shared_memory()
     yield _open_files()
     yield _port(port)
