@@ -70,6 +70,7 @@ FIXED = ("sampler.correction", "sampler.max_staleness")
 # Keys whose value may change where what it names has the same content; model.path is another.
 DATA_KEYS = ("data.path", "data.config", "data.split", "data.files", "data.sources")
 REWARD_KEYS = ("reward.function", "reward.functions")
+CONTENT_KEYS = (*DATA_KEYS, *REWARD_KEYS)  # of each stage
 SHOWN = 200  # characters of another library's error that are shown
 PAUSES = (1.0, 5.0)  # seconds before a checkpoint that could not be read is tried again
 BARRIER = 300.0  # seconds
@@ -575,9 +576,7 @@ def _past_differences(
         ]
     found: list[str] = []
     for old, new in zip(*begun, strict=True):
-        moved = [
-            key for key in ("model.path", *DATA_KEYS, *REWARD_KEYS) if content_key(new.number, key) in same
-        ]
+        moved = [key for key in ("model.path", *CONTENT_KEYS) if content_key(new.number, key) in same]
         free = (*FREE, *(f"{key}:" for key in moved))
         differing = config.differences(old.recipe, new.recipe)
         title = f"{new.title}: " if len(now) > 1 else ""
@@ -594,7 +593,7 @@ def _begins(stage: Stage) -> str:
 
 def content_key(stage: int, key: str) -> str:
     """The name of a key's content in a manifest; all stages have the same model."""
-    return f"stages.{stage}.{key}" if stage and key in (*DATA_KEYS, *REWARD_KEYS) else key
+    return f"stages.{stage}.{key}" if stage and key in CONTENT_KEYS else key
 
 
 def identity(recipe: config.Recipe, content: Mapping[str, str], step: int) -> str:
@@ -609,7 +608,7 @@ def identity(recipe: config.Recipe, content: Mapping[str, str], step: int) -> st
     for stage in stages_of(recipe):
         if not stage.number or stage.first < step:
             values = config.flat(stage.recipe)
-            named = ("model.path", *DATA_KEYS, *REWARD_KEYS)
+            named = ("model.path", *CONTENT_KEYS)
             free = (*FREE, *(key for key in named if content_key(stage.number, key) in content))
             fixed = {k: v for k, v in values.items() if k.startswith(FIXED) or not k.startswith(free)}
             found.append([stage.first, sorted(stage.restart), fixed])

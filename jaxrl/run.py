@@ -16,7 +16,7 @@ from blake3 import blake3
 from jax.sharding import Mesh
 
 from jaxrl import config, data, prepare
-from jaxrl.checkpoint import DATA_KEYS, REWARD_KEYS, Checkpoints, content_key
+from jaxrl.checkpoint import CONTENT_KEYS, DATA_KEYS, REWARD_KEYS, Checkpoints, content_key
 from jaxrl.collect import Collector, Work
 from jaxrl.config.stages import needs_reference, reference_at
 from jaxrl.errors import InputError, RunError
@@ -102,7 +102,7 @@ class Setup:
     def content(self, steps: int) -> dict[str, str]:
         """Digests of what the recipe's paths hold, by key, of the stages that begin before so many steps are done."""
         ahead = [stage.number for stage in self.stages if stage.number and stage.first >= steps]
-        keys = {content_key(number, key) for number in ahead for key in (*DATA_KEYS, *REWARD_KEYS)}
+        keys = {content_key(number, key) for number in ahead for key in CONTENT_KEYS}
         return {key: digest for key, digest in self._digests.items() if key not in keys}
 
     def stage_at(self, step: int) -> config.Stage:
