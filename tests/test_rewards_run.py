@@ -125,9 +125,8 @@ def test_without_a_verifier_functions_say_what_is_right_in_evaluations_too(
     source = f"def score(responses, problem):\n    return {values}\n"
     recipe = write_recipe(tmp_path, base, source, **own)
     tiny_run.finish("train", recipe)
-    *steps, evaluated = tiny_run.metrics(tmp_path / "run")
-    assert list(evaluated) == ["step", "eval/held_out/pass@1"]
-    for metrics, rows in zip(steps, rollouts(tmp_path / "run"), strict=True):
+    assert [*tiny_run.evaluations(tmp_path / "run")] == [0, 2]
+    for metrics, rows in zip(tiny_run.metrics(tmp_path / "run"), rollouts(tmp_path / "run"), strict=True):
         assert [row["score"] for row in rows] == [1.0 if row["reward"] == 0.75 else -1.0 for row in rows]
         assert {row["reward"] for row in rows} == {0.5, 0.75}
         assert metrics["reward/accuracy"] == np.mean([row["reward"] == 0.75 for row in rows])

@@ -161,12 +161,9 @@ def test_training_longer_learns_to_copy_and_benchmarks_show_it(base: Path, tmp_p
     folder = tmp_path / "run" / "eval" / "benchmarks"
     results = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
     assert [(r["step"], r["max_tokens"]) for r in results] == [(0, 12), (20, 12), (30, 12)]
-    evaluated = {r["step"]: r["benchmarks"]["digits"]["pass@1"] for r in results}
-    *rows, last_row = tiny_run.metrics(tmp_path / "run")
-    assert last_row == {"step": 30, "eval/digits/pass@1": evaluated[30]}
-    assert {r["step"]: r["eval/digits/pass@1"] for r in rows if "eval/digits/pass@1" in r} == {
-        step: evaluated[step] for step in (0, 20)
-    }
+    evaluated = {r["step"]: {"eval/digits/pass@1": r["benchmarks"]["digits"]["pass@1"]} for r in results}
+    assert tiny_run.evaluations(tmp_path / "run") == evaluated
+    rows = tiny_run.metrics(tmp_path / "run")
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 30  # steps
     accuracy = [row["reward/accuracy"] for row in rows]
     assert np.mean(accuracy[:3]) < 0.6 and np.mean(accuracy[-5:]) > 0.9
@@ -181,7 +178,7 @@ def test_training_longer_learns_to_copy_and_benchmarks_show_it(base: Path, tmp_p
     last.unlink()
     tiny_run.finish("train", recipe)  # what is missing is made up for, the rest is kept
     assert last.exists() and len(list(folder.iterdir())) == 3
-    assert tiny_run.metrics(tmp_path / "run") == [*rows, last_row]
+    assert tiny_run.evaluations(tmp_path / "run") == evaluated
 
 
 def with_held_out(folder: Path, base: Path, **overrides: object) -> Path:
@@ -257,7 +254,8 @@ def test_a_run_of_no_steps_is_evaluated_and_ends(base: Path, tmp_path: Path) -> 
     train_here(with_held_out(tmp_path, base, **{"run.steps": 0}))
     result = json.loads((tmp_path / "run" / "eval" / "step_000000.json").read_text())
     assert (result["problems"], result["samples"]) == (3, 4)
-    assert tiny_run.metrics(tmp_path / "run") == [{"step": 0, "eval/held_out/pass@1": result["accuracy"]}]
+    assert tiny_run.evaluations(tmp_path / "run") == {0: {"eval/held_out/pass@1": result["accuracy"]}}
+    assert tiny_run.metrics(tmp_path / "run") == []
 
 
 def test_an_evaluation_that_nobody_does_is_refused(base: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from jaxrl.models import Config, Model, hf, initialize, save
 from jaxrl.parallel.mesh import make_mesh, to_devices
 from jaxrl.telemetry.trackers import MetricsRow
 from jaxrl.types import Prompt, Rollout
+from tiny import lines
 
 SYMBOLS = ["<pad>", "<eos>", "<user>", "<assistant>", "\\boxed{", "}", *"012"]
 
@@ -157,6 +158,18 @@ def weights(run: Path, out: Path) -> list[np.ndarray]:
 
 
 def metrics(run: Path) -> list[MetricsRow]:
-    """The metrics of a run, less those that follow the clock and the machine; the last evaluation has a row too."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+    """The metrics of a run's steps, less those that follow the clock, the machine and evaluations."""
+    others = ("time/", "perf/", "eval/")
+    rows = [
+        {k: v for k, v in row.items() if not k.startswith(others)} for row in lines(run / "metrics.jsonl")
+    ]
+    return [row for row in rows if len(row) > 1]
+
+
+def evaluations(run: Path) -> dict[int, dict[str, float]]:
+    """The results of evaluations among a run's metrics, by the steps that were trained before."""
+    found = {
+        row["step"]: {name: value for name, value in row.items() if name.startswith("eval/")}
+        for row in lines(run / "metrics.jsonl")
+    }
+    return {step: values for step, values in found.items() if values}

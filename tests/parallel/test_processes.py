@@ -21,6 +21,7 @@ from jaxrl.errors import BAD_INPUT, TRY_AGAIN
 from jaxrl.lock import alone
 from jaxrl.parallel import processes
 from jaxrl.sampling.servers import free_port
+from jaxrl.telemetry.trackers import read_metrics
 from jaxrl.types import Gather
 
 
@@ -90,8 +91,12 @@ def test_two_processes_sample_and_train_as_one(undisturbed: Path, base: Path, tm
         for run in (tmp_path / "run", undisturbed)
     ]
     assert scores[0] == scores[1] and scores[0]["benchmarks"]["digits"]["samples"] == 8
-    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(undisturbed / "metrics.jsonl")
     assert [row["perf/compilations"] for row in rows[1:]] == [0] * 5
+    assert {*tiny_run.evaluations(tmp_path / "run")} == {0, 2} and {*tiny_run.evaluations(undisturbed)} == {
+        0,
+        6,
+    }
 
 
 @pytest.mark.chaos
