@@ -57,7 +57,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     usage = doctor.shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10**9))
     seen = found(tmp_path)
-    assert "18 GB" in seen["run folder"].remedy and "--shm-size" in seen["shared memory"].remedy
+    assert "21 GB" in seen["run folder"].remedy and "--shm-size" in seen["shared memory"].remedy
 
 
 def test_a_gpu_that_jax_does_not_see_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

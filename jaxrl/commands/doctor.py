@@ -12,15 +12,16 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from jaxrl import __version__, config
 from jaxrl.errors import BAD_INPUT, InputError, RunError, first_line
 from jaxrl.files import at_home
+from jaxrl.types import TrackerName
 
 HELP = "what is installed here, and what a run would miss, each with a remedy"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "tokenizers")
-DISK, SHARED, FILES = 20e9, 8e9, 4096  # bytes, bytes, open files: less is worth a line
+DISK, SHARED, FILES = 25e9, 8e9, 4096  # bytes, bytes, open files: less is worth a line
 PORT = 8100  # launch/ takes it and those after it
 
 
@@ -85,7 +86,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             yield Finding(name, "missing", "pip install -e . in jaxrl's folder", fatal=True)
-    for name in ("wandb", "trackio", "mlflow"):
+    for name in get_args(TrackerName):
         if importlib.util.find_spec(name):
             yield Finding(f"tracker {name}", "installed")
 
@@ -136,15 +137,15 @@ def _disk(name: str, folder: Path) -> Finding:
     shown = f"{free / 1e9:,.0f} GB free at {there}"
     if not os.access(there, os.W_OK):
         return Finding(name, shown, "this user may not write there; choose another run.directory")
-    few = "a checkpoint of 1.5B parameters is 18 GB; choose another disk" if free < DISK else ""
+    few = "a checkpoint of 1.5B parameters is 21 GB; choose another disk" if free < DISK else ""
     return Finding(name, shown, few)
 
 
 def _shared_memory() -> Finding:
-    path = Path("/dev/shm")
+    path = Path(config.Sampler().folder)
     if not path.is_dir():
         return Finding(
-            "shared memory", "no /dev/shm", 'set sampler.folder to a disk, or sampler.transport = "nccl"'
+            "shared memory", f"no {path}", 'set sampler.folder to a disk, or sampler.transport = "nccl"'
         )
     free = shutil.disk_usage(path).free
     few = (
