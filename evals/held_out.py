@@ -15,12 +15,11 @@ from evals.statistics import confidence
 from jaxrl import config, data
 from jaxrl.errors import InputError
 from jaxrl.files import write_atomically
-from jaxrl.marking import finished, functions_of, make_marker
+from jaxrl.marking import columns_for, finished, functions_of, make_marker
 from jaxrl.models import hf
 from jaxrl.parallel import processes
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.results import HeldOutResult
-from jaxrl.rewards.functions import columns_of
 from jaxrl.sampling import servers
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.sampling.open import open_sampler
@@ -78,8 +77,7 @@ def load_problems(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.
     """
     if not recipe.eval.path:
         raise InputError("eval.path is empty; name a file, folder or Hub id of held-out problems")
-    verifier = recipe.reward.marked_by
-    columns = {} if verifier else columns_of(recipe.reward)
+    verifier, columns = recipe.reward.marked_by, columns_for(recipe.reward)
     return data.load_prompts(recipe.data, tokenizer, recipe.eval, verifier, vocabulary, columns).prompts
 
 

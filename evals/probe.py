@@ -27,11 +27,10 @@ from jaxrl import config, data
 from jaxrl.config.sections import COLDEST
 from jaxrl.errors import InputError
 from jaxrl.files import set_aside, write_atomically
-from jaxrl.marking import finished, functions_of, make_marker
+from jaxrl.marking import columns_for, finished, functions_of, make_marker
 from jaxrl.models import hf
 from jaxrl.models.tensors import hash_weights
 from jaxrl.parallel.mesh import make_mesh
-from jaxrl.rewards.functions import columns_of
 from jaxrl.sampling import servers
 from jaxrl.sampling.open import open_own_sampler
 from jaxrl.telemetry.progress import Progress
@@ -162,8 +161,7 @@ def probe(job: Job, devices: servers.Devices = servers.CPU, say: Say = print) ->
     recipe, tokenizer = job.recipe, data.load_tokenizer(str(job.folder))
     vocabulary = data.read_vocabulary(job.folder, tokenizer, hf.read_config(job.folder).vocab_size)
     say(vocabulary.summary)
-    verifier = recipe.reward.marked_by
-    columns = {} if verifier else columns_of(recipe.reward)
+    verifier, columns = recipe.reward.marked_by, columns_for(recipe.reward)
     every = data.load_prompts(recipe.data, tokenizer, None, verifier, vocabulary, columns)
     say(every.summary())
     chosen = dataclasses.replace(every, prompts=spread(every.prompts, job.problems), mixture=())

@@ -20,6 +20,11 @@ from jaxrl.errors import file_error
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a path has the form of an id of the Hugging Face Hub, ORG/NAME, as a folder may too."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
 def at_home(path: Path | str) -> Path:
     """The path, with ~ as the home folder; as it is where there is none."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's method raises where there is no home

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxrl import __version__, config
 from jaxrl.errors import InputError, RunError, first_line
+from jaxrl.files import is_hub_id
 from jaxrl.report.figures import report
 from jaxrl.report.markdown import table
 from jaxrl.telemetry.services import versions
@@ -42,9 +43,9 @@ def files_of(run: Path, exported: Path, step: int, repository: str) -> dict[str,
 def model_card(recipe: config.Recipe, step: int, repository: str, summary: str, pictures: list[str]) -> str:
     """The card: base model and data for the Hub's search, how to load it, what differs from JustRL, results, curves."""
     base, data = recipe.model.path, [source.path for source in recipe.data.sources] or [recipe.data.path]
-    on_hub = [name for name in data if _is_repository(name)]
+    on_hub = [name for name in data if _on_hub(name)]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    head += [f"base_model: {base}"] * _is_repository(base)
+    head += [f"base_model: {base}"] * _on_hub(base)
     head += ["datasets:", *(f"- {name}" for name in on_hub)] if on_hub else []
     head += ["tags:", "- jaxrl", "- grpo", "- reinforcement-learning", "---", ""]
     code = ", ".join(f"{name} {value}" for name, value in versions().items())
@@ -114,6 +115,6 @@ def describe(files: dict[str, Path | bytes], repository: str, public: bool, say:
     say(f"\n{card.decode()}")
 
 
-def _is_repository(name: str) -> bool:
-    """Whether a path of a recipe is a Hub id, and not a folder here."""
-    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()
+def _on_hub(path: str) -> bool:
+    """Whether a path of a recipe names something on the Hub, and not a folder here."""
+    return is_hub_id(path) and not Path(path).exists()

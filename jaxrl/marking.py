@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxrl import config
 from jaxrl.rewards import sandbox, verifier_of
-from jaxrl.rewards.functions import Functions
+from jaxrl.rewards.functions import Functions, columns_of
 from jaxrl.rewards.length import cosine_active, cosine_bonus, overlong_penalty, truncated_reward
 from jaxrl.types import Detokenize, Groups, Marker, Rollout
 
@@ -75,6 +75,11 @@ def finished(groups: Groups) -> list[list[Rollout]]:
       InputError, RunError: where a function failed, and the recipe does not go on.
     """
     return [[r.complete() if isinstance(r, Pending) and r.complete else r for r in group] for group in groups]
+
+
+def columns_for(section: config.Reward) -> dict[str, str]:
+    """The columns that evaluations take, see `columns_of`: none where a verifier says which answers are right."""
+    return {} if section.marked_by else columns_of(section)
 
 
 def functions_of(recipe: config.Recipe) -> Functions | None:

@@ -145,11 +145,12 @@ def update_metrics(updates: Sequence[Measured]) -> dict[str, float]:
         return counts | {agreement.METRIC: np.nan}
     tokens = values("tokens")
     terms = {"policy/kl_reference": mean("kl", values("kl_tokens"))} if "kl" in updates[0] else {}
-    clipped = {
-        side: float(np.nanmean(values(f"clip_fraction{side}"))) for side in ("", "_low", "_high", "_lower")
+    # the dual clip's, verl's "lower", would be read as the lower bound's
+    clipped = {"": "", "_low": "_low", "_high": "_high", "_dual": "_lower"}
+    terms |= {
+        f"update/clip_fraction{side}": float(np.nanmean(values(f"clip_fraction{own}")))
+        for side, own in clipped.items()
     }
-    clipped["_dual"] = clipped.pop("_lower")  # "lower" would be read as the lower bound
-    terms |= {f"update/clip_fraction{side}": share for side, share in clipped.items()}
     sums = {name: float(values(f"mismatch_{name}").sum()) for name in ("k3", "ratio", "square")}
     k3, ess = mismatch(**sums, tokens=float(tokens.sum()))
     ratios = np.sum([u["ratio_histogram"] for u in updates], axis=0)

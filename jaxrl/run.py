@@ -229,8 +229,9 @@ class Run:
                     "time/first_step": time.monotonic() - self.setup.began,
                 }
             keeps = bool(run.rollouts_every) and step % run.rollouts_every == 0
-            for service in self.services if keeps else ():  # before the step's metrics, which end it
-                service.answers(step, table(record.sampled, self.setup.tokenizer.decode))
+            rows = table(record.sampled, self.setup.tokenizer.decode) if keeps and self.services else []
+            for service in self.services:  # before the step's metrics, which end it
+                service.answers(step, rows)
             for tracker in (*self.trackers, *self.services):
                 tracker.log(step, finite(metrics))
             if self.history:

@@ -30,6 +30,7 @@ Truncation = Literal["truncated", "masked", "filtered"]  # of importance weights
 Correction = Literal["none", Truncation]
 Level = Literal["token", "sequence", "geometric"]  # what an importance ratio is taken over
 # What is taken off a reward, and what divides the rest.
+TrackerName = Literal["wandb", "trackio", "mlflow"]
 Center = Literal["none", "group", "leave_one_out", "length_weighted", "second_best", "batch"]
 Scale = Literal["none", "group", "batch"]
 OnTruncated = Literal["train", "drop", "drop_wrong"]  # what becomes of truncated responses

@@ -38,6 +38,7 @@ from jaxrl.types import (
     Restart,
     Scale,
     Thoughts,
+    TrackerName,
     TransportName,
     Verifier,
 )
@@ -167,7 +168,7 @@ class Run(Section):
     """Seed of prompt order and sampling noise (verl data.seed; the engine's own seed is not published)."""
     tensorboard: bool = True
     """Also write TensorBoard event files into the run folder (ours)."""
-    trackers: tuple[Annotated[str, _known_or_plugin("wandb", "trackio", "mlflow")], ...] = ()
+    trackers: tuple[Annotated[str, _known_or_plugin(*get_args(TrackerName))], ...] = ()
     """Services to report to as well: wandb, trackio, mlflow, or "module:function" of your own (ours)."""
     project: Annotated[str, AfterValidator(_printable)] = "jaxrl"
     """Project of the run at a service; of MLflow, its experiment (ours)."""

@@ -20,7 +20,7 @@ from jaxtyping import Float32
 from numpy.typing import ArrayLike
 
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import at_home, reading, safetensors_header, writing
+from jaxrl.files import at_home, is_hub_id, reading, safetensors_header, writing
 from jaxrl.json_fields import read_json
 from jaxrl.models import config_json, decoder
 from jaxrl.models.decoder import Cache, Config, Params, Spec
@@ -65,7 +65,7 @@ def resolve(path: str | Path) -> Path:
     folder = at_home(path)
     if folder.is_dir():
         return folder
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+    if not is_hub_id(str(path)):
         remedy = "give a Hugging Face folder or a Hub id such as org/name"
         raise InputError(f"{path}: no such model folder; {remedy}")
     from huggingface_hub import snapshot_download

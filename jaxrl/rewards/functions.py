@@ -18,7 +18,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ import numpy as np
 
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
+from jaxrl.rewards import child
 from jaxrl.rewards.worker import KNOWN, LISTS, LONGEST, Value
 from jaxrl.types import Detokenize, JsonObject, Prompt, Rollout, Say
 
@@ -68,16 +68,6 @@ def _key(path: str) -> str:
     return f'reward.function = "{path}"'
 
 
-def _command(path: str, seconds: float, memory: int) -> list[str]:
-    program = f"from jaxrl.rewards.worker import serve; serve({path!r}, {seconds!r}, {memory!r})"
-    return [sys.executable, "-P", "-c", program]
-
-
-def _environment() -> dict[str, str]:
-    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-
-
 def _described(path: str, line: bytes) -> Description:
     """Reads the first line of a process.
 
@@ -106,8 +96,8 @@ def describe(path: str) -> Description:
 def _describe(path: str, changed: int) -> Description:
     try:
         found = subprocess.run(
-            _command(path, 1.0, 0),
-            env=_environment(),
+            child.command("worker", path, 1.0, 0),
+            env=child.environment(),
             input=b"",
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -160,10 +150,8 @@ class Functions:
         """
         self._loop = asyncio.new_event_loop()
         self._pools = [_Pool(each, section, self._loop, log) for each in section.named]
-        self._section, self._thread = (
-            section,
-            threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True),
-        )
+        self._section = section
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
@@ -375,7 +363,7 @@ class _Pool:
 
     async def _start(self) -> _Process:
         seconds, memory = self._section.seconds, self._section.memory_mib << 20
-        command = _command(self.function.path, seconds, memory)
+        command = child.command("worker", self.function.path, seconds, memory)
         # an async function is stopped by its own process, if that can
         limit = seconds + GRACE * self.description.asynchronous
         found, process = await _Process.start(command, self.function.path, limit, self._log)
@@ -446,7 +434,7 @@ class _Process:
                 errors = stack.enter_context(log.open("ab"))
             process = await asyncio.create_subprocess_exec(
                 *command,
-                env=_environment(),
+                env=child.environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -23,11 +23,11 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxrl.errors import InputError, RunError
+from jaxrl.rewards import child
 from jaxrl.rewards.latex_equality import DEEPEST, LONGEST
 from jaxrl.types import Sandboxed
 
@@ -157,16 +157,11 @@ class Worker:
           RunError: if it is not ready within START_SECONDS.
         """
         self.function = RULES[rules].function
-        path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                f"from jaxrl.rewards.sandbox import serve; serve({self.function!r})",
-            ],
-            # The order of a set decides how much work some algebra is.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0"},
+            child.command("sandbox", self.function),
+            env=child.environment(
+                PYTHONHASHSEED="0"
+            ),  # the order of a set decides how much work some algebra is
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -225,17 +220,16 @@ def serve(function: str) -> None:
     same = getattr(importlib.import_module(module), name)
     same("x(x+1)", "x^2+x")  # loads what they import when needed
     _bound_powers()
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not write an answer
-    _limit(resource.RLIMIT_AS, MEMORY_BYTES)
-    _limit(resource.RLIMIT_CORE, 0)
+    replies = child.open_replies()  # a library that prints must not write an answer
+    child.limit(resource.RLIMIT_AS, MEMORY_BYTES)
+    child.limit(resource.RLIMIT_CORE, 0)
     replies.write(b"+")
     for line in sys.stdin.buffer:
         given, truth, budget, seconds = json.loads(line)
         cache.clear_cache()
         random.seed(0)  # sympy shuffles what it asks itself
         used = resource.getrusage(resource.RUSAGE_SELF)
-        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
+        child.limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
         verdict = within(budget, lambda: same(given, truth))  # noqa: B023  # called at once
         replies.write(b"?" if verdict is None else b"%d" % verdict)
 
@@ -278,7 +272,3 @@ def _bound_powers() -> None:
 
     for number in (Integer, Rational):
         number._eval_power = bounded(number._eval_power)
-
-
-def _limit(which: int, value: int) -> None:
-    resource.setrlimit(which, (value, resource.getrlimit(which)[1]))

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import BinaryIO, TypeAlias, cast
 
 from jaxrl.errors import first_line
+from jaxrl.rewards import child
 
 GROUP = "jaxrl.rewards"  # of entry points
 KNOWN = ("response", "answer", "prompt", "tokens", "finish_reason")
@@ -193,8 +194,7 @@ def serve(path: str, seconds: float, memory: int) -> None:
       seconds: that a call of an async function may take; the run ends processes in which others take longer.
       memory: bytes of address space beyond what the function's module takes; 0 is no limit.
     """
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints is no reply
+    replies = child.open_replies()  # what a function prints is none
     cast(TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)  # it may be killed
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
@@ -205,8 +205,8 @@ def serve(path: str, seconds: float, memory: int) -> None:
         return
     if memory:
         taken = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        child.limit(resource.RLIMIT_AS, taken + memory)
+    child.limit(resource.RLIMIT_CORE, 0)
     replies.write(_line(described))
     asyncio.run(_answer(function, bool(described["batch"]), seconds, replies))
     os._exit(0)  # whatever threads the module has started

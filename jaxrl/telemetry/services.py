@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol, cast
 
 from jaxrl import __version__, config
@@ -22,7 +23,7 @@ from jaxrl.files import write_atomically
 from jaxrl.plugins import is_plugin, load_plugin
 from jaxrl.telemetry.expendable import Expendable
 from jaxrl.telemetry.trackers import Tracker, is_evaluation
-from jaxrl.types import Detokenize, Groups, JsonObject, Say
+from jaxrl.types import Detokenize, Groups, JsonObject, Say, TrackerName
 
 FOLDER = "trackers"
 PATIENCE = 60.0  # seconds that a service has at the end for what it was given
@@ -56,71 +57,54 @@ class Service(Protocol):
     def close(self) -> None: ...
 
 
-class WandB:
+class _LikeWandB:
+    """What W&B and trackio have in common: a module with `Table`, and a run that its `init` opens."""
+
+    def __init__(self, module: ModuleType, subject: Subject, **options: object) -> None:
+        self._module = module
+        self._run = module.init(
+            project=subject.project, resume="allow", config=dict(subject.config), **options
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def answers(self, step: int, rows: Sequence[Row]) -> None:
+        table = self._module.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+        self._run.log({"rollouts": table}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WandB(_LikeWandB):
     """A run of Weights & Biases; WANDB_MODE=offline writes it into the run folder, for `wandb sync`."""
 
     def __init__(self, subject: Subject) -> None:
         import wandb
 
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=subject.project,
-            id=subject.id,
-            name=subject.name,
-            resume="allow",
-            dir=str(subject.directory),
-            config=dict(subject.config),
-            # the console and the machine are the run's to report
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def answers(self, step: int, rows: Sequence[Row]) -> None:
-        table = self._wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
-        self._run.log({"rollouts": table}, step=step)
+        # the console and the machine are the run's to report
+        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        folder = str(subject.directory)
+        super().__init__(wandb, subject, id=subject.id, name=subject.name, dir=folder, settings=settings)
 
     def file(self, path: Path) -> None:
-        artifact = self._wandb.Artifact(f"{self._run.id}-{path.stem}", type="report")
+        artifact = self._module.Artifact(f"{self._run.id}-{path.stem}", type="report")
         artifact.add_file(str(path))
         self._run.log_artifact(artifact)
 
-    def close(self) -> None:
-        self._run.finish()
 
-
-class Trackio:
+class Trackio(_LikeWandB):
     """A run of trackio, in its local database, or where TRACKIO_SPACE_ID says."""
 
     def __init__(self, subject: Subject) -> None:
         import trackio
 
-        self._trackio = trackio
-        # two runs may have the name of a folder
-        name = f"{subject.name}-{subject.id[:4]}"
-        self._run = trackio.init(
-            project=subject.project,
-            name=name,
-            resume="allow",
-            config=dict(subject.config),
-            embed=False,
-            auto_log_cpu=False,
-            auto_log_gpu=False,
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def answers(self, step: int, rows: Sequence[Row]) -> None:
-        table = self._trackio.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
-        self._run.log({"rollouts": table}, step=step)
+        name = f"{subject.name}-{subject.id[:4]}"  # two runs may have the name of a folder
+        super().__init__(trackio, subject, name=name, embed=False, auto_log_cpu=False, auto_log_gpu=False)
 
     def file(self, path: Path) -> None:
         """trackio keeps no files of a run."""
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class MLflow:
@@ -164,7 +148,7 @@ class MLflow:
 
 
 Make = Callable[[Subject], Service]
-SERVICES: dict[str, Make] = {"wandb": WandB, "trackio": Trackio, "mlflow": MLflow}
+SERVICES: dict[TrackerName, Make] = {"wandb": WandB, "trackio": Trackio, "mlflow": MLflow}
 
 
 class Remote(Tracker):
@@ -229,7 +213,7 @@ def makers(names: Sequence[str]) -> dict[str, Make]:
         elif importlib.util.find_spec(name) is None:
             raise InputError(f"run.trackers: {name} is not installed; pip install {name}, or leave it out")
         else:
-            found[name] = SERVICES[name]
+            found[name] = SERVICES[cast(TrackerName, name)]
     return found
 
 
@@ -246,16 +230,17 @@ def open_services(recipe: config.Recipe, enabled: bool, say: Say) -> Iterator[li
       InputError: see `makers`.
     """
     section, directory = recipe.run, Path(recipe.run.directory)
+    wanted = makers(section.trackers) if enabled else {}
+    shown = {**config.flat(recipe), **versions()} if wanted else {}
     with ExitStack() as stack:
         opened = []
-        for name, make in makers(section.trackers).items() if enabled else ():
+        for name, make in wanted.items():
             path = directory / FOLDER / f"{name.replace(':', '.')}.json"
             known = _read(path)
             if "id" not in known:
                 path.parent.mkdir(exist_ok=True)
                 known = {"id": uuid.uuid4().hex[:8]}
                 write_atomically(path, json.dumps(known))
-            shown = {**config.flat(recipe), **versions()}
             subject = Subject(known["id"], directory.resolve().name, section.project, directory, shown)
             opened.append(Remote(name, path, subject, make, say))
             stack.callback(opened[-1].close)
