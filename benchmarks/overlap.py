@@ -22,8 +22,8 @@ import jax
 from benchmarks.harness import write_results
 from evals import in_training
 from jaxrl import config
+from jaxrl.loop import train
 from jaxrl.sampling import servers
-from jaxrl.train import train
 from jaxrl.types import JsonObject, silent
 
 WARM_UP = 2  # steps of each run that are left out

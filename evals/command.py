@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from evals import sampling
 from evals.sampling import devices_of, exported, run_folder
 from jaxrl import config
 from jaxrl.commands.options import positive, sampler_overrides
 from jaxrl.errors import InputError
-from jaxrl.results import EvalProtocol
+from jaxrl.results import BenchmarksResult, EvalProtocol, HeldOutResult
 
 if TYPE_CHECKING:
     from evals.judge import Judge
     from evals.suite import OpenJudge
+    from jaxrl.objects import Rows
 
 HELP = "accuracy on benchmarks, or on a recipe's held-out problems"
 TAKES_OVERRIDES = True
@@ -45,10 +46,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    (_on_benchmarks if args.benchmarks else _on_held_out)(args, overrides)
+    _measured(args, overrides)
 
 
-def _on_held_out(args: argparse.Namespace, overrides: list[str]) -> None:
+def evaluate(
+    model: str,
+    recipe: str | Path | config.Recipe | None,
+    changes: Mapping[str, object],
+    held_out: Rows | None,
+    options: Mapping[str, object],
+) -> Mapping[str, object]:
+    """The command as a function; see `jaxrl.evaluate`."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([model])
+    for name in options:
+        if not hasattr(args, name):
+            raise TypeError(f"evaluate() has no option {name!r}; there are: {', '.join(vars(args))}")
+    vars(args).update(options, recipe=recipe)
+    return _measured(args, changes, held_out)
+
+
+def _measured(
+    args: argparse.Namespace, overrides: list[str] | Mapping[str, object], rows: Rows | None = None
+) -> Mapping[str, object]:
+    if not args.benchmarks:
+        return cast(Mapping[str, object], _on_held_out(args, overrides, rows))
+    if args.recipe or rows is not None:
+        raise InputError(
+            "--recipe is for held-out problems and --benchmarks for benchmarks; give one of them"
+        )
+    return cast(Mapping[str, object], _on_benchmarks(args, overrides))
+
+
+def _on_held_out(
+    args: argparse.Namespace, overrides: list[str] | Mapping[str, object], rows: Rows | None
+) -> HeldOutResult:
     for name in ONLY_BENCHMARKS:
         if getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} is for benchmarks; add --benchmarks LIST")
@@ -58,7 +91,12 @@ def _on_held_out(args: argparse.Namespace, overrides: list[str]) -> None:
         raise InputError(
             f"{args.model} is not a run folder; say what to evaluate on with --benchmarks LIST or --recipe FILE"
         )
-    recipe = config.load(path, overrides + sampler_overrides(args.samplers, args.servers))
+    draft = config.draft(path, overrides)
+    if rows is not None:
+        from jaxrl.objects import paths_of
+
+        draft = config.draft(draft, paths_of(draft, held_out=rows))
+    recipe = config.load(draft, sampler_overrides(args.samplers, args.servers))
     devices = devices_of(recipe)
     from evals import held_out
 
@@ -66,22 +104,21 @@ def _on_held_out(args: argparse.Namespace, overrides: list[str]) -> None:
     if not args.recipe:  # as the run itself evaluates after so many steps
         recipe = config.stage_at(config.stages_of(recipe), step - 1).recipe
     out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
-    held_out.evaluate(recipe, model, out, args.name, step, devices)
+    return held_out.evaluate(recipe, model, out, args.name, step, devices)
 
 
-def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
-    if args.recipe:
-        raise InputError(
-            "--recipe is for held-out problems and --benchmarks for benchmarks; give one of them"
-        )
+def _on_benchmarks(args: argparse.Namespace, overrides: list[str] | Mapping[str, object]) -> BenchmarksResult:
     from evals import benchmarks, suite
     from jaxrl.lock import alone
 
     chosen = benchmarks.select(args.benchmarks)
     base = config.from_dict(suite.PROTOCOL)
-    more = overrides + sampler_overrides(args.samplers, args.servers)
-    recipe = config.from_command_line(base, more, "jaxrl eval MODEL --benchmarks LIST")
-    recipe = config.from_dict(config.to_dict(recipe), "command line")
+    more = sampler_overrides(args.samplers, args.servers)
+    if isinstance(overrides, Mapping):
+        recipe = config.load(config.draft(base, overrides), more)
+    else:
+        recipe = config.from_command_line(base, overrides + more, "jaxrl eval MODEL --benchmarks LIST")
+        recipe = config.from_dict(config.to_dict(recipe), "command line")
     if recipe.eval.samples != base.eval.samples:
         raise InputError("--eval.samples is for held-out problems; benchmarks take --samples")
     devices = devices_of(recipe)  # before JAX looks for GPUs
@@ -92,6 +129,7 @@ def _on_benchmarks(args: argparse.Namespace, overrides: list[str]) -> None:
         results = suite.evaluate(job, open_judge, devices)
     print((out / "results.md").read_text(encoding="utf-8"))
     print(f"{len(results['benchmarks'])} benchmarks -> {out}")
+    return results
 
 
 def _judge(args: argparse.Namespace, recipe: config.Recipe) -> OpenJudge | None:

@@ -75,7 +75,7 @@ def exported(model: str, kept: str) -> tuple[Path, int]:
     Raises:
       InputError: if it is no model, or has no checkpoint.
     """
-    from jaxrl.export import export, run_of
+    from jaxrl.exports import export, run_of
     from jaxrl.models import hf
 
     if run_folder(model) is None:

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxrl.api import evaluate, export, train
     from jaxrl.config import Recipe
     from jaxrl.config import load as load_recipe
     from jaxrl.errors import InputError, RunError
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from jaxrl.sampling.open import open_sampler
     from jaxrl.sampling.sampler import Sampler
     from jaxrl.sampling.vllm import VLLMSampler
-    from jaxrl.train import train as train_recipe
     from jaxrl.types import Prompt, Rollout, SamplingParams
 
 __version__ = "0.1.0"
@@ -46,7 +46,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Recipe": "config",
     "load_recipe": "config:load",
-    "train_recipe": "train:train",
+    "train": "api",
+    "evaluate": "api",
+    "export": "api",
     "InputError": "errors",
     "RunError": "errors",
     "Prompt": "types",

@@ -188,12 +188,12 @@ def train(recipe: str) -> None:
     """Trains, and keeps what each step has seen beside the run folder."""
     import optax
 
-    import jaxrl.train
+    import jaxrl.loop
     from jaxrl.cli import main
     from jaxrl.grpo import packing
 
     calls: list[dict[str, Any]] = []
-    pack, one_step = packing.pack, jaxrl.train.one_step
+    pack, one_step = packing.pack, jaxrl.loop.one_step
 
     def kept_pack(rollouts: Any, advantages: Any, *args: Any, **more: Any) -> Any:
         if "weights" in more:  # not one that only scores
@@ -209,5 +209,5 @@ def train(recipe: str) -> None:
         (run.setup.directory.parent / f"seen-{carry.step}.pickle").write_bytes(pickle.dumps(own))
         return after, record
 
-    packing.pack, jaxrl.train.one_step = kept_pack, kept_step
+    packing.pack, jaxrl.loop.one_step = kept_pack, kept_step
     main(["train", recipe])

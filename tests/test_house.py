@@ -66,9 +66,9 @@ def test_the_trainer_knows_no_evaluation() -> None:
 
 
 def test_the_loop_is_short_and_knows_no_tracker_transport_or_verifier() -> None:
-    assert len(FILES["jaxrl.train"].read_text().splitlines()) < 200
+    assert len(FILES["jaxrl.loop"].read_text().splitlines()) < 200
     rooms = {"jaxrl.rewards", "jaxrl.telemetry", "jaxrl.sampling.transports"}
-    assert not {other for other in GRAPH["jaxrl.train"] if any(map(other.startswith, rooms))}
+    assert not {other for other in GRAPH["jaxrl.loop"] if any(map(other.startswith, rooms))}
 
 
 def test_the_readme_counts_the_lines_of_a_step() -> None:

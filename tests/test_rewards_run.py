@@ -13,9 +13,9 @@ import pytest
 import tiny_run
 from jaxrl import config
 from jaxrl.errors import InputError
+from jaxrl.loop import train
 from jaxrl.run import load
 from jaxrl.telemetry.rollouts import rollout_files
-from jaxrl.train import train
 from jaxrl.types import silent
 from parallel import test_processes
 

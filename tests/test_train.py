@@ -22,6 +22,7 @@ from jaxrl import config
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.errors import TRY_AGAIN, InputError
 from jaxrl.grpo.packing import lay_out
+from jaxrl.loop import train
 from jaxrl.models import hf
 from jaxrl.parallel.signals import PEER, graceful_stop
 from jaxrl.programs import layout_of
@@ -30,7 +31,6 @@ from jaxrl.telemetry.history import read_history
 from jaxrl.telemetry.rollouts import rollout_files
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import read_metrics
-from jaxrl.train import train
 from tiny import rollout_rows
 
 

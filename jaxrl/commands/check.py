@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, _: list[str]) -> None:
     from jaxrl.checkpoint import Checkpoints
-    from jaxrl.export import run_of
+    from jaxrl.exports import run_of
 
     folder, step = run_of(args.run_or_checkpoint)
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)

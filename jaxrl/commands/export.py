@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, _: list[str]) -> None:
-    from jaxrl.export import export, run_of
+    from jaxrl.exports import export, run_of
 
     source = args.run_or_checkpoint
     if (args.public or args.dry_run) and not args.push:

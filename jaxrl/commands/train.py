@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from importlib.metadata import entry_points
-from pathlib import Path
 
 from jaxrl import config
 from jaxrl.commands.options import sampler_overrides
@@ -31,33 +29,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         config.from_command_line(config.Recipe(), ["--help"], "jaxrl train RECIPE")  # the defaults
     profile = ["--run.profile", args.profile] if args.profile else []
     recipe = config.load(args.recipe, overrides + profile + sampler_overrides(args.samplers))
-    from jaxrl.train import train
-
-    evaluations = entry_points(group="jaxrl.evaluation", name="default")
-    if len(evaluations) != 1:
-        raise InputError(
-            f"{len(evaluations)} packages evaluate during training, not one; install jaxrl again"
-        )
     if args.log_level:
         form = "%(asctime)s %(name)s %(levelname)s %(message)s"
         logging.basicConfig(level=args.log_level.upper(), format=form, force=True)  # absl's handler is there
-    train(recipe, next(iter(evaluations)).load(), quiet=args.quiet)
-    if recipe.run.trackers:
-        send_report(recipe)
+    from jaxrl import api
 
-
-def send_report(recipe: config.Recipe) -> None:
-    """Gives the finished run's report to its trackers; a line says if that fails."""
-    from jaxrl.parallel import processes
-    from jaxrl.report.figures import report
-    from jaxrl.telemetry.expendable import Expendable
-    from jaxrl.telemetry.services import open_services
-
-    def send() -> None:
-        page = next(path for path in report([Path(recipe.run.directory)]) if path.suffix == ".html")
-        with open_services(recipe, True, print) as services:
-            for service in services:
-                service.file(page)
-
-    if processes.chief():
-        Expendable("report.html", print, "no tracker got it")(send)
+    api.train(recipe, quiet=args.quiet)

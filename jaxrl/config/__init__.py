@@ -2,6 +2,7 @@
 
 from jaxrl.config.load import (
     differences,
+    draft,
     flat,
     from_command_line,
     from_dict,
@@ -59,6 +60,7 @@ __all__ = [
     "Stage",
     "StageEntry",
     "differences",
+    "draft",
     "flat",
     "from_command_line",
     "from_dict",

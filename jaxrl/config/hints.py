@@ -55,15 +55,22 @@ def misnamed(args: Sequence[str], keys: Collection[str]) -> str | None:
         if not name.startswith("--") or name == "--help":
             continue
         flat = name[2:].replace("-", "_")
-        ends = [meant for other, meant in ELSEWHERE.items() if f".{flat}".endswith(f".{other}")]
-        own = [key for key in keys if key.partition(".")[2] == flat]
-        if flat not in keys and (ends or "." not in flat):
-            found = (own or ends) or _close(flat, keys)
-            meant = " or ".join(f"--{key}" for key in found)
-            return f"{name}: options are --section.key; " + (
-                f"did you mean {meant}?" if meant else "jaxrl train RECIPE --help lists them all"
-            )
+        if flat not in keys and (_elsewhere(flat) or "." not in flat):
+            return f"{name}: options are --section.key; {meant(flat, keys, '--')}"
     return None
+
+
+def meant(name: str, keys: Collection[str], prefix: str = "") -> str:
+    """What may be meant by a name that is no "section.key" of `keys`, to put behind a message."""
+    own = [key for key in keys if key.partition(".")[2] == name]
+    found = own or _elsewhere(name) or _close(name, keys)
+    if not found:
+        return "jaxrl train RECIPE --help lists them all"
+    return f"did you mean {' or '.join(prefix + key for key in found)}?"
+
+
+def _elsewhere(name: str) -> list[str]:
+    return [meant for other, meant in ELSEWHERE.items() if f".{name}".endswith(f".{other}")]
 
 
 def _close(name: str, keys: Collection[str]) -> list[str]:

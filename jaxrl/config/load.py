@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +14,7 @@ import tomli_w
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from jaxrl.config.hints import misnamed
+from jaxrl.config.hints import meant, misnamed
 from jaxrl.config.named import find
 from jaxrl.config.rules import impossible
 from jaxrl.config.sections import Recipe, RewardFunction, Source, StageEntry
@@ -48,15 +48,49 @@ def from_earlier(values: JsonObject, source: str) -> Recipe:
     return from_dict(sections, source)
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a TOML recipe, or one that comes along by its name, and applies `--section.key value` overrides.
+def load(recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[str, object] = ()) -> Recipe:
+    """Reads a TOML recipe, or one that comes along by its name, and applies overrides.
+
+    Args:
+      recipe: its path or name, or one that was loaded before.
+      overrides: values by "section.key", or `--section.key value` of a command line.
 
     Raises:
       InputError: if the file is missing, is not TOML, or does not describe a possible run.
     """
-    path = find(path)
+    values, source, folder = _tables(recipe)
+    changes = overrides if isinstance(overrides, Mapping) else {}
+    if changes or not overrides:
+        return _located(from_dict(_changed(values, changes), source), folder)
+    return from_dict(to_dict(draft(recipe, overrides)), "command line")
+
+
+def draft(recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[str, object] = ()) -> Recipe:
+    """As `load`, but the recipe may be impossible as long as more is to be changed.
+
+    Raises:
+      InputError: if the file is missing, is not TOML, or has a key or value that no recipe has.
+    """
+    values, source, folder = _tables(recipe)
+    changes = overrides if isinstance(overrides, Mapping) else {}
+    if changes or not overrides:
+        return _located(_unchecked(_changed(values, changes), source), folder)
+    found = from_command_line(_unchecked(values, source), list(overrides), f"jaxrl train {source}")
+    return _located(found, folder)
+
+
+def _tables(recipe: str | Path | Recipe) -> tuple[JsonObject, str, Path]:
+    """The values of a recipe by section, what to call it in messages, and the folder that it is in."""
+    if isinstance(recipe, Recipe):
+        return to_dict(recipe), "recipe", Path()
+    path = find(recipe)
+    return _read(path), str(path), path.parent
+
+
+def _read(path: Path) -> JsonObject:
+    """The tables of a TOML file."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path}: cannot read the recipe ({error.strerror}); give the path of a .toml file"
@@ -65,10 +99,21 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise InputError(f"{path}: not valid TOML: {first_line(error)}") from None
     except RecursionError:
         raise InputError(f"{path}: not valid TOML: nested too deeply") from None
-    if not overrides:
-        return _located(from_dict(values, str(path)), path.parent)
-    recipe = from_command_line(_unchecked(values, str(path)), overrides, f"jaxrl train {path}")
-    return _located(from_dict(to_dict(recipe), "command line"), path.parent)
+
+
+def _changed(values: Mapping[str, object], changes: Mapping[str, object]) -> JsonObject:
+    """The tables with other values, by "section.key"; "stages" is the whole list."""
+    found: JsonObject = {n: dict(part) if isinstance(part, Mapping) else part for n, part in values.items()}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if key == "stages":
+            found[key] = value
+            found.get("run", {}).pop("steps", None)  # the last stage says it
+        elif section in _names(Recipe) - {"stages"} and name:
+            found.setdefault(section, {})[name] = value
+        else:
+            raise InputError(f"{key}: values are given by section.key; {meant(key, list(flat(Recipe())))}")
+    return found
 
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:
@@ -77,7 +122,7 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
     def whole(path: str) -> str:
         file, _, function = path.rpartition(":")
         there = [at.absolute() / file for at in (folder, Path()) if (at / file).is_file()]
-        return f"{there[0]}:{function}" if file.endswith(".py") and there else path
+        return f"{there[0]}:{function}" if file.endswith((".py", ".pkl")) and there else path
 
     def located(keys: dict[str, object]) -> dict[str, object]:
         found = dict(keys)

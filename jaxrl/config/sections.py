@@ -130,7 +130,9 @@ def _known_or_plugin(*names: str) -> AfterValidator:
 
 
 def _function_path(text: str) -> str:
-    if text and not re.fullmatch(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*|[\w.-]+(?<!\.py)", text):
+    if text and not re.fullmatch(
+        r"(.+\.(py|pkl)|[A-Za-z_][\w.]*):[A-Za-z_]\w*|[\w.-]+(?<!\.py)(?<!\.pkl)", text
+    ):
         raise ValueError('not a "FILE.py:FUNCTION", a "MODULE:FUNCTION" or the name of an entry point')
     return _at_home(text)
 

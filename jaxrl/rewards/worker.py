@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import resource
 import sys
 import threading
@@ -49,13 +50,15 @@ def split(path: str) -> tuple[str, str]:
     return where, name
 
 
-def load(path: str) -> Function:
-    """The function that a recipe names.
+def load(path: str) -> tuple[Function, str]:
+    """The function that a recipe names, and a digest of the file that it is in; empty where there is none.
 
     Raises:
       Unusable: if there is none, or its module cannot be imported.
     """
     where, name = split(path)
+    if where.endswith(".pkl"):
+        return _unpickled(Path(where))
     if not where:
         found = [*entry_points(group=GROUP, name=name)]
         if not found:
@@ -76,7 +79,31 @@ def load(path: str) -> Function:
     if not callable(function):
         own = [n for n, f in vars(module).items() if inspect.isroutine(f) and f.__module__ == module.__name__]
         raise Unusable(f"{where} has no function {name}; its functions are: {', '.join(own) or 'none'}")
-    return cast(Function, function)
+    call = function if inspect.isroutine(function) else type(function).__call__
+    try:
+        source = hashlib.sha256(Path(inspect.getfile(inspect.unwrap(call))).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        source = ""
+    return cast(Function, function), source
+
+
+def _unpickled(file: Path) -> tuple[Function, str]:
+    """A function that `objects.paths_of` has written."""
+    if not file.is_file():
+        raise Unusable(
+            f"there is no file {file}, which the program that began the run has written; run that again"
+        )
+    with file.open("rb") as opened:
+        made = json.loads(opened.readline())
+        sys.path += [folder for folder in made["path"] if folder not in sys.path]
+        try:
+            return pickle.load(opened), made["source"]
+        except BaseException as error:  # of another Python, or whatever the modules that it needs raise
+            traceback.print_exc()
+            raise Unusable(
+                f"it was written by Python {made['python']}, and cannot be read here: {_raised(error)}; run the "
+                "program that began the run again"
+            ) from None
 
 
 def _module_of_file(file: Path) -> ModuleType:
@@ -100,7 +127,6 @@ def describe(function: Function) -> Reply:
       batch, asynchronous: whether it is so.
       takes: names of what is known of an answer, by the function's own names.
       columns: the other names that it needs; optional: those with a default.
-      source: digest of the file that it is in; empty where there is none.
 
     Raises:
       Unusable: for arguments that have no name.
@@ -114,17 +140,12 @@ def describe(function: Function) -> Reply:
     known = LISTS if batch else dict(zip(KNOWN, KNOWN, strict=True))
     others = {name: one for name, one in named.items() if name not in known}
     call = function if inspect.isroutine(function) else type(function).__call__
-    try:
-        source = hashlib.sha256(Path(inspect.getfile(inspect.unwrap(call))).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        source = ""
     return {
         "batch": batch,
         "asynchronous": inspect.iscoroutinefunction(call),
         "takes": {name: known[name] for name in named if name in known},
         "columns": [name for name, one in others.items() if one.default is one.empty],
         "optional": [name for name, one in others.items() if one.default is not one.empty],
-        "source": source,
     }
 
 
@@ -198,8 +219,8 @@ def serve(path: str, seconds: float, memory: int) -> None:
     cast(TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)  # it may be killed
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
-        function = load(path)
-        described = describe(function)
+        function, source = load(path)
+        described = describe(function) | {"source": source}
     except Unusable as error:
         replies.write(_line({"error": str(error)}))
         return

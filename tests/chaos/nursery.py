@@ -39,8 +39,6 @@ def child(faults: list[list], output: str, arguments: list[str]) -> None:
 
 def main() -> None:
     import evals.in_training  # noqa: F401
-    import jaxrl.sampling.local
-    import jaxrl.train  # noqa: F401
 
     signal.signal(
         signal.SIGHUP, signal.SIG_DFL

@@ -21,6 +21,7 @@ import pytest
 import tiny_run
 from jaxrl import config
 from jaxrl.errors import InputError, RunError
+from jaxrl.loop import train
 from jaxrl.models import Model, initialize, load, save
 from jaxrl.models.decoder import Params
 from jaxrl.rope import RopeScaling
@@ -32,7 +33,6 @@ from jaxrl.sampling.transports import nccl
 from jaxrl.sampling.transports.files import Files
 from jaxrl.sampling.transports.nccl import NCCL, Communicator
 from jaxrl.sampling.vllm import Restart, VLLMSampler, never
-from jaxrl.train import train
 from jaxrl.types import Groups, OnUpdate, Prompt, Rollout, SamplingParams, Say, silent
 
 pytestmark = pytest.mark.vllm

@@ -14,9 +14,9 @@ import tiny_run
 from jaxrl import config
 from jaxrl.collect import Collected, Collector
 from jaxrl.errors import InputError
+from jaxrl.loop import train
 from jaxrl.telemetry.agreement import METRIC, bound, disagreement
 from jaxrl.telemetry.trackers import history
-from jaxrl.train import train
 
 
 @pytest.mark.parametrize(
