@@ -211,5 +211,5 @@ def test_a_kept_function_that_is_gone_or_of_another_python_is_named(
     ):
         describe(each["path"])
     file.unlink()
-    with pytest.raises(InputError, match="there is no file .* run that again"):
+    with pytest.raises(InputError, match=r"there is no file .* run that again"):
         describe(each["path"])
