@@ -10,17 +10,33 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from jaxrl import __version__, background
 from jaxrl.errors import NO_ROOM, InputError, RunError, file_error
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _DESCRIPTION = "GRPO for reasoning models in JAX."
 _EPILOG = """Any value of a recipe is an option: jaxrl train recipes/demo.toml --run.steps 10 --rollout.samples 4.
 `jaxrl train RECIPE --help` lists them all."""
 # of the help; others follow by name
-_ORDER = ("train", "eval", "probe", "export", "check", "plan", "recipes", "report", "rollouts", "doctor")
+_ORDER = (
+    "train",
+    "eval",
+    "probe",
+    "export",
+    "check",
+    "plan",
+    "recipes",
+    "report",
+    "rollouts",
+    "doctor",
+    "completion",
+)
 
 
 class Command(Protocol):
@@ -136,14 +152,20 @@ def commands() -> dict[str, Command]:
     return {name: found[name] for name in names}
 
 
-def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace, list[str]]:
-    known = commands()
+def make_parser(known: Mapping[str, Command]) -> tuple[argparse.ArgumentParser, Subparsers]:
+    """The parser of the command line, and that of each command by name."""
     parser = argparse.ArgumentParser("jaxrl", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, command in known.items():
         own_help = getattr(command, "HELP_OF_ITS_OWN", False)
         command.add_arguments(subparsers.add_parser(name, help=command.HELP, add_help=not own_help))
+    return parser, subparsers
+
+
+def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace, list[str]]:
+    known = commands()
+    parser, _ = make_parser(known)
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(known[args.command], "TAKES_OVERRIDES", False):
         parser.error(f"unknown option {rest[0]}")

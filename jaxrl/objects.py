@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias, cast
 
-import cloudpickle
 from blake3 import blake3
 
 from jaxrl.config import Recipe
@@ -126,6 +125,8 @@ def _keep_function(function: Function, folder: Path, name: str) -> Path:
     Raises:
       InputError: if it cannot be called, or has something that cannot be written.
     """
+    import cloudpickle
+
     if not callable(function) or not name.isidentifier():
         raise InputError(f"reward: {name!r} is no function, or no name of one")
     try:
@@ -145,6 +146,8 @@ def _written(function: Function) -> bytes:
 
     What is pickled differs from one session of Python to the next.
     """
+    import cloudpickle
+
     try:
         code = inspect.getsource(function)
     except (OSError, TypeError):
