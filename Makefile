@@ -16,7 +16,7 @@ VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 vllm test test-slow test-chaos test-golden test-all test-gpu gpu test-vllm test-launch aot lint docs clean
+.PHONY: help install demo smollm2 vllm test test-slow test-chaos test-golden test-newer test-all test-gpu gpu test-vllm test-launch aot lint docs clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learned (RUN=, SEED=)"
@@ -26,13 +26,15 @@ help:
 	@echo "make test-slow    the tests that take minutes (real models, kill and resume)"
 	@echo "make test-chaos   a run that has TRIES=200 faults at random moments (SEED=)"
 	@echo "make test-golden  verifiers against reference vectors in GOLDEN=DIR"
+	@echo "make test-newer   the core's tests with the Python and JAX of make aot, which may be newer"
 	@echo "make test-all     all of these, test-vllm and test-launch; the golden ones where GOLDEN is set"
 	@echo "make test-gpu     what only a GPU can show, on this machine's"
 	@echo "make gpu          that, and the benchmarks of a GPU (vLLM's part after make vllm)"
 	@echo "make aot          the programs for H100, A100 and TPUs, by their compilers, without the devices"
 	@echo "make test-vllm    sampling by real vLLM servers"
-	@echo "make test-launch  runs started by a real sshd and a real Slurm (openssh-server, slurm-wlm and munge)"
-	@echo "make lint         ruff, mypy and shellcheck"
+	@echo "make test-launch  runs started by a real sshd and a real Slurm, and in a real container (openssh-server,"
+	@echo "                  slurm-wlm, munge, buildah and debootstrap)"
+	@echo "make lint         ruff, mypy, shellcheck and hadolint"
 	@echo "make docs         the documentation as a site, build/site"
 
 install: $(VENV)/.installed
@@ -106,7 +108,7 @@ test-vllm: $(VENV)/.installed-test vllm
 test-launch: $(VENV)/.installed-test vllm
 	VLLM=$(abspath $(VLLM)/vllm) $(BIN)/python -m pytest -m "slow or vllm" tests/launch $(PYTEST)
 
-test-all: test test-slow test-chaos test-vllm test-launch aot $(if $(GOLDEN),test-golden)
+test-all: test test-slow test-chaos test-vllm test-launch aot test-newer $(if $(GOLDEN),test-golden)
 
 # GPU_PYTHON=python3 takes one that has everything already, and installs nothing
 GPU_PYTHON ?=
@@ -127,6 +129,11 @@ $(AOT_VENV)/.installed: requirements.txt requirements-aot.txt pyproject.toml
 
 aot: $(AOT_VENV)/.installed
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -m aot tests/test_aot.py tests/test_cudnn.py $(PYTEST)
+
+test-newer: $(AOT_VENV)/.installed
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest tests/grpo/test_packing.py tests/grpo/test_objective.py \
+	  tests/grpo/test_logprobs.py tests/test_config.py tests/rewards/test_functions.py tests/test_train.py \
+	  $(PYTEST)
 
 test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed-cuda)
 	$(ON_GPU) -m pytest -m gpu tests/test_gpu.py $(PYTEST)
@@ -152,6 +159,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint launch/Dockerfile
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
 clean:

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace, _: list[str]) -> None:
 
     from jaxrl.cli import commands, make_parser
 
-    recipe = shtab.FILE | {shell: "_jaxrl_recipe" for shell in ("bash", "zsh")}
+    recipe = shtab.FILE | dict.fromkeys(("bash", "zsh"), "_jaxrl_recipe")
     parser, subparsers = make_parser(known := commands())
     for name, command in known.items():
         for action in subparsers.choices[name]._actions:
