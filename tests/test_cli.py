@@ -199,7 +199,16 @@ def test_commands_come_from_entry_points(capsys: pytest.CaptureFixture[str]) -> 
         "report",
         "rollouts",
         "doctor",
+        "completion",
     ]
+
+
+def test_a_start_warns_of_nothing(base: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 1, "run.tensorboard": True})
+    call = [sys.executable, "-m", "jaxrl.cli", "train", str(recipe)]
+    ran = subprocess.run(call, capture_output=True, text=True, check=True, env=tiny_run.environment())
+    assert ran.stderr == ""
+    assert "arning" not in ran.stdout
 
 
 def test_an_option_that_no_command_takes(capsys: pytest.CaptureFixture[str]) -> None:
