@@ -17,8 +17,20 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from jaxrl import config
-from jaxrl.report.panels import PANELS, SUMMARY, colors_of
-from jaxrl.report.runs import CHECKS, Run, accuracies, budget, ends, number, prompt_counts, series, switches
+from jaxrl.report.panels import PANELS, SUMMARY, colors_of, on_dark
+from jaxrl.report.runs import (
+    CHECKS,
+    Check,
+    Finding,
+    Run,
+    accuracies,
+    budget,
+    ends,
+    number,
+    prompt_counts,
+    series,
+    switches,
+)
 from jaxrl.telemetry.history import hardest
 from jaxrl.telemetry.rollouts import RolloutRow, read_rollouts, read_vocabulary, rollout_files
 from jaxrl.telemetry.timer import PHASES
@@ -58,15 +70,14 @@ def render(runs: list[Run], megabytes: int) -> str:
         nonce=secrets.token_urlsafe(16),  # scripts without it do not run, whatever a rollout contains
         version=importlib.metadata.version("jaxrl"),
         runs=runs,
-        colors=colors_of(len(runs)),
-        panels=[PANELS[name] for name in ("entropy", "reward", "length")],
+        colors=[(color, on_dark(color)) for color in colors_of(len(runs))],
+        panels=_panels(checks),
         phases=PHASES,
         phase_colors=[*colors_of(len(PHASES)), OTHER],
         checks=checks,
-        warned=[rule.title for rule, findings in checks if any(finding.warns for finding in findings)],
         summary=_summary(runs),
         benchmarks=_titles(runs),
-        budgets=[budget(run) for run in runs],
+        budget=_budget(runs),
         prompt_counts=[prompt_counts(run) for run in runs],
         hardest=[(run.name, hardest(run.prompts)) for run in runs if run.prompts],
         differences=_differences(runs),
@@ -106,7 +117,8 @@ def _curves(runs: list[Run]) -> list[dict[str, object]]:
     return [
         {
             "name": run.name,
-            "color": color,
+            "light": color,
+            "dark": on_dark(color),
             "switches": [[stage.first + 0.5, stage.name] for stage in switches(run)],
             "metrics": _columns(run.rows),
             "evaluations": run.evaluations,
@@ -131,6 +143,30 @@ def _summary(runs: list[Run]) -> dict[str, list[tuple[float, float]]]:
     """First and last mean of each run, of the metrics that one of them has."""
     measured = {key for run in runs for row in run.rows for key, value in row.items() if value is not None}
     return {key: [ends(series(run.rows, key)) for run in runs] for key in SUMMARY if key in measured}
+
+
+def _panels(
+    checks: list[tuple[Check, list[Finding]]],
+) -> list[tuple[str, str, list[tuple[Check, list[Finding]]]]]:
+    """(metrics, label, checks of them) of each curve: the paper's three, and one for each other check that warns."""
+    panels = {key: (label, []) for key, label in (PANELS[name] for name in ("entropy", "reward", "length"))}
+    for rule, findings in checks:
+        if any(finding.warns for finding in findings):
+            panels.setdefault(" + ".join(rule.keys), (rule.title, []))[1].append((rule, findings))
+    return [(key, label, warned) for key, (label, warned) in panels.items()]
+
+
+def _budget(runs: list[Run]) -> dict[str, list[str]]:
+    """What each run used, by name; device seconds stand beside the seconds, where they are others."""
+    used = [budget(run) for run in runs]
+    names = dict.fromkeys(name for each in used for name in each if not name.startswith("device seconds"))
+    return {name: [_spent(each, name) for each in used] for name in names}
+
+
+def _spent(used: dict[str, float], name: str) -> str:
+    seconds, of_devices = used.get(name, np.nan), used.get(f"device {name}")
+    beside = name.startswith("seconds") and of_devices not in (None, seconds)
+    return number(seconds) + (f" ({number(of_devices)} device seconds)" if beside else "")
 
 
 def _titles(runs: list[Run]) -> dict[str, str]:

@@ -152,9 +152,9 @@ def ends(values: Values) -> tuple[float, float]:
 
 
 def smooth(values: Values, share: float = 0.1) -> Values:
-    """The local linear fit to the values around each step, of what is not NaN: a straight line stays as it is, ends too.
+    """Fits a line to the values around each step that are not NaN: a straight line stays as it is, ends too.
 
-    Weights are tricube (Cleveland 1979): steps at `share` of the run or more away count nothing. NaN where no value is
+    Weights are tricube (Cleveland 1979): steps at `share` of the run or more away count nothing. NaN where none is
     near.
     """
     width = max(2, round(share * len(values)))
