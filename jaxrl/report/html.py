@@ -17,6 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from jaxrl import config
+from jaxrl.report.headline import compared, departures, facts, headline, matters, short
 from jaxrl.report.panels import PANELS, SUMMARY, colors_of, on_dark
 from jaxrl.report.runs import (
     CHECKS,
@@ -50,12 +51,13 @@ class PageRollouts(TypedDict):
     rows: list[list[float | str]]
 
 
-def render(runs: list[Run], megabytes: int) -> str:
+def render(runs: list[Run], megabytes: int, image: bytes) -> str:
     """The page.
 
     Args:
       runs: overlaid in every curve.
       megabytes: of rollout files to take in, of all runs together.
+      image: summary.png, to be saved from the page.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxrl.report", "."),
@@ -80,7 +82,12 @@ def render(runs: list[Run], megabytes: int) -> str:
         budget=_budget(runs),
         prompt_counts=[prompt_counts(run) for run in runs],
         hardest=[(run.name, hardest(run.prompts)) for run in runs if run.prompts],
-        differences=_differences(runs),
+        headlines=[(headline(run), facts(run)) for run in runs],
+        image=base64.b64encode(image).decode(),
+        departures=departures(runs),
+        matters=matters,
+        compared=compared(runs),
+        short=short,
         recipes=[(run.name, config.to_toml(run.recipe)) for run in runs if run.recipe],
         notes=notes,
         number=number,
@@ -173,18 +180,6 @@ def _titles(runs: list[Run]) -> dict[str, str]:
     """The title of each benchmark by name."""
     found = (accuracies(result) for run in runs for result in run.benchmarks)
     return {name: accuracy["title"] for by_name in found for name, accuracy in by_name.items()}
-
-
-def _differences(runs: list[Run]) -> list[tuple[str, object, list[object]]]:
-    """(key, JustRL's value, each run's value) where a run departs from the default recipe."""
-    default = config.to_dict(config.Recipe())
-    recipes = [config.to_dict(run.recipe or config.Recipe()) for run in runs]
-    return [
-        (f"{section}.{key}", value, [recipe[section][key] for recipe in recipes])
-        for section, keys in default.items()
-        for key, value in keys.items()
-        if any(recipe[section][key] != value for recipe in recipes)
-    ]
 
 
 def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:

@@ -102,7 +102,7 @@ class Scripts(HTMLParser):
 
 def page_of(*runs: Path, megabytes: int = 30) -> tuple[Path, Scripts, str]:
     path = runs[0] / "report.html"
-    text = render([read_run(run) for run in runs], megabytes)
+    text = render([read_run(run) for run in runs], megabytes, b"PNG")
     path.write_text(text, encoding="utf-8")
     return path, Scripts(text), text
 
