@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 from jaxrl import config
 from jaxrl.report.headline import compared, departures, facts, headline, matters, short
 from jaxrl.report.panels import PANELS, SUMMARY, colors_of, on_dark
+from jaxrl.report.problems import around, histories, lists
 from jaxrl.report.runs import (
     CHECKS,
     Check,
@@ -32,7 +33,6 @@ from jaxrl.report.runs import (
     series,
     switches,
 )
-from jaxrl.telemetry.history import hardest
 from jaxrl.telemetry.rollouts import RolloutRow, read_rollouts, read_vocabulary, rollout_files
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import MetricsRow
@@ -48,6 +48,8 @@ class PageRollouts(TypedDict):
     """A run's rollouts in the page: (id, prompt, answer) once each, and the cells of `_cells`."""
 
     prompts: list[tuple[str, str, str]]
+    around: tuple[str, str]  # see `problems.around`
+    histories: dict[int, list[tuple[int, int, int]]]  # see `problems.histories`
     rows: list[list[float | str]]
 
 
@@ -81,7 +83,7 @@ def render(runs: list[Run], megabytes: int, image: bytes) -> str:
         benchmarks=_titles(runs),
         budget=_budget(runs),
         prompt_counts=[prompt_counts(run) for run in runs],
-        hardest=[(run.name, hardest(run.prompts)) for run in runs if run.prompts],
+        problems=[lists(run, of_run["prompts"]) for run, of_run in zip(runs, rollouts, strict=True)],
         headlines=[(headline(run), facts(run)) for run in runs],
         image=base64.b64encode(image).decode(),
         departures=departures(runs),
@@ -186,7 +188,7 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
     """The run's rollouts, all of them or as many as its share of bytes allows, and a note that says which."""
     files, vocabulary = rollout_files(run.directory), read_vocabulary(run.directory)
     if not files:
-        return {"prompts": [], "rows": []}, "no stored rollouts"
+        return {"prompts": [], "around": ("", ""), "histories": {}, "rows": []}, "no stored rollouts"
     limit = megabytes * 10**6 // runs
     size = sum(file.stat().st_size for file in files)
     chosen = _evenly(files, max(STEPS, limit * len(files) // max(1, size)))
@@ -208,9 +210,18 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
         )
     if damaged:
         note += f"; {damaged:,} damaged lines or files are left out"
+    if rows and len({(row[0], row[1]) for row in rows}) == len(prompts):
+        note += "; each problem in one step: those with right and wrong answers come first"
     if not vocabulary:
         note += "; tokens are not shaded, since the run has no rollouts/vocabulary.json"
-    return {"prompts": list(prompts), "rows": rows}, note
+    stored = list(prompts)
+    found: PageRollouts = {
+        "prompts": stored,
+        "around": around([prompt for _, prompt, _ in stored]),
+        "histories": histories(run.history, stored),
+        "rows": rows,
+    }
+    return found, note
 
 
 def _evenly(files: Sequence[Path], count: int) -> list[Path]:
