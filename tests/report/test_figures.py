@@ -66,7 +66,7 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
     evaluate(run, "after", 40, 0.9)
     written = report([run])
     panels = {f"{name}.png" for name in (*PANELS, "time", "accuracy", "training")}
-    assert {p.name for p in written} == panels | {"summary.md", "report.html"}
+    assert {p.name for p in written} == panels | {"summary.png", "summary.md", "report.html"}
     assert set(PANELS) == {"reward", "entropy", "length", "clip_fraction", "grad_norm"}
     assert all(p.parent == run / "report" for p in written)
     assert all(colors(p) > 20 for p in written if p.suffix == ".png")
@@ -135,7 +135,7 @@ def test_prompts_have_a_panel_and_a_table(tmp_path: Path) -> None:
 
 def test_runs_without_some_metrics_are_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=1, missing=["update/clip_fraction"])
-    assert len(report([run])) == 9  # no accuracy.png
+    assert len(report([run])) == 10  # no accuracy.png
 
 
 def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
@@ -143,7 +143,9 @@ def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
         report([tmp_path])
 
 
-lines = st.tuples(st.floats(-5, 5), st.floats(-2, 2), st.integers(2, 300), st.floats(0.01, 0.5), st.integers(0, 99))
+lines = st.tuples(
+    st.floats(-5, 5), st.floats(-2, 2), st.integers(2, 300), st.floats(0.01, 0.5), st.integers(0, 99)
+)
 
 
 @given(lines)

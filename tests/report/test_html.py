@@ -21,12 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrl import config
+from jaxrl.data.prompts import problem_texts
 from jaxrl.report.html import render, spans
+from jaxrl.report.problems import around
 from jaxrl.report.runs import read_run, series, smooth
 from jaxrl.telemetry.rollouts import rollout_files, write_rollouts
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.types import FinishReason, Prompt, Rollout
 
+PNG = f"data:image/png;base64,{base64.b64encode(b'PNG').decode()}"
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 VOCABULARY = ["", "two", " plus", " é😀", HOSTILE, "\n", "\\boxed{", "4", "}", " end"]
 
@@ -138,7 +141,8 @@ def test_nothing_in_a_run_is_markup_and_nothing_is_fetched(tmp_path: Path) -> No
     evil = "<img src=x onerror=alert(1)>"
     run = make_run(tmp_path / evil, recipe=f"[data]\nsuffix = {json.dumps(HOSTILE)}\n")
     _, page, text = page_of(run)
-    assert len(page.scripts) == 5 and page.resources == ["#checks"]  # a warning's link, and no source
+    assert len(page.scripts) == 5
+    assert page.resources == ["#", PNG, "#checks"]  # the view, the image and a warning's rule, and no source
     assert HOSTILE not in text and evil not in text
     assert html.escape(evil) in text and "owned" in text  # shown, as text
     without_data = re.sub(r'<script type="text/plain".*?</script>', "", text, flags=re.S)
@@ -155,6 +159,11 @@ def test_the_recipe_is_compared_with_justrl(tmp_path: Path) -> None:
     assert config.to_toml(config.load(two / "recipe.toml")).splitlines()[1] in html.unescape(text)
 
 
+def cells(table: str) -> list[list[str]]:
+    """The rows of a table's HTML but for its head, as words."""
+    return [re.sub(r"<.*?>|\s+", " ", row).split() for row in table.split("</table>")[0].split("<tr>")[2:]]
+
+
 def test_prompts_have_a_section_where_a_run_has_their_history(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
     assert "<h2>Prompts</h2>" not in page_of(one, two)[2]
@@ -162,18 +171,115 @@ def test_prompts_have_a_section_where_a_run_has_their_history(tmp_path: Path) ->
     (two / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, page, text = page_of(one, two)
     assert len(page.scripts) == 5 and HOSTILE not in text
-    counts, *tables = (
-        [re.sub(r"<.*?>|\s+", " ", line).split() for line in table.split("</table>")[0].split("<tr>")[2:]]
-        for table in re.split(r'<table id="prompts">|<table data-hardest>', text)[1:]
+    counts, never, hard = map(
+        cells, re.split(r'<table id="prompts">|<table data-never>|<table data-hardest>', text)[1:]
     )
     assert [[*line[-2:]] for line in counts] == [["-", "2"], ["-", "1"], ["-", "1"]]
-    (hard,) = tables
-    assert hard[0] == ["b", "16", "0", "2"] and hard[1][-3:] == ["32", "1", "2"] and len(hard) == 2
+    assert never == [["b", "16", "0", "2"]]
+    assert len(hard) == 1 and hard[0][-3:] == ["32", "1", "2"]
 
 
-def test_warnings_are_shown_with_their_rules(tmp_path: Path) -> None:
-    _, _, text = page_of(make_run(tmp_path / "run"))
-    assert "⚠ entropy collapse</a>" in text and "under half of the first tenth" in html.unescape(text)
+def test_listed_problems_have_their_text(tmp_path: Path) -> None:
+    """From a rollout in the page, with a link to it; from one that is not; from the data; else the id."""
+    run = make_run(
+        tmp_path / "run", recipe="[data]\npath = 'x.jsonl'\nproblem_column = 'q'\nanswer_column = 'a'\n"
+    )
+    data = tmp_path / "x.jsonl"
+    data.write_text(json.dumps({"q": "What is 5 + 5?", "a": "10", "id": "in data"}) + "\n")
+    moved = config.load(run / "recipe.toml")
+    (run / "recipe.toml").write_text(config.to_toml(moved).replace("x.jsonl", str(data)))
+    (in_data,) = problem_texts(config.load(run / "recipe.toml").data)
+    for step, (name, text) in enumerate(
+        (("first", "<user>1 + 1?</user>"), ("second", "<user>2 | 2?</user>"))
+    ):
+        prompt = Prompt(name, np.array([0], np.int32), "2")
+        tokens, logprobs = np.array([1], np.int32), np.zeros(1, np.float32)
+        group = [Rollout(prompt, tokens, logprobs, "stop", step, -1.0, -1.0)]
+        write_rollouts(run, step, [group], lambda ids, text=text: text if ids[0] == 0 else "no")
+    for file in rollout_files(run)[2:]:
+        file.unlink()
+    counts = {"first 0123456789abcdef": [0, 9], "second": [1, 9], in_data: [0, 8], "lost": [0, 7]}
+    (run / "prompts.jsonl").write_text(json.dumps({"step": 0, "prompts": counts}) + "\n")
+    _, _, text = page_of(run)
+    never, hard = (
+        re.findall(r'class="clamp">(.*?)</span>', part) for part in text.split("<table data-")[1:3]
+    )
+    assert never[0] == '<a href="#of=0&amp;problem=first">1 + 1?</a>' and never[1:] == ["What is 5 + 5?"]
+    assert hard == ['<a href="#of=0&amp;problem=second">2 | 2?</a>']
+
+
+def test_the_text_of_a_problem_is_without_what_all_prompts_have() -> None:
+    prompts = ["<s>Be brief.\nuser: 12+1?\n\nThink.</s>", "<s>Be brief.\nuser: 15+1?\n\nThink.</s>"]
+    assert around(prompts) == ("<s>Be brief.\n", "\n\nThink.</s>")
+    assert around(["<user>12+1=?<end>", "<user>13+1=?<end>"]) == ("<user>", "<end>")
+    assert around(prompts[:1]) == around([]) == around(["1", "21"]) == ("", "")
+
+
+def test_warnings_stand_beside_their_curve_and_name_their_run(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        row | {"policy/entropy": 1.0, "groups/all_correct_fraction": 0.5, "groups/all_wrong_fraction": 0.4}
+        for row in rows
+    ]
+    (one / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = html.unescape(page_of(one, two)[2])
+    assert "under half of the first tenth" in text
+    beside = {part.split('"')[0]: part.split("<div>")[0] for part in text.split('data-metric="')[1:]}
+    warned = {
+        key: re.findall(r"</span>(\w+):\s+<a[^>]*>⚠ ([\w ]+)</a>", part) for key, part in beside.items()
+    }
+    dead = "groups/all_correct_fraction + groups/all_wrong_fraction"
+    assert warned == {
+        "policy/entropy": [("two", "entropy collapse")],
+        "reward/mean": [],
+        "response/length_mean": [],
+        dead: [("one", "dead groups")],
+    }
+    assert "⚠" not in text[: text.index("<h2>Training dynamics")]
+
+
+def test_the_budget_has_no_row_twice(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    for run, devices in ((one, 1), (two, 4)):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (run / "metrics.jsonl").write_text(
+            "".join(json.dumps(row | {"perf/devices": devices}) + "\n" for row in rows)
+        )
+    table = page_of(one, two)[2].split('<table id="budget">')[1]
+    rows = {" ".join(words[:2]): words[2:] for words in cells(table)}
+    assert rows["seconds update"] == ["120", "90", "(360", "device", "seconds)"]
+    assert not any("device seconds" in name for name in rows) and len(rows) == len(cells(table))
+
+
+def test_a_comparison_begins_with_what_differs(tmp_path: Path) -> None:
+    recipe = "[run]\nseed = {}\ndirectory = '{}'\n[rollout]\nsamples = 4\n[optimizer]\nlearning_rate = {}\n"
+    one = make_run(tmp_path / "one", recipe=recipe.format(1, "here", 1e-6))
+    two = make_run(tmp_path / "two", recipe=recipe.format(2, "there", 2e-6))
+    text = page_of(one, two)[2]
+    before = text[: text.index("<h2>Training dynamics")]
+    assert cells(before.split('<table id="compared">')[1]) == [
+        ["optimizer.learning_rate", "1e-06", "same", "2e-06"],  # what steps depend on goes first
+        ["run.seed", "1", "same", "2"],
+    ]
+    assert '<table id="compared">' not in page_of(one)[2]
+    assert "The recipes are the same." in page_of(one, one)[2]
+
+
+def test_the_page_begins_with_the_result_and_has_it_as_an_image(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "eval" / "benchmarks")
+    _, page, text = page_of(run)
+    result = re.sub(r"<.*?>|\s+", " ", text[text.index('<section id="headline"') :].split("</section>")[0])
+    words = " ".join(result.split())
+    assert words.startswith(
+        "20.0% → 80.0% held-out accuracy 40 steps · 0.05 hours · model DeepSeek-R1-Distill-Qwen-1.5B"
+    )
+    assert "95% intervals 10.0% to 25.0% and 70.0% to 85.0%, bootstrap over problems" in words
+    assert "JustRL's recipe." in words  # a seed is no difference
+    assert '<meta property="og:image" content="summary.png">' in text and PNG in page.resources
+    (description,) = re.findall(r'og:description"\s+content="(.*?)"', text)
+    assert description.startswith("run: 20.0% → 80.0% held-out accuracy, 40 steps, 0.05 hours")
 
 
 @pytest.mark.parametrize("form", [".jsonl", ".parquet"])  # of older runs, and of newer ones
