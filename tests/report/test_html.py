@@ -8,7 +8,7 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -189,23 +189,19 @@ def test_listed_problems_have_their_text(tmp_path: Path) -> None:
     moved = config.load(run / "recipe.toml")
     (run / "recipe.toml").write_text(config.to_toml(moved).replace("x.jsonl", str(data)))
     (in_data,) = problem_texts(config.load(run / "recipe.toml").data)
-    for step, (name, text) in enumerate(
-        (("first", "<user>1 + 1?</user>"), ("second", "<user>2 | 2?</user>"))
-    ):
-        prompt = Prompt(name, np.array([0], np.int32), "2")
-        tokens, logprobs = np.array([1], np.int32), np.zeros(1, np.float32)
-        group = [Rollout(prompt, tokens, logprobs, "stop", step, -1.0, -1.0)]
-        write_rollouts(run, step, [group], lambda ids, text=text: text if ids[0] == 0 else "no")
-    for file in rollout_files(run)[2:]:
-        file.unlink()
-    counts = {"first 0123456789abcdef": [0, 9], "second": [1, 9], in_data: [0, 8], "lost": [0, 7]}
+    texts = ["<user>1 + 1?</user>", "<user>2 | 2?</user>", "<user>3 + 3?</user>"]
+    one, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    groups = [[Rollout(Prompt(str(n), one + n, "2"), one, logprobs, "stop", 0, -1.0, -1.0)] for n in range(3)]
+    for step, some in ((0, groups[:2]), (20, groups[2:])):
+        write_rollouts(run, step, some, lambda ids: texts[ids[0]])
+    counts = {"0 0123456789abcdef": [0, 19], "1": [0, 18], in_data: [0, 17], "lost": [0, 16], "2": [1, 16]}
     (run / "prompts.jsonl").write_text(json.dumps({"step": 0, "prompts": counts}) + "\n")
-    _, _, text = page_of(run)
+    _, _, text = page_of(run, megabytes=0)  # the first rollout of each step
     never, hard = (
         re.findall(r'class="clamp">(.*?)</span>', part) for part in text.split("<table data-")[1:3]
     )
-    assert never[0] == '<a href="#of=0&amp;problem=first">1 + 1?</a>' and never[1:] == ["What is 5 + 5?"]
-    assert hard == ['<a href="#of=0&amp;problem=second">2 | 2?</a>']
+    assert never == ['<a href="#of=0&amp;problem=0">1 + 1?</a>', "2 | 2?", "What is 5 + 5?", "lost"]
+    assert hard == ['<a href="#of=0&amp;problem=2">3 + 3?</a>']
 
 
 def test_the_text_of_a_problem_is_without_what_all_prompts_have() -> None:
@@ -248,7 +244,7 @@ def test_the_budget_has_no_row_twice(tmp_path: Path) -> None:
         )
     table = page_of(one, two)[2].split('<table id="budget">')[1]
     rows = {" ".join(words[:2]): words[2:] for words in cells(table)}
-    assert rows["seconds update"] == ["120", "90", "(360", "device", "seconds)"]
+    assert rows["seconds update"] == ["120", "120", "(480", "device", "seconds)"]
     assert not any("device seconds" in name for name in rows) and len(rows) == len(cells(table))
 
 
@@ -408,14 +404,21 @@ class Page:
         """Waits until the list counts that many rollouts."""
         self.until(f"return document.getElementById('page').textContent.endsWith('· {expected} rollouts')")
 
-    def choose_rollout(self, n: int) -> dict[str, str]:
-        self.driver.find_elements("css selector", "#list button")[n].click()
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def choose_rollout(self, problem: int, answer: int = 0) -> dict[str, str]:
+        self.all("#list button")[problem].click()
+        self.all("#answers button")[answer].click()
+        return self.shown()
+
+    def shown(self) -> dict[str, str]:
         return {key: self.text(f"#{key}") for key in ("facts", "prompt", "answer", "completion")}
 
 
 @pytest.mark.browser
 def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
-    one, two = make_run(tmp_path / "one", groups=9), make_run(tmp_path / "two", steps=30, groups=1)
+    one, two = make_run(tmp_path / "one", groups=60), make_run(tmp_path / "two", steps=30, groups=1)
     browser.open(page_of(one, two)[0])
 
     rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
@@ -450,20 +453,21 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     browser.choose("#timed", "1")
     assert len(browser.traces("#time")[0]["y"]) == 29
 
-    browser.count(144)
-    assert "score -1, reward -1.25, 15 tokens" in browser.choose_rollout(7)["facts"]
+    browser.count(960)
+    browser.choose("#order", "step")
+    assert "score -1, reward -1.25, 15 tokens" in browser.choose_rollout(0, 7)["facts"]
     first = browser.choose_rollout(0)
     assert "step 1, problem p0-0, sample 1: score 1, 8 tokens" in first["facts"]
     assert first["prompt"] == "two" + HOSTILE and first["answer"] == "<b>4</b>"
     assert first["completion"] == f"two plus é😀{HOSTILE}\n\\boxed{{4}}"
-    tokens = browser.driver.find_elements("css selector", "#completion span")
+    tokens = browser.all("#completion span")
     assert [t.get_attribute("textContent") for t in tokens] == VOCABULARY[1:9]
     assert [t.get_attribute("title")[:14] for t in tokens[:2]] == ["log-prob 0.00,", "log-prob -0.25"]
     styles = " ".join(token.get_attribute("style") for token in tokens)
     strengths = [float(strength) for strength in re.findall(r"[\d.]+(?=\))", styles)]
     assert len(strengths) == 7 and strengths == sorted(strengths) and strengths[0] > 0
     browser.find("#shade").click()
-    assert not browser.driver.find_elements("css selector", "#completion span")
+    assert not browser.all("#completion span")
     assert browser.text("#completion") == first["completion"]
     browser.find("#shade").click()
 
@@ -471,25 +475,25 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     assert browser.find("#page").text.startswith("page 2 of 3") and browser.find("#back").is_enabled()
     browser.find("#on").click()
     assert not browser.find("#on").is_enabled()
-    assert len(browser.driver.find_elements("css selector", "#list button")) == 44
+    assert len(browser.all("#list button")) == 20
     browser.find("#back").click()
-    for outcome, count in (("right", 54), ("wrong", 90), ("truncated", 18), ("", 144)):
+    for outcome, count in (("right", 360), ("wrong", 600), ("truncated", 120), ("", 960)):
         browser.choose("#outcome", outcome)
         browser.count(count)
     browser.find("#from").send_keys("2")
-    browser.count(72)
+    browser.count(480)
     assert browser.choose_rollout(0)["facts"].strip("✓ ").startswith("step 21")
     browser.find("#to").send_keys("20")
     browser.count(0)
     assert "No rollout passes" in browser.find("#detail").text
     for box in ("#from", "#to"):
         browser.js(type_into, browser.find(box), "")
-    browser.count(144)
+    browser.count(960)
     browser.find("#search").send_keys("END END END end end end end")
-    browser.count(18)  # the longest of each group, whatever the case
+    browser.count(120)  # the longest of each group, whatever the case
     browser.find("#search").clear()
     browser.find("#search").send_keys("\\boxed{4}")  # a text, not a pattern
-    browser.count(144)
+    browser.count(960)
     browser.choose("#of", "1")
     browser.count(16)
 
@@ -504,6 +508,148 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     events = [json.loads(e["message"])["message"] for e in browser.driver.get_log("performance")]
     asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
     assert {url.split(":")[0] for url in asked} == {"file"} and len(asked) == 1
+
+
+def learning(folder: Path) -> Path:
+    """A run with one problem that was learned, one that was lost and one that was never solved, and what they count."""
+    run = make_run(folder)
+    right = {"lost": (7, 2), "learned": (1, 6), "same": (4, 5), "never": (0, 0)}
+    texts = [f"<user>The problem that is {name}<assistant>" for name in right]
+    for at, step in enumerate((0, 20)):
+        groups = []
+        for i, (name, counts) in enumerate(right.items()):
+            prompt, logprobs = Prompt(name, np.array([i], np.int32), "4"), np.zeros(1, np.float32)
+            scores = [1.0 if sample < counts[at] else -1.0 for sample in range(8)]
+            tokens = [np.array([4 + sample], np.int32) for sample in range(8)]
+            pairs = zip(tokens, scores, strict=True)
+            groups.append([Rollout(prompt, t, logprobs, "stop", step, score, score) for t, score in pairs])
+        write_rollouts(run, step, groups, lambda ids: (texts + [f"answer {n}" for n in range(8)])[ids[0]])
+    return run
+
+
+@pytest.mark.browser
+def test_the_browser_opens_on_the_most_improved_problem_with_its_answers_side_by_side(
+    browser: Page, tmp_path: Path
+) -> None:
+    size = {"width": 1400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    run = learning(tmp_path / "run")
+    browser.open(page_of(run)[0])
+    entries = [entry.text.split("\n") for entry in browser.all("#list button")]
+    assert [text for text, _ in entries] == [
+        f"The problem that is {name}" for name in ("learned", "same", "never", "lost")
+    ]
+    assert entries[0][1] == "1 of 8 right at step 1, 6 of 8 right at step 21"
+    assert browser.text("#prompt") == "<user>The problem that is learned<assistant>"
+    assert [a.text for a in browser.all("#answers pre")] == [f"answer {n}" for n in range(8)]
+    places = [(a.location["y"], a.location["x"]) for a in browser.all("#answers > div")]
+    assert len({x for _, x in places}) > 2 and len(set(places)) == 8  # side by side
+    assert [b.text[0] for b in browser.all("#answers button")] == list("✓✓✓✓✓✓✗✗")
+    assert [b.text for b in browser.all("#steps button")] == ["step 1: 1/8", "step 21: 6/8"]
+    browser.find("#steps button").click()  # the same problem, before
+    assert [b.text[0] for b in browser.all("#answers button")] == list("✓✗✗✗✗✗✗✗")
+    assert browser.text("#facts").endswith(
+        "step 1, problem learned, sample 1: score 1, 1 tokens, mean log-prob 0, weights after 0 steps"
+    )
+    assert (
+        browser.js("return document.activeElement.textContent") == "step 1: 1/8"
+    )  # the keyboard goes on from there
+    browser.choose("#order", "hardest")
+    assert [e.text.split("\n")[0][20:] for e in browser.all("#list button")] == [
+        "never",
+        "learned",
+        "lost",
+        "same",
+    ]
+    browser.choose("#order", "never")
+    assert [e.text.split("\n")[0][20:] for e in browser.all("#list button")] == ["never"]
+    browser.count(16)
+
+    counts = [{"lost": [7, 8], "learned": [0, 8]}, {"learned": [1, 8]}, {"lost": [8, 8], "learned": [0, 8]}]
+    rows = [{"step": 10 * n, "prompts": each} for n, each in enumerate(counts)]
+    (run / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser.open(page_of(run)[0])  # the run's history has steps of which no answer is stored
+    assert [b.text for b in browser.all("#list button small")][:2] == [
+        "4 of 8 right at step 1, 5 of 8 right at step 21",
+        "7 of 8 right at step 1, 8 of 8 right at step 21",
+    ]
+    browser.find("#search").send_keys("is learned")
+    browser.count(16)
+    steps = [(b.text, b.is_enabled()) for b in browser.all("#steps button")]
+    assert steps == [("step 1: 0/8", True), ("step 11: 1/8", False), ("step 21: 0/8", True)]
+
+
+@pytest.mark.browser
+def test_the_address_reopens_the_view(browser: Page, tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), learning(tmp_path / "two")
+    path = page_of(one, two)[0]
+    browser.open(path)
+    assert "#" not in browser.driver.current_url  # until something is chosen
+    browser.find('#runs [value="0"]').click()
+    browser.choose("#metric", "time/update")
+    browser.find("#log").click()
+    browser.choose("#of", "1")
+    browser.choose("#outcome", "right")
+    browser.find("#search").send_keys("answer é & 1")
+    browser.find("#search").clear()
+    browser.find("#search").send_keys("answer")
+    browser.count(25)
+    browser.all("#list button")[1].click()
+    browser.find("#steps button").click()
+    browser.all("#answers button")[2].click()
+    browser.find("#shade").click() if browser.find("#shade").is_enabled() else None
+    browser.until("return location.hash.includes('answer=3')")
+    seen = browser.shown()
+    assert "step 1, problem same, sample 3" in seen["facts"]
+    address = browser.driver.current_url
+    assert browser.find("#link").get_attribute("href") == address
+
+    for url in (address, browser.driver.current_url.split("#")[0] + "#checks", address):
+        browser.driver.get("about:blank")
+        browser.driver.get(url)
+        browser.until("return document.documentElement.dataset.ready === 'yes'")
+    assert browser.shown() == seen
+    assert browser.driver.current_url == address
+    assert [t["name"] for t in browser.traces("#any")] == ["two", "two"]
+    assert browser.js("return document.getElementById('any')._fullLayout.yaxis.type") == "log"
+    assert (
+        browser.find("#outcome").get_attribute("value") == "right"
+        and browser.find("#search").get_attribute("value") == "answer"
+    )
+    assert [e.get_attribute("aria-current") for e in browser.all("#list button")][:2] == ["false", "true"]
+    browser.js("location.hash = 'of=1&problem=never&step=999&answer=x'")  # of another page
+    browser.until("return document.getElementById('facts').textContent.includes('problem never, sample 1')")
+    assert browser.find('#runs [value="0"]').is_selected() and not browser.find("#log").is_selected()
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """WCAG 2's ratio of two colors in sRGB, each from 0 to 255."""
+    linear = [
+        [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+        for color in (one, other)
+    ]
+    light, dark = sorted((np.dot((0.2126, 0.7152, 0.0722), color) for color in linear), reverse=True)
+    return float((light + 0.05) / (dark + 0.05))
+
+
+@pytest.mark.browser
+def test_every_runs_thin_line_is_readable_on_dark_paper(browser: Page, tmp_path: Path) -> None:
+    feature = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+    browser.open(page_of(*(make_run(tmp_path / f"{i}") for i in range(7)))[0])
+    paper = [
+        int(c)
+        for c in re.findall(r"\d+", browser.js("return getComputedStyle(document.body).backgroundColor"))
+    ]
+    swatches = browser.js(
+        "return [...document.querySelectorAll('#runs .swatch')].map(s => getComputedStyle(s).backgroundColor)"
+    )
+    thin, thick = (browser.traces('[data-metric="reward/mean"]')[i::2] for i in (0, 1))
+    for raw, smoothed, swatch in zip(thin, thick, swatches, strict=True):
+        color = [int(raw["line"]["color"][i : i + 2], 16) for i in (1, 3, 5)]
+        mixed = [raw["opacity"] * c + (1 - raw["opacity"]) * p for c, p in zip(color, paper, strict=True)]
+        assert contrast(mixed, paper) > 3 and smoothed["line"]["width"] > raw["line"]["width"]
+        assert [int(c) for c in re.findall(r"\d+", swatch)] == color
 
 
 @pytest.mark.browser
