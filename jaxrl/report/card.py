@@ -26,25 +26,28 @@ def png(runs: list[Run]) -> bytes:
     found = [headline(run) for run in runs]
     colors = colors_of(len(runs))
 
-    def write(x: float, y: float, text: str, size: float, color: str = INK, **style: str) -> None:
-        figure.text(x, y, text, size=size, color=color, va="top", linespacing=1.5, parse_math=False, **style)
+    def write(
+        x: float, y: float, text: str, size: float, color: str = INK, bold: bool = False, ha: str = "left"
+    ) -> None:
+        font = {"size": size, "color": color, "weight": "bold" if bold else "normal", "ha": ha}
+        figure.text(x, y, text, font, va="top", linespacing=1.5, parse_math=False)
 
     if len(runs) == 1:
         top, (first, *_) = 0.66, found
-        write(0.05, 0.94, first.change if first else "no result yet", 46, weight="bold")
+        write(0.05, 0.94, first.change if first else "no result yet", 46, bold=True)
         write(0.05, 0.805, f"{first.measure} of {_cut(runs[0].name)}" if first else _cut(runs[0].name), 20)
         write(0.05, 0.735, first.interval if first else "", 12, DIM)
     else:
         shown = min(len(runs), LISTED)
         top = 0.9 - 0.075 * shown
         for i, (run, each, color) in enumerate(zip(runs[:shown], found, colors, strict=False)):
-            write(0.05, 0.95 - 0.075 * i, _cut(run.name, 24), 20, color, weight="bold")
-            write(0.38, 0.95 - 0.075 * i, each.change if each else "-", 20, weight="bold")
+            write(0.05, 0.95 - 0.075 * i, _cut(run.name, 24), 20, color, bold=True)
+            write(0.38, 0.95 - 0.075 * i, each.change if each else "-", 20, bold=True)
             write(0.62, 0.945 - 0.075 * i, f"{each.measure}, {facts(run)[0]}" if each else "", 14, DIM)
     axes = figure.add_axes((0.08, 0.25, 0.87, top - 0.25))
     _curves(axes, runs, found, colors)
     write(0.05, 0.135, textwrap.fill(_small_print(runs), 130, max_lines=4, placeholder=" …"), 11, DIM)
-    write(0.95, 0.06, "jaxrl", 13, DIM, ha="right", weight="bold")
+    write(0.95, 0.06, "jaxrl", 13, DIM, bold=True, ha="right")
     image = io.BytesIO()
     figure.savefig(image)
     return image.getvalue()
@@ -82,11 +85,17 @@ def _small_print(runs: list[Run]) -> str:
         changes = [
             f"{d.key} {short(d.values[0])} ({short(d.default)})" for d in departures(runs) if matters(d)
         ]
-        return " · ".join(
-            [*facts(runs[0]), "JustRL but for " + ", ".join(changes) if changes else "JustRL's recipe"]
+        recipe = (
+            ["JustRL but for " + ", ".join(changes) if changes else "JustRL's recipe"]
+            if runs[0].recipe
+            else []
         )
+        return " · ".join([*facts(runs[0]), *recipe])
     differences = [f"{d.key} {' / '.join(map(short, d.values))}" for d in compared(runs)]
-    return "They differ in " + ", ".join(differences) if differences else "Their recipes are the same."
+    more = f"{len(runs)} runs, of which the first {LISTED} are listed. " if len(runs) > LISTED else ""
+    return more + (
+        "They differ in " + ", ".join(differences) if differences else "Their recipes are the same."
+    )
 
 
 def _cut(name: str, most: int = 40) -> str:

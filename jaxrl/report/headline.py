@@ -50,7 +50,7 @@ class Headline:
     percent: bool
 
     def text(self, value: float) -> str:
-        return f"{value:.1%}" if self.percent else number(value)
+        return f"{value:.1%}" if self.percent else f"{value:.3f}"
 
     @property
     def change(self) -> str:

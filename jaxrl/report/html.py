@@ -38,6 +38,7 @@ from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import MetricsRow
 
 STEPS = 64  # at least so many steps' rollouts are taken into the page where not all fit
+Checked = tuple[Check, list[Finding]]  # a finding of each run
 OTHER = "#999"  # color of the time that is no phase's
 REACH = 8  # characters within which a token's text is looked for
 HIGHEST_COST = 2000  # hundredths of a nat; the page's shade is darkest at 400
@@ -154,15 +155,14 @@ def _summary(runs: list[Run]) -> dict[str, list[tuple[float, float]]]:
     return {key: [ends(series(run.rows, key)) for run in runs] for key in SUMMARY if key in measured}
 
 
-def _panels(
-    checks: list[tuple[Check, list[Finding]]],
-) -> list[tuple[str, str, list[tuple[Check, list[Finding]]]]]:
-    """(metrics, label, checks of them) of each curve: the paper's three, and one for each other check that warns."""
-    panels = {key: (label, []) for key, label in (PANELS[name] for name in ("entropy", "reward", "length"))}
-    for rule, findings in checks:
-        if any(finding.warns for finding in findings):
-            panels.setdefault(" + ".join(rule.keys), (rule.title, []))[1].append((rule, findings))
-    return [(key, label, warned) for key, (label, warned) in panels.items()]
+def _panels(checks: list[Checked]) -> list[tuple[str, str, list[Checked]]]:
+    """(metrics, label, checks that warn) of each curve: the paper's three, and one for each other check that warns."""
+    warned = {
+        " + ".join(rule.keys): (rule, of) for rule, of in checks if any(finding.warns for finding in of)
+    }
+    labels = dict(PANELS[name] for name in ("entropy", "reward", "length"))
+    labels |= {key: rule.title for key, (rule, _) in warned.items() if key not in labels}
+    return [(key, label, [warned[key]] if key in warned else []) for key, label in labels.items()]
 
 
 def _budget(runs: list[Run]) -> dict[str, list[str]]:
@@ -173,9 +173,10 @@ def _budget(runs: list[Run]) -> dict[str, list[str]]:
 
 
 def _spent(used: dict[str, float], name: str) -> str:
-    seconds, of_devices = used.get(name, np.nan), used.get(f"device {name}")
-    beside = name.startswith("seconds") and of_devices not in (None, seconds)
-    return number(seconds) + (f" ({number(of_devices)} device seconds)" if beside else "")
+    spent = used.get(name, np.nan)
+    of_devices = used.get(f"device {name}", spent)
+    beside = name.startswith("seconds") and of_devices > spent
+    return number(spent) + (f" ({number(of_devices)} device seconds)" if beside else "")
 
 
 def _titles(runs: list[Run]) -> dict[str, str]:
@@ -214,11 +215,10 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
         note += "; each problem in one step: those with right and wrong answers come first"
     if not vocabulary:
         note += "; tokens are not shaded, since the run has no rollouts/vocabulary.json"
-    stored = list(prompts)
     found: PageRollouts = {
-        "prompts": stored,
-        "around": around([prompt for _, prompt, _ in stored]),
-        "histories": histories(run.history, stored),
+        "prompts": list(prompts),
+        "around": around([prompt for _, prompt, _ in prompts]),
+        "histories": histories(run.history, list(prompts)),
         "rows": rows,
     }
     return found, note
