@@ -596,7 +596,7 @@ def test_the_address_reopens_the_view(browser: Page, tmp_path: Path) -> None:
     browser.find("#steps button").click()
     browser.all("#answers button")[2].click()
     browser.find("#shade").click()
-    browser.until("return location.hash.includes('answer=3')")
+    browser.until("return /shade=false.*answer=3/.test(location.hash)")
     seen = browser.shown()
     assert "step 1, problem lost, sample 3" in seen["facts"]
     address = browser.driver.current_url
@@ -615,6 +615,17 @@ def test_the_address_reopens_the_view(browser: Page, tmp_path: Path) -> None:
         and browser.find("#search").get_attribute("value") == "problem that is l"
     )
     assert [e.get_attribute("aria-current") for e in browser.all("#list button")][:2] == ["false", "true"]
+    browser.find("#link").click()
+    assert browser.driver.current_url == address
+    browser.choose("#outcome", "wrong")
+    link = "of=1&outcome=right&problem=never&step=21&answer=8"  # which the filter leaves out
+    for url in (link, "checks"):
+        browser.driver.get("about:blank")
+        browser.driver.get(f"{path.resolve().as_uri()}#{url}")
+        browser.until("return document.documentElement.dataset.ready === 'yes'")
+        if url == link:
+            assert "step 21, problem never, sample 8" in browser.shown()["facts"]
+    assert browser.all("#list button") and browser.driver.current_url.endswith("#checks")
     browser.js("location.hash = 'of=1&problem=never&step=999&answer=x'")  # of another page
     browser.until("return document.getElementById('facts').textContent.includes('problem never, sample 1')")
     assert browser.find('#runs [value="0"]').is_selected() and not browser.find("#log").is_selected()
