@@ -35,13 +35,13 @@ def png(runs: list[Run]) -> bytes:
     if len(runs) == 1:
         top, (first, *_) = 0.66, found
         write(0.05, 0.94, first.change if first else "no result yet", 46, bold=True)
-        write(0.05, 0.805, f"{first.measure} of {_cut(runs[0].name)}" if first else _cut(runs[0].name), 20)
+        write(0.05, 0.805, f"{first.measure} of {short(runs[0].name)}" if first else short(runs[0].name), 20)
         write(0.05, 0.735, first.interval if first else "", 12, DIM)
     else:
         shown = min(len(runs), LISTED)
         top = 0.9 - 0.075 * shown
         for i, (run, each, color) in enumerate(zip(runs[:shown], found, colors, strict=False)):
-            write(0.05, 0.95 - 0.075 * i, _cut(run.name, 24), 20, color, bold=True)
+            write(0.05, 0.95 - 0.075 * i, short(run.name, 24), 20, color, bold=True)
             write(0.38, 0.95 - 0.075 * i, each.change if each else "-", 20, bold=True)
             write(0.62, 0.945 - 0.075 * i, f"{each.measure}, {facts(run)[0]}" if each else "", 14, DIM)
     axes = figure.add_axes((0.08, 0.25, 0.87, top - 0.25))
@@ -96,7 +96,3 @@ def _small_print(runs: list[Run]) -> str:
     return more + (
         "They differ in " + ", ".join(differences) if differences else "Their recipes are the same."
     )
-
-
-def _cut(name: str, most: int = 40) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"

@@ -18,12 +18,7 @@ NO_STEP = (
     *("data.path", "data.config", "data.split", "data.files", "data.problem_column", "data.answer_column"),
     *("rollout.engine", "rollout.slots", "reward.workers", "reward.in_flight", "reward.memory_mib"),
     *("sampler.urls", "sampler.servers", "sampler.vllm", "sampler.transport", "sampler.folder"),
-    *(
-        "sampler.concurrency",
-        "sampler.request_seconds",
-        "sampler.publish_seconds",
-        "sampler.patience_seconds",
-    ),
+    *("sampler.concurrency", "sampler.request_", "sampler.publish_", "sampler.patience_"),
 )
 # Of these, what no comparison of runs is about.
 BOOKKEEPING = (
@@ -45,7 +40,7 @@ class Headline:
     """A measure whose first and last points are what a run achieved."""
 
     measure: str
-    intervals: str  # what they are intervals of
+    intervals: str  # how the intervals were made
     points: list[Point]
     percent: bool
 
@@ -58,11 +53,8 @@ class Headline:
 
     @property
     def interval(self) -> str:
-        return (
-            "95% intervals "
-            + " and ".join(" to ".join(map(self.text, point.ci95)) for point in self.ends)
-            + f", {self.intervals}"
-        )
+        ranges = " and ".join(" to ".join(map(self.text, point.ci95)) for point in self.ends)
+        return f"95% intervals {ranges}, {self.intervals}"
 
     @property
     def ends(self) -> tuple[Point, Point]:
@@ -89,26 +81,25 @@ def headline(run: Run) -> Headline | None:
         between = [point for name, point in named.items() if name not in ("before", "after")]
         return _accuracy("held-out accuracy", [named["before"], *between, named["after"]])
     if len(benchmarks) > 1:
-        count = len(run.benchmarks[-1]["benchmarks"])
-        return _accuracy(f"mean of {count} benchmarks" if count > 1 else "benchmark accuracy", benchmarks)
+        names = list(run.benchmarks[-1]["benchmarks"])
+        mean = f"mean of {len(names)} benchmarks" if len(names) > 1 else f"accuracy on {names[0]}"
+        return _accuracy(mean, benchmarks)
     if len(held_out) > 1:
         return _accuracy("held-out accuracy", held_out)
     rewards, tenth = series(run.rows, "reward/mean"), max(1, len(run.rows) // 10)
     ends = [_mean(0, rewards[:tenth]), _mean(len(rewards), rewards[-tenth:])]
     if not all(np.isfinite(point.value) for point in ends):
         return None
-    return Headline(
-        "mean reward", "normal, of the means over the first and the last tenth of steps", ends, False
-    )
+    return Headline("mean reward", "normal, over the first and the last tenth of steps", ends, False)
 
 
 def facts(run: Run) -> list[str]:
     """Steps, device hours and the model's name."""
     used = budget(run)
-    devices = used.get("devices")
-    hours = f"{used['seconds in all'] / 3600:,.3g} hours"
+    hours, devices = f"{used['seconds in all'] / 3600:,.3g} hours", used.get("devices")
     if devices:
-        hours = f"{used['device hours in all']:,.3g} device hours ({number(devices)} x {hours})"
+        unit = "device" if devices == 1 else "devices"
+        hours = f"{used['device hours in all']:,.3g} device hours ({number(devices)} {unit})"
     model = [f"model {Path(run.recipe.model.path).name}"] if run.recipe else []
     return [f"{number(used['steps'])} steps", hours, *model]
 
@@ -132,20 +123,15 @@ def matters(departure: Departure) -> bool:
 def compared(runs: list[Run]) -> list[Departure]:
     """The keys in which runs differ from each other, those that steps depend on first."""
     found = [each for each in departures(runs) if any(value != each.values[0] for value in each.values)]
-    return sorted(
-        (each for each in found if not each.key.startswith(BOOKKEEPING)), key=lambda d: not matters(d)
-    )
+    found = [each for each in found if not each.key.startswith(BOOKKEEPING)]
+    return [*filter(matters, found), *(each for each in found if not matters(each))]
 
 
 def short(value: object, most: int = 40) -> str:
     """A recipe's value as TOML and JSON write it, cut where it is long."""
-    text = (
-        f"{value:,}"
-        if type(value) is int
-        else value
-        if isinstance(value, str) and value
-        else json.dumps(value)
-    )
+    text = value if isinstance(value, str) and value else json.dumps(value)
+    if type(value) is int:
+        text = f"{value:,}"
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -159,8 +145,6 @@ def _mean(step: int, values: np.ndarray) -> Point:
     finite = values[np.isfinite(values)]
     if not len(finite):
         return Point(step, np.nan, [np.nan, np.nan])
-    mean, error = (
-        float(finite.mean()),
-        1.96 * float(finite.std(ddof=1)) / len(finite) ** 0.5 if len(finite) > 1 else 0,
-    )
+    mean = float(finite.mean())
+    error = 1.96 * float(finite.std(ddof=1)) / len(finite) ** 0.5 if len(finite) > 1 else 0.0
     return Point(step, mean, [mean - error, mean + error])
