@@ -43,7 +43,7 @@ def png(runs: list[Run]) -> bytes:
         for i, (run, each, color) in enumerate(zip(runs[:shown], found, colors, strict=False)):
             write(0.05, 0.95 - 0.075 * i, short(run.name, 24), 20, color, bold=True)
             write(0.38, 0.95 - 0.075 * i, each.change if each else "-", 20, bold=True)
-            write(0.62, 0.945 - 0.075 * i, f"{each.measure}, {facts(run)[0]}" if each else "", 14, DIM)
+            write(0.62, 0.938 - 0.075 * i, f"{each.measure}, {facts(run)[0]}" if each else "", 14, DIM)
     axes = figure.add_axes((0.08, 0.25, 0.87, top - 0.25))
     _curves(axes, runs, found, colors)
     write(0.05, 0.135, textwrap.fill(_small_print(runs), 130, max_lines=4, placeholder=" …"), 11, DIM)
