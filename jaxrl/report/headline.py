@@ -82,8 +82,8 @@ def headline(run: Run) -> Headline | None:
         return _accuracy("held-out accuracy", [named["before"], *between, named["after"]])
     if len(benchmarks) > 1:
         names = list(run.benchmarks[-1]["benchmarks"])
-        mean = f"mean of {len(names)} benchmarks" if len(names) > 1 else f"accuracy on {names[0]}"
-        return _accuracy(mean, benchmarks)
+        of = f"accuracy on {names[0]}" if len(names) == 1 else f"mean of {len(names)} benchmarks"
+        return _accuracy(of, benchmarks)
     if len(held_out) > 1:
         return _accuracy("held-out accuracy", held_out)
     rewards, tenth = series(run.rows, "reward/mean"), max(1, len(run.rows) // 10)

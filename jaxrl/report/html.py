@@ -211,14 +211,15 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
         )
     if damaged:
         note += f"; {damaged:,} damaged lines or files are left out"
-    if rows and len({(row[0], row[1]) for row in rows}) == len(prompts):
+    steps = histories(run.history, list(prompts))
+    if rows and not steps and len({(row[0], row[1]) for row in rows}) == len(prompts):
         note += "; each problem in one step: those with right and wrong answers come first"
     if not vocabulary:
         note += "; tokens are not shaded, since the run has no rollouts/vocabulary.json"
     found: PageRollouts = {
         "prompts": list(prompts),
         "around": around([prompt for _, prompt, _ in prompts]),
-        "histories": histories(run.history, list(prompts)),
+        "histories": steps,
         "rows": rows,
     }
     return found, note

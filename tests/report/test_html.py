@@ -431,6 +431,7 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     assert len(browser.traces('[data-metric="reward/mean"]')) == 2  # a line a run, as measured
     browser.find('#runs [value="1"]').click()
     assert [t["name"] for t in browser.traces('[data-metric="reward/mean"]')] == ["one"]
+    assert [p.is_displayed() for p in browser.all("[data-warning]")] == [True, False]
     browser.find('#runs [value="1"]').click()
 
     browser.choose("#metric", "time/update")
