@@ -69,7 +69,7 @@ def histories(rows: Sequence[HistoryRow], stored: Stored) -> dict[int, list[tupl
 
 def _texts(run: Run, stored: Stored, keys: Collection[str]) -> dict[str, str]:
     """The text of each prompt by key: from rollouts in the page, else from others, else from data on this machine."""
-    from jaxrl.data.prompts import problem_texts
+    from jaxrl.data import problem_texts
 
     head, tail = around([prompt for _, prompt, _ in stored])
     found: dict[str, str] = {}

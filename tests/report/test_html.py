@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrl import config
-from jaxrl.data.prompts import problem_texts
+from jaxrl.data import problem_texts
 from jaxrl.report.html import render, spans
 from jaxrl.report.problems import around
 from jaxrl.report.runs import read_run, series, smooth
