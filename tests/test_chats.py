@@ -266,6 +266,8 @@ def test_sources_are_mixed_by_weight_with_fields_of_their_own(tmp_path: Path, to
     assert [p.id for p in found.prompts] == ["1:1", "1:2", "1:3", "2:1", "2:2", "2:3", "2:4", "2:5"]
     assert {p.answer for p in found.prompts} == {"1", "2"}
     assert found.rows == 8
+    texts = data.problem_texts(Data(sources=sources, **PLAIN))
+    assert [*texts] == [p.key for p in found.prompts] and [*texts.values()][2:4] == ["a2", "b0"]
     assert f"75% of the prompts from {one}: 3 prompts" in found.summary()
     drawn = Counter(p.id[0] for p in data.batch(found.prompts, 1, 0, 1024, "shuffle", found.mixture))
     assert drawn == {"1": 768, "2": 256}

@@ -2,7 +2,7 @@
 
 from jaxrl.data.chats import DAPO_PREFIX, DAPO_SUFFIX, chat_of
 from jaxrl.data.files import FORMATS, Choice, find_files
-from jaxrl.data.prompts import COPIES, Part, PromptSet, batch, load_prompts
+from jaxrl.data.prompts import COPIES, Part, PromptSet, batch, load_prompts, problem_texts
 from jaxrl.data.rows import read_rows
 from jaxrl.data.stops import Vocabulary, read_vocabulary
 from jaxrl.data.tokens import detokenizer, encode, load_tokenizer, require_template, tokenizer_digest
@@ -23,6 +23,7 @@ __all__ = [
     "find_files",
     "load_prompts",
     "load_tokenizer",
+    "problem_texts",
     "read_rows",
     "read_vocabulary",
     "require_template",

@@ -48,6 +48,12 @@ class Problem:
     hint: str | None = ""  # what is to follow the problem; None where no solution has the answer
     columns: Mapping[str, object] | None = None  # that reward functions take
 
+    @property
+    def digest(self) -> str:
+        """The digest in `Prompt.problem`."""
+        text = json.dumps([self.chat.problem, self.answer])
+        return blake3(text.encode("utf-8", "surrogatepass")).hexdigest(8)
+
 
 @dataclasses.dataclass
 class Counts:
@@ -179,16 +185,13 @@ def load_prompts(
         )
         return _load(whole, tokenizer, choice, verifier, vocabulary, columns, held_out.problems)
     if not section.sources:
-        choice = Choice(section.path, section.config, section.split, section.files)
+        ((_, choice),) = _sources(section)
         return _load(section, tokenizer, choice, verifier, vocabulary, columns)
-    found: list[PromptSet] = []
-    for number, source in enumerate(section.sources):
-        own = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name != "weight"}
-        changed = dataclasses.replace(section, sources=(), **{k: v for k, v in own.items() if v})
-        choice = Choice(source.path, source.config, source.split, source.files, f"data.sources.{number}")
-        found.append(_load(changed, tokenizer, choice, verifier, vocabulary, columns))
+    found = [
+        _load(one, tokenizer, choice, verifier, vocabulary, columns) for one, choice in _sources(section)
+    ]
     prompts = [
-        dataclasses.replace(prompt, id=f"{number}:{prompt.id}")
+        dataclasses.replace(prompt, id=_of_source(number, prompt.id))
         for number, one in enumerate(found, 1)
         for prompt in one.prompts
     ]
@@ -198,6 +201,39 @@ def load_prompts(
     counts = Counts(*(sum(getattr(one.counts, name) for one in found) for name in names))
     files = tuple(file for one in found for file in one.files)
     return PromptSet(prompts, ", ".join(one.path for one in found), counts, files, tuple(found), mixture)
+
+
+def problem_texts(section: config.Data) -> dict[str, str]:
+    """The problems in the files of [data] that are on this machine, by `Prompt.key`.
+
+    Raises:
+      InputError: for a file that cannot be used.
+    """
+    found: dict[str, str] = {}
+    for number, (one, choice) in enumerate(_sources(section), 1):
+        if Path(choice.path).exists():
+            for problem in _problems(find_files(choice), one, Counts()):
+                name = _of_source(number, problem.id) if section.sources else problem.id
+                found[f"{name} {problem.digest}"] = problem.chat.problem
+    return found
+
+
+def _sources(section: config.Data) -> list[tuple[config.Data, Choice]]:
+    """Each source of [data] as a [data] of its own, and its files; that itself where it has none."""
+    if not section.sources:
+        return [(section, Choice(section.path, section.config, section.split, section.files))]
+    found = []
+    for number, source in enumerate(section.sources):
+        own = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name != "weight"}
+        changed = dataclasses.replace(section, sources=(), **{k: v for k, v in own.items() if v})
+        choice = Choice(source.path, source.config, source.split, source.files, f"data.sources.{number}")
+        found.append((changed, choice))
+    return found
+
+
+def _of_source(number: int, name: str) -> str:
+    """A prompt's id where there are several sources."""
+    return f"{number}:{name}"
 
 
 def _load(
@@ -228,9 +264,7 @@ def _load(
         if len(tokens) > section.max_prompt_tokens:
             counts.overlong += 1
         else:
-            text = json.dumps([problem.chat.problem, problem.answer])
-            digest = blake3(text.encode("utf-8", "surrogatepass")).hexdigest(8)
-            prompts.append(Prompt(problem.id, tokens, problem.answer, digest, problem.columns))
+            prompts.append(Prompt(problem.id, tokens, problem.answer, problem.digest, problem.columns))
     if not prompts:
         raise InputError(
             f"{source}: all {counts.overlong} prompts are longer than data.max_prompt_tokens = "

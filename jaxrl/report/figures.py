@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jaxrl.files import write_atomically, writing
-from jaxrl.report import html
+from jaxrl.files import replacing, write_atomically, writing
+from jaxrl.report import card, html
 from jaxrl.report.markdown import table
 from jaxrl.report.panels import COLORS, OUTCOME_COLORS, PANELS, SUMMARY, colors_of
 from jaxrl.report.runs import (
@@ -45,7 +45,8 @@ MANY = 20  # steps from which on a curve is smoothed, as in the page
 def report(directories: list[Path], out: Path | None = None, megabytes: int = 30) -> list[Path]:
     """Writes report.html, training.png (an overview), a PNG a panel, accuracy.png and benchmarks.png, and summary.md.
 
-    prompts.png is a panel where a run has a history of its prompts.
+    summary.png is the headline and a curve, for a slide or a post. prompts.png is a panel where a run has a history of
+    its prompts.
 
     Args:
       directories: run folders; several are overlaid.
@@ -79,8 +80,11 @@ def report(directories: list[Path], out: Path | None = None, megabytes: int = 30
         written.append(save(out / "benchmarks.png", curves, _grid_size(BENCHMARK, len(names))))
     summary, page = out / "summary.md", out / "report.html"
     write_atomically(summary, "\n".join(_summary(run) for run in runs))
-    write_atomically(page, html.render(runs, megabytes))
-    return [*written, summary, page]
+    image = card.png(runs)
+    with replacing(out / "summary.png") as file:
+        file.write(image)
+    write_atomically(page, html.render(runs, megabytes, image))
+    return [*written, out / "summary.png", summary, page]
 
 
 def _curve(axes: Axes, runs: list[Run], key: str, label: str) -> None:

@@ -17,14 +17,28 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from jaxrl import config
-from jaxrl.report.panels import PANELS, SUMMARY, colors_of
-from jaxrl.report.runs import CHECKS, Run, accuracies, budget, ends, number, prompt_counts, series, switches
-from jaxrl.telemetry.history import hardest
+from jaxrl.report.headline import compared, departures, facts, headline, matters, short
+from jaxrl.report.panels import PANELS, SUMMARY, colors_of, on_dark
+from jaxrl.report.problems import around, histories, lists
+from jaxrl.report.runs import (
+    CHECKS,
+    Check,
+    Finding,
+    Run,
+    accuracies,
+    budget,
+    ends,
+    number,
+    prompt_counts,
+    series,
+    switches,
+)
 from jaxrl.telemetry.rollouts import RolloutRow, read_rollouts, read_vocabulary, rollout_files
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.telemetry.trackers import MetricsRow
 
 STEPS = 64  # at least so many steps' rollouts are taken into the page where not all fit
+Checked = tuple[Check, list[Finding]]  # a finding of each run
 OTHER = "#999"  # color of the time that is no phase's
 REACH = 8  # characters within which a token's text is looked for
 HIGHEST_COST = 2000  # hundredths of a nat; the page's shade is darkest at 400
@@ -35,15 +49,18 @@ class PageRollouts(TypedDict):
     """A run's rollouts in the page: (id, prompt, answer) once each, and the cells of `_cells`."""
 
     prompts: list[tuple[str, str, str]]
+    around: tuple[str, str]  # see `problems.around`
+    histories: dict[int, list[tuple[int, int, int]]]  # see `problems.histories`
     rows: list[list[float | str]]
 
 
-def render(runs: list[Run], megabytes: int) -> str:
+def render(runs: list[Run], megabytes: int, image: bytes) -> str:
     """The page.
 
     Args:
       runs: overlaid in every curve.
       megabytes: of rollout files to take in, of all runs together.
+      image: summary.png, to be saved from the page.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxrl.report", "."),
@@ -58,18 +75,22 @@ def render(runs: list[Run], megabytes: int) -> str:
         nonce=secrets.token_urlsafe(16),  # scripts without it do not run, whatever a rollout contains
         version=importlib.metadata.version("jaxrl"),
         runs=runs,
-        colors=colors_of(len(runs)),
-        panels=[PANELS[name] for name in ("entropy", "reward", "length")],
+        colors=[(color, on_dark(color)) for color in colors_of(len(runs))],
+        panels=_panels(checks),
         phases=PHASES,
         phase_colors=[*colors_of(len(PHASES)), OTHER],
         checks=checks,
-        warned=[rule.title for rule, findings in checks if any(finding.warns for finding in findings)],
         summary=_summary(runs),
         benchmarks=_titles(runs),
-        budgets=[budget(run) for run in runs],
+        budget=_budget(runs),
         prompt_counts=[prompt_counts(run) for run in runs],
-        hardest=[(run.name, hardest(run.prompts)) for run in runs if run.prompts],
-        differences=_differences(runs),
+        problems=[lists(run, of_run["prompts"]) for run, of_run in zip(runs, rollouts, strict=True)],
+        headlines=[(headline(run), facts(run)) for run in runs],
+        image=base64.b64encode(image).decode(),
+        departures=departures(runs),
+        matters=matters,
+        compared=compared(runs),
+        short=short,
         recipes=[(run.name, config.to_toml(run.recipe)) for run in runs if run.recipe],
         notes=notes,
         number=number,
@@ -106,7 +127,8 @@ def _curves(runs: list[Run]) -> list[dict[str, object]]:
     return [
         {
             "name": run.name,
-            "color": color,
+            "light": color,
+            "dark": on_dark(color),
             "switches": [[stage.first + 0.5, stage.name] for stage in switches(run)],
             "metrics": _columns(run.rows),
             "evaluations": run.evaluations,
@@ -133,29 +155,41 @@ def _summary(runs: list[Run]) -> dict[str, list[tuple[float, float]]]:
     return {key: [ends(series(run.rows, key)) for run in runs] for key in SUMMARY if key in measured}
 
 
+def _panels(checks: list[Checked]) -> list[tuple[str, str, list[Checked]]]:
+    """(metrics, label, checks that warn) of each curve: the paper's three, and one for each other check that warns."""
+    warned = {
+        " + ".join(rule.keys): (rule, of) for rule, of in checks if any(finding.warns for finding in of)
+    }
+    labels = dict(PANELS[name] for name in ("entropy", "reward", "length"))
+    labels |= {key: rule.title for key, (rule, _) in warned.items() if key not in labels}
+    return [(key, label, [warned[key]] if key in warned else []) for key, label in labels.items()]
+
+
+def _budget(runs: list[Run]) -> dict[str, list[str]]:
+    """What each run used, by name; device seconds stand beside the seconds, where they are others."""
+    used = [budget(run) for run in runs]
+    names = dict.fromkeys(name for each in used for name in each if not name.startswith("device seconds"))
+    return {name: [_spent(each, name) for each in used] for name in names}
+
+
+def _spent(used: dict[str, float], name: str) -> str:
+    spent = used.get(name, np.nan)
+    of_devices = used.get(f"device {name}", spent)
+    beside = name.startswith("seconds") and of_devices > spent
+    return number(spent) + (f" ({number(of_devices)} device seconds)" if beside else "")
+
+
 def _titles(runs: list[Run]) -> dict[str, str]:
     """The title of each benchmark by name."""
     found = (accuracies(result) for run in runs for result in run.benchmarks)
     return {name: accuracy["title"] for by_name in found for name, accuracy in by_name.items()}
 
 
-def _differences(runs: list[Run]) -> list[tuple[str, object, list[object]]]:
-    """(key, JustRL's value, each run's value) where a run departs from the default recipe."""
-    default = config.to_dict(config.Recipe())
-    recipes = [config.to_dict(run.recipe or config.Recipe()) for run in runs]
-    return [
-        (f"{section}.{key}", value, [recipe[section][key] for recipe in recipes])
-        for section, keys in default.items()
-        for key, value in keys.items()
-        if any(recipe[section][key] != value for recipe in recipes)
-    ]
-
-
 def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
     """The run's rollouts, all of them or as many as its share of bytes allows, and a note that says which."""
     files, vocabulary = rollout_files(run.directory), read_vocabulary(run.directory)
     if not files:
-        return {"prompts": [], "rows": []}, "no stored rollouts"
+        return {"prompts": [], "around": ("", ""), "histories": {}, "rows": []}, "no stored rollouts"
     limit = megabytes * 10**6 // runs
     size = sum(file.stat().st_size for file in files)
     chosen = _evenly(files, max(STEPS, limit * len(files) // max(1, size)))
@@ -177,9 +211,18 @@ def _rollouts(run: Run, megabytes: int, runs: int) -> tuple[PageRollouts, str]:
         )
     if damaged:
         note += f"; {damaged:,} damaged lines or files are left out"
+    steps = histories(run.history, list(prompts))
+    if rows and not steps and len({(row[0], row[1]) for row in rows}) == len(prompts):
+        note += "; each problem in one step: those with right and wrong answers come first"
     if not vocabulary:
         note += "; tokens are not shaded, since the run has no rollouts/vocabulary.json"
-    return {"prompts": list(prompts), "rows": rows}, note
+    found: PageRollouts = {
+        "prompts": list(prompts),
+        "around": around([prompt for _, prompt, _ in prompts]),
+        "histories": steps,
+        "rows": rows,
+    }
+    return found, note
 
 
 def _evenly(files: Sequence[Path], count: int) -> list[Path]:

@@ -27,6 +27,12 @@ SUMMARY = (
 )
 
 
+def on_dark(color: str) -> str:
+    """A color for dark paper: lighter by two fifths of the way to white."""
+    parts = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(part + 0.4 * (255 - part)):02X}" for part in parts)
+
+
 def colors_of(count: int) -> list[str]:
     """A color for each run or phase; they come again after the last."""
     return [COLORS[i % len(COLORS)] for i in range(count)]

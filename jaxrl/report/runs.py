@@ -151,16 +151,26 @@ def ends(values: Values) -> tuple[float, float]:
     return _mean(values[:tenth]), _mean(values[-tenth:])
 
 
-def smooth(values: Values, weight: float = 0.9) -> Values:
-    """Exponential moving average without the start's bias (arXiv 1412.6980, section 3), over what is not NaN."""
-    average = norm = 0.0
-    out = np.full(len(values), np.nan)
-    for i, value in enumerate(values):
-        if np.isfinite(value):
-            average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
-        if norm:
-            out[i] = average / norm
-    return out
+def smooth(values: Values, share: float = 0.1) -> Values:
+    """Fits a line to the values around each step that are not NaN: a straight line stays as it is, ends too.
+
+    Weights are tricube (Cleveland 1979): steps at `share` of the run or more away count nothing. NaN where none is
+    near.
+    """
+    width = max(2, round(share * len(values)))
+    offsets = np.arange(1 - width, width)
+    weights = (1 - np.abs(offsets / width) ** 3) ** 3
+    there = np.isfinite(values)
+    filled = np.where(there, values, 0)
+
+    def moment(of: np.ndarray, power: int) -> Values:  # sums of what is near, times weights and distances
+        return np.convolve(of, (weights * (-offsets) ** power), "full")[width - 1 : width - 1 + len(values)]
+
+    s0, s1, s2 = (moment(there.astype(float), power) for power in range(3))
+    t0, t1 = (moment(filled, power) for power in range(2))
+    spread = s0 * s2 - s1**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(spread > 1e-9 * s0 * s2, (s2 * t0 - s1 * t1) / spread, t0 / s0)
 
 
 def accuracies(result: TrainingResult) -> dict[str, Accuracy]:

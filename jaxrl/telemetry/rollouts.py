@@ -127,6 +127,13 @@ def read_answers(file: Path) -> Iterator[Answer | None]:
     return cast(Iterator[Answer | None], _read(file, Answer.__required_keys__))
 
 
+def read_prompts(file: Path) -> Iterator[tuple[str, str]]:
+    """Reads the id and the prompt of each rollout of a file, without what is damaged."""
+    for row in _read(file, frozenset({"prompt_id", "prompt"})):
+        if row:
+            yield str(row["prompt_id"]), str(row["prompt"])
+
+
 def _read(file: Path, needed: frozenset[str], size: float = np.inf) -> Iterator[dict[str, object] | None]:
     if file.suffix == ".parquet":
         yield from _read_parquet(file, needed, size)

@@ -9,6 +9,8 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxrl.errors import InputError
 from jaxrl.report.figures import report
@@ -64,7 +66,7 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
     evaluate(run, "after", 40, 0.9)
     written = report([run])
     panels = {f"{name}.png" for name in (*PANELS, "time", "accuracy", "training")}
-    assert {p.name for p in written} == panels | {"summary.md", "report.html"}
+    assert {p.name for p in written} == panels | {"summary.png", "summary.md", "report.html"}
     assert set(PANELS) == {"reward", "entropy", "length", "clip_fraction", "grad_norm"}
     assert all(p.parent == run / "report" for p in written)
     assert all(colors(p) > 20 for p in written if p.suffix == ".png")
@@ -133,7 +135,7 @@ def test_prompts_have_a_panel_and_a_table(tmp_path: Path) -> None:
 
 def test_runs_without_some_metrics_are_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=1, missing=["update/clip_fraction"])
-    assert len(report([run])) == 9  # no accuracy.png
+    assert len(report([run])) == 10  # no accuracy.png
 
 
 def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
@@ -141,7 +143,35 @@ def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
         report([tmp_path])
 
 
-def test_smooth_is_the_unbiased_average() -> None:
-    values = np.array([1.0, np.nan, 3.0])
-    expected = [1.0, 1.0, (0.9 * 0.1 * 1 + 0.1 * 3) / (0.9 * 0.1 + 0.1)]
-    np.testing.assert_allclose(smooth(values), expected)
+lines = st.tuples(
+    st.floats(-5, 5), st.floats(-2, 2), st.integers(2, 300), st.floats(0.01, 0.5), st.integers(0, 99)
+)
+
+
+@given(lines)
+def test_smoothing_leaves_a_straight_line_as_it_is(line: tuple[float, float, int, float, int]) -> None:
+    start, slope, count, share, seed = line
+    values = start + slope * np.arange(count)
+    np.testing.assert_allclose(smooth(values, share), values, atol=1e-6)  # both ends too
+    gaps = np.where(np.random.default_rng(seed).random(count) < 0.3, np.nan, values)
+    smoothed = smooth(gaps, share)
+    near = np.isfinite(smoothed)
+    assert near[np.isfinite(gaps)].all()
+    alone = np.array([np.isfinite(gaps[max(0, i - 1) : i + 2]).sum() < 2 for i in range(count)])
+    np.testing.assert_allclose(smoothed[near & ~alone], values[near & ~alone], atol=1e-6)
+
+
+def test_smoothing_is_the_weighted_least_squares_line() -> None:
+    values = np.random.default_rng(0).normal(size=30)
+    values[[4, 5, 29]] = np.nan
+    at, smoothed = np.arange(30), smooth(values, 0.2)
+    for i in range(30):
+        weights = np.maximum(0, 1 - np.abs((at - i) / 6) ** 3) ** 3
+        near = np.isfinite(values) & (weights > 0)
+        line = np.polynomial.Polynomial.fit(at[near], values[near], 1, w=np.sqrt(weights[near]))
+        np.testing.assert_allclose(smoothed[i], line(i), atol=1e-9)
+
+
+def test_a_smoothed_curve_does_not_run_below_rising_data() -> None:
+    values = np.linspace(0, 1, 100) + np.random.default_rng(0).normal(0, 0.1, 100)
+    assert abs(np.mean(smooth(values) - values)) < 0.005

@@ -8,7 +8,7 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrl import config
+from jaxrl.data import problem_texts
 from jaxrl.report.html import render, spans
+from jaxrl.report.problems import around
 from jaxrl.report.runs import read_run, series, smooth
 from jaxrl.telemetry.rollouts import rollout_files, write_rollouts
 from jaxrl.telemetry.timer import PHASES
 from jaxrl.types import FinishReason, Prompt, Rollout
 
+PNG = f"data:image/png;base64,{base64.b64encode(b'PNG').decode()}"
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 VOCABULARY = ["", "two", " plus", " é😀", HOSTILE, "\n", "\\boxed{", "4", "}", " end"]
 
@@ -102,7 +105,7 @@ class Scripts(HTMLParser):
 
 def page_of(*runs: Path, megabytes: int = 30) -> tuple[Path, Scripts, str]:
     path = runs[0] / "report.html"
-    text = render([read_run(run) for run in runs], megabytes)
+    text = render([read_run(run) for run in runs], megabytes, b"PNG")
     path.write_text(text, encoding="utf-8")
     return path, Scripts(text), text
 
@@ -138,7 +141,8 @@ def test_nothing_in_a_run_is_markup_and_nothing_is_fetched(tmp_path: Path) -> No
     evil = "<img src=x onerror=alert(1)>"
     run = make_run(tmp_path / evil, recipe=f"[data]\nsuffix = {json.dumps(HOSTILE)}\n")
     _, page, text = page_of(run)
-    assert len(page.scripts) == 5 and page.resources == ["#checks"]  # a warning's link, and no source
+    assert len(page.scripts) == 5
+    assert page.resources == ["#", PNG, "#checks"]  # the view, the image and a warning's rule, and no source
     assert HOSTILE not in text and evil not in text
     assert html.escape(evil) in text and "owned" in text  # shown, as text
     without_data = re.sub(r'<script type="text/plain".*?</script>', "", text, flags=re.S)
@@ -155,6 +159,11 @@ def test_the_recipe_is_compared_with_justrl(tmp_path: Path) -> None:
     assert config.to_toml(config.load(two / "recipe.toml")).splitlines()[1] in html.unescape(text)
 
 
+def cells(table: str) -> list[list[str]]:
+    """The rows of a table's HTML but for its head, as words."""
+    return [re.sub(r"<.*?>|\s+", " ", row).split() for row in table.split("</table>")[0].split("<tr>")[2:]]
+
+
 def test_prompts_have_a_section_where_a_run_has_their_history(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
     assert "<h2>Prompts</h2>" not in page_of(one, two)[2]
@@ -162,18 +171,111 @@ def test_prompts_have_a_section_where_a_run_has_their_history(tmp_path: Path) ->
     (two / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, page, text = page_of(one, two)
     assert len(page.scripts) == 5 and HOSTILE not in text
-    counts, *tables = (
-        [re.sub(r"<.*?>|\s+", " ", line).split() for line in table.split("</table>")[0].split("<tr>")[2:]]
-        for table in re.split(r'<table id="prompts">|<table data-hardest>', text)[1:]
+    counts, never, hard = map(
+        cells, re.split(r'<table id="prompts">|<table data-never>|<table data-hardest>', text)[1:]
     )
     assert [[*line[-2:]] for line in counts] == [["-", "2"], ["-", "1"], ["-", "1"]]
-    (hard,) = tables
-    assert hard[0] == ["b", "16", "0", "2"] and hard[1][-3:] == ["32", "1", "2"] and len(hard) == 2
+    assert never == [["b", "16", "0", "2"]]
+    assert len(hard) == 1 and hard[0][-3:] == ["32", "1", "2"]
 
 
-def test_warnings_are_shown_with_their_rules(tmp_path: Path) -> None:
-    _, _, text = page_of(make_run(tmp_path / "run"))
-    assert "⚠ entropy collapse</a>" in text and "under half of the first tenth" in html.unescape(text)
+def test_listed_problems_have_their_text(tmp_path: Path) -> None:
+    """From a rollout in the page, with a link to it; from one that is not; from the data; else the id."""
+    run = make_run(
+        tmp_path / "run", recipe="[data]\npath = 'x.jsonl'\nproblem_column = 'q'\nanswer_column = 'a'\n"
+    )
+    data = tmp_path / "x.jsonl"
+    data.write_text(json.dumps({"q": "What is 5 + 5?", "a": "10", "id": "in data"}) + "\n")
+    moved = config.load(run / "recipe.toml")
+    (run / "recipe.toml").write_text(config.to_toml(moved).replace("x.jsonl", str(data)))
+    (in_data,) = problem_texts(config.load(run / "recipe.toml").data)
+    texts = ["<user>1 + 1?</user>", "<user>2 | 2?</user>", "<user>3 + 3?</user>"]
+    one, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    groups = [[Rollout(Prompt(str(n), one + n, "2"), one, logprobs, "stop", 0, -1.0, -1.0)] for n in range(3)]
+    for step, some in ((0, groups[:2]), (20, groups[2:])):
+        write_rollouts(run, step, some, lambda ids: texts[ids[0]])
+    counts = {"0 0123456789abcdef": [0, 19], "1": [0, 18], in_data: [0, 17], "lost": [0, 16], "2": [1, 16]}
+    (run / "prompts.jsonl").write_text(json.dumps({"step": 0, "prompts": counts}) + "\n")
+    _, _, text = page_of(run, megabytes=0)  # the first rollout of each step
+    never, hard = (
+        re.findall(r'class="clamp">(.*?)</span>', part) for part in text.split("<table data-")[1:3]
+    )
+    assert never == ['<a href="#of=0&amp;problem=0">1 + 1?</a>', "2 | 2?", "What is 5 + 5?", "lost"]
+    assert hard == ['<a href="#of=0&amp;problem=2">3 + 3?</a>']
+
+
+def test_the_text_of_a_problem_is_without_what_all_prompts_have() -> None:
+    prompts = ["<s>Be brief.\nuser: 12+1?\n\nThink.</s>", "<s>Be brief.\nuser: 15+1?\n\nThink.</s>"]
+    assert around(prompts) == ("<s>Be brief.\n", "\n\nThink.</s>")
+    assert around(["<user>12+1=?<end>", "<user>13+1=?<end>"]) == ("<user>", "<end>")
+    assert around(prompts[:1]) == around([]) == around(["1", "21"]) == ("", "")
+
+
+def test_warnings_stand_beside_their_curve_and_name_their_run(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        row | {"policy/entropy": 1.0, "groups/all_correct_fraction": 0.5, "groups/all_wrong_fraction": 0.4}
+        for row in rows
+    ]
+    (one / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = html.unescape(page_of(one, two)[2])
+    assert "under half of the first tenth" in text
+    beside = {part.split('"')[0]: part.split("<div>")[0] for part in text.split('data-metric="')[1:]}
+    warned = {
+        key: re.findall(r"</span>(\w+):\s+<a[^>]*>⚠ ([\w ]+)</a>", part) for key, part in beside.items()
+    }
+    dead = "groups/all_correct_fraction + groups/all_wrong_fraction"
+    assert warned == {
+        "policy/entropy": [("two", "entropy collapse")],
+        "reward/mean": [],
+        "response/length_mean": [],
+        dead: [("one", "dead groups")],
+    }
+    assert "⚠" not in text[: text.index("<h2>Training dynamics")]
+
+
+def test_the_budget_has_no_row_twice(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    for run, devices in ((one, 1), (two, 4)):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (run / "metrics.jsonl").write_text(
+            "".join(json.dumps(row | {"perf/devices": devices}) + "\n" for row in rows)
+        )
+    table = page_of(one, two)[2].split('<table id="budget">')[1]
+    names = re.findall(r"<tr><td>(.*?)</td>", table.split("</table>")[0])
+    assert len({*names}) == len(names) and not any("device seconds" in name for name in names)
+    assert cells(table)[names.index("seconds update")][2:] == ["120", "120", "(480", "device", "seconds)"]
+
+
+def test_a_comparison_begins_with_what_differs(tmp_path: Path) -> None:
+    recipe = "[run]\nseed = {}\ndirectory = '{}'\n[rollout]\nsamples = 4\n[optimizer]\nlearning_rate = {}\n"
+    one = make_run(tmp_path / "one", recipe=recipe.format(1, "here", 1e-6))
+    two = make_run(tmp_path / "two", recipe=recipe.format(2, "there", 2e-6))
+    text = page_of(one, two)[2]
+    before = text[: text.index("<h2>Training dynamics")]
+    assert cells(before.split('<table id="compared">')[1]) == [
+        ["optimizer.learning_rate", "1e-06", "same", "2e-06"],  # what steps depend on goes first
+        ["run.seed", "1", "same", "2"],
+    ]
+    assert '<table id="compared">' not in page_of(one)[2]
+    assert "The recipes are the same." in page_of(one, one)[2]
+
+
+def test_the_page_begins_with_the_result_and_has_it_as_an_image(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "eval" / "benchmarks")
+    _, page, text = page_of(run)
+    result = re.sub(r"<.*?>|\s+", " ", text[text.index('<section id="headline"') :].split("</section>")[0])
+    words = " ".join(result.split())
+    assert words.startswith(
+        "20.0% → 80.0% held-out accuracy 40 steps · 0.05 hours · model DeepSeek-R1-Distill-Qwen-1.5B"
+    )
+    assert "95% intervals 10.0% to 25.0% and 70.0% to 85.0%, bootstrap over problems" in words
+    assert "JustRL's recipe." in words  # a seed is no difference
+    assert '<meta property="og:image" content="summary.png">' in text and PNG in page.resources
+    (description,) = re.findall(r'og:description"\s+content="(.*?)"', text)
+    assert description.startswith("run: 20.0% → 80.0% held-out accuracy, 40 steps, 0.05 hours")
 
 
 @pytest.mark.parametrize("form", [".jsonl", ".parquet"])  # of older runs, and of newer ones
@@ -302,14 +404,21 @@ class Page:
         """Waits until the list counts that many rollouts."""
         self.until(f"return document.getElementById('page').textContent.endsWith('· {expected} rollouts')")
 
-    def choose_rollout(self, n: int) -> dict[str, str]:
-        self.driver.find_elements("css selector", "#list button")[n].click()
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def choose_rollout(self, problem: int, answer: int = 0) -> dict[str, str]:
+        self.all("#list button")[problem].click()
+        self.all("#answers button")[answer].click()
+        return self.shown()
+
+    def shown(self) -> dict[str, str]:
         return {key: self.text(f"#{key}") for key in ("facts", "prompt", "answer", "completion")}
 
 
 @pytest.mark.browser
 def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
-    one, two = make_run(tmp_path / "one", groups=9), make_run(tmp_path / "two", steps=30, groups=1)
+    one, two = make_run(tmp_path / "one", groups=60), make_run(tmp_path / "two", steps=30, groups=1)
     browser.open(page_of(one, two)[0])
 
     rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
@@ -322,6 +431,7 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     assert len(browser.traces('[data-metric="reward/mean"]')) == 2  # a line a run, as measured
     browser.find('#runs [value="1"]').click()
     assert [t["name"] for t in browser.traces('[data-metric="reward/mean"]')] == ["one"]
+    assert [p.is_displayed() for p in browser.all("[data-warning]")] == [True, False]
     browser.find('#runs [value="1"]').click()
 
     browser.choose("#metric", "time/update")
@@ -344,20 +454,21 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     browser.choose("#timed", "1")
     assert len(browser.traces("#time")[0]["y"]) == 29
 
-    browser.count(144)
-    assert "score -1, reward -1.25, 15 tokens" in browser.choose_rollout(7)["facts"]
+    browser.count(960)
+    browser.choose("#order", "step")
+    assert "score -1, reward -1.25, 15 tokens" in browser.choose_rollout(0, 7)["facts"]
     first = browser.choose_rollout(0)
     assert "step 1, problem p0-0, sample 1: score 1, 8 tokens" in first["facts"]
     assert first["prompt"] == "two" + HOSTILE and first["answer"] == "<b>4</b>"
     assert first["completion"] == f"two plus é😀{HOSTILE}\n\\boxed{{4}}"
-    tokens = browser.driver.find_elements("css selector", "#completion span")
+    tokens = browser.all("#completion span")
     assert [t.get_attribute("textContent") for t in tokens] == VOCABULARY[1:9]
     assert [t.get_attribute("title")[:14] for t in tokens[:2]] == ["log-prob 0.00,", "log-prob -0.25"]
     styles = " ".join(token.get_attribute("style") for token in tokens)
     strengths = [float(strength) for strength in re.findall(r"[\d.]+(?=\))", styles)]
     assert len(strengths) == 7 and strengths == sorted(strengths) and strengths[0] > 0
     browser.find("#shade").click()
-    assert not browser.driver.find_elements("css selector", "#completion span")
+    assert not browser.all("#completion span")
     assert browser.text("#completion") == first["completion"]
     browser.find("#shade").click()
 
@@ -365,25 +476,25 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     assert browser.find("#page").text.startswith("page 2 of 3") and browser.find("#back").is_enabled()
     browser.find("#on").click()
     assert not browser.find("#on").is_enabled()
-    assert len(browser.driver.find_elements("css selector", "#list button")) == 44
+    assert len(browser.all("#list button")) == 20
     browser.find("#back").click()
-    for outcome, count in (("right", 54), ("wrong", 90), ("truncated", 18), ("", 144)):
+    for outcome, count in (("right", 360), ("wrong", 600), ("truncated", 120), ("", 960)):
         browser.choose("#outcome", outcome)
         browser.count(count)
     browser.find("#from").send_keys("2")
-    browser.count(72)
+    browser.count(480)
     assert browser.choose_rollout(0)["facts"].strip("✓ ").startswith("step 21")
     browser.find("#to").send_keys("20")
     browser.count(0)
     assert "No rollout passes" in browser.find("#detail").text
     for box in ("#from", "#to"):
         browser.js(type_into, browser.find(box), "")
-    browser.count(144)
+    browser.count(960)
     browser.find("#search").send_keys("END END END end end end end")
-    browser.count(18)  # the longest of each group, whatever the case
+    browser.count(120)  # the longest of each group, whatever the case
     browser.find("#search").clear()
     browser.find("#search").send_keys("\\boxed{4}")  # a text, not a pattern
-    browser.count(144)
+    browser.count(960)
     browser.choose("#of", "1")
     browser.count(16)
 
@@ -398,6 +509,157 @@ def test_every_control_in_a_browser(browser: Page, tmp_path: Path) -> None:
     events = [json.loads(e["message"])["message"] for e in browser.driver.get_log("performance")]
     asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
     assert {url.split(":")[0] for url in asked} == {"file"} and len(asked) == 1
+
+
+def learning(folder: Path) -> Path:
+    """A run with one problem that was learned, one that was lost and one that was never solved, and what they count."""
+    run = make_run(folder)
+    right = {"lost": (7, 2), "learned": (1, 6), "same": (4, 5), "never": (0, 0)}
+    texts = [f"<user>The problem that is {name}<assistant>" for name in right]
+    for at, step in enumerate((0, 20)):
+        groups = []
+        for i, (name, counts) in enumerate(right.items()):
+            prompt, logprobs = Prompt(name, np.array([i], np.int32), "4"), np.zeros(1, np.float32)
+            scores = [1.0 if sample < counts[at] else -1.0 for sample in range(8)]
+            tokens = [np.array([4 + sample], np.int32) for sample in range(8)]
+            pairs = zip(tokens, scores, strict=True)
+            groups.append([Rollout(prompt, t, logprobs, "stop", step, score, score) for t, score in pairs])
+        write_rollouts(run, step, groups, lambda ids: (texts + [f"answer {n}" for n in range(8)])[ids[0]])
+    return run
+
+
+@pytest.mark.browser
+def test_the_browser_opens_on_the_most_improved_problem_with_its_answers_side_by_side(
+    browser: Page, tmp_path: Path
+) -> None:
+    size = {"width": 1400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    run = learning(tmp_path / "run")
+    browser.open(page_of(run)[0])
+    entries = [entry.text.split("\n") for entry in browser.all("#list button")]
+    assert [text for text, _ in entries] == [
+        f"The problem that is {name}" for name in ("learned", "same", "never", "lost")
+    ]
+    assert entries[0][1] == "1 of 8 right at step 1, 6 of 8 right at step 21"
+    assert browser.text("#prompt") == "<user>The problem that is learned<assistant>"
+    assert [a.text for a in browser.all("#answers pre")] == [f"answer {n}" for n in range(8)]
+    places = [(a.location["y"], a.location["x"]) for a in browser.all("#answers > div")]
+    assert len({x for _, x in places}) > 2 and len(set(places)) == 8  # side by side
+    assert [b.text[0] for b in browser.all("#answers button")] == list("✓✓✓✓✓✓✗✗")
+    assert [b.text for b in browser.all("#steps button")] == ["step 1: 1/8", "step 21: 6/8"]
+    browser.find("#steps button").click()  # the same problem, before
+    assert [b.text[0] for b in browser.all("#answers button")] == list("✓✗✗✗✗✗✗✗")
+    assert browser.text("#facts").endswith(
+        "step 1, problem learned, sample 1: score 1, 1 tokens, mean log-prob 0, weights after 0 steps"
+    )
+    assert (
+        browser.js("return document.activeElement.textContent") == "step 1: 1/8"
+    )  # the keyboard goes on from there
+    browser.choose("#order", "hardest")
+    assert [e.text.split("\n")[0][20:] for e in browser.all("#list button")] == [
+        "never",
+        "learned",
+        "lost",
+        "same",
+    ]
+    browser.choose("#order", "never")
+    assert [e.text.split("\n")[0][20:] for e in browser.all("#list button")] == ["never"]
+    browser.count(16)
+
+    counts = [{"lost": [7, 8], "learned": [0, 8]}, {"learned": [1, 8]}, {"lost": [8, 8], "learned": [0, 8]}]
+    rows = [{"step": 10 * n, "prompts": each} for n, each in enumerate(counts)]
+    (run / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser.open(page_of(run)[0])  # the run's history has steps of which no answer is stored
+    assert [b.text for b in browser.all("#list button small")][:2] == [
+        "4 of 8 right at step 1, 5 of 8 right at step 21",
+        "7 of 8 right at step 1, 8 of 8 right at step 21",
+    ]
+    browser.find("#search").send_keys("is learned")
+    browser.count(16)
+    steps = [(b.text, b.is_enabled()) for b in browser.all("#steps button")]
+    assert steps == [("step 1: 0/8", True), ("step 11: 1/8", False), ("step 21: 0/8", True)]
+
+
+@pytest.mark.browser
+def test_the_address_reopens_the_view(browser: Page, tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), learning(tmp_path / "two")
+    path = page_of(one, two)[0]
+    browser.open(path)
+    assert "#" not in browser.driver.current_url  # until something is chosen
+    browser.find('#runs [value="0"]').click()
+    browser.choose("#metric", "time/update")
+    browser.find("#log").click()
+    browser.choose("#of", "1")
+    browser.choose("#outcome", "right")
+    browser.find("#search").send_keys("problem that is l")
+    browser.count(16)
+    browser.all("#list button")[1].click()
+    browser.find("#steps button").click()
+    browser.all("#answers button")[2].click()
+    browser.find("#shade").click()
+    browser.until("return /shade=false.*answer=3/.test(location.hash)")
+    seen = browser.shown()
+    assert "step 1, problem lost, sample 3" in seen["facts"]
+    address = browser.driver.current_url
+    assert browser.find("#link").get_attribute("href") == address
+
+    for url in (address, browser.driver.current_url.split("#")[0] + "#checks", address):
+        browser.driver.get("about:blank")
+        browser.driver.get(url)
+        browser.until("return document.documentElement.dataset.ready === 'yes'")
+    assert browser.shown() == seen
+    assert browser.driver.current_url == address and not browser.find("#shade").is_selected()
+    assert [t["name"] for t in browser.traces("#any")] == ["two", "two"]
+    assert browser.js("return document.getElementById('any')._fullLayout.yaxis.type") == "log"
+    assert (
+        browser.find("#outcome").get_attribute("value") == "right"
+        and browser.find("#search").get_attribute("value") == "problem that is l"
+    )
+    assert [e.get_attribute("aria-current") for e in browser.all("#list button")][:2] == ["false", "true"]
+    browser.find("#link").click()
+    assert browser.driver.current_url == address
+    browser.choose("#outcome", "wrong")
+    link = "of=1&outcome=right&problem=never&step=21&answer=8"  # which the filter leaves out
+    for url in (link, "checks"):
+        browser.driver.get("about:blank")
+        browser.driver.get(f"{path.resolve().as_uri()}#{url}")
+        browser.until("return document.documentElement.dataset.ready === 'yes'")
+        if url == link:
+            assert "step 21, problem never, sample 8" in browser.shown()["facts"]
+    assert browser.all("#list button") and browser.driver.current_url.endswith("#checks")
+    browser.js("location.hash = 'of=1&problem=never&step=999&answer=x'")  # of another page
+    browser.until("return document.getElementById('facts').textContent.includes('problem never, sample 1')")
+    assert browser.find('#runs [value="0"]').is_selected() and not browser.find("#log").is_selected()
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """WCAG 2's ratio of two colors in sRGB, each from 0 to 255."""
+    linear = [
+        [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+        for color in (one, other)
+    ]
+    light, dark = sorted((np.dot((0.2126, 0.7152, 0.0722), color) for color in linear), reverse=True)
+    return float((light + 0.05) / (dark + 0.05))
+
+
+@pytest.mark.browser
+def test_every_runs_thin_line_is_readable_on_dark_paper(browser: Page, tmp_path: Path) -> None:
+    feature = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+    browser.open(page_of(*(make_run(tmp_path / f"{i}") for i in range(7)))[0])
+    paper = [
+        int(c)
+        for c in re.findall(r"\d+", browser.js("return getComputedStyle(document.body).backgroundColor"))
+    ]
+    swatches = browser.js(
+        "return [...document.querySelectorAll('#runs .swatch')].map(s => getComputedStyle(s).backgroundColor)"
+    )
+    thin, thick = (browser.traces('[data-metric="reward/mean"]')[i::2] for i in (0, 1))
+    for raw, smoothed, swatch in zip(thin, thick, swatches, strict=True):
+        color = [int(raw["line"]["color"][i : i + 2], 16) for i in (1, 3, 5)]
+        mixed = [raw["opacity"] * c + (1 - raw["opacity"]) * p for c, p in zip(color, paper, strict=True)]
+        assert contrast(mixed, paper) > 3 and smoothed["line"]["width"] > raw["line"]["width"]
+        assert [int(c) for c in re.findall(r"\d+", swatch)] == color
 
 
 @pytest.mark.browser
