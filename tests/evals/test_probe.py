@@ -16,7 +16,7 @@ import tiny_run
 from evals import probe, probe_command, probe_tables
 from evals.probe import Measured, Placed, Probed, advice, measure, spread, temperatures_of, zones
 from evals.statistics import confidence, distinct_4grams
-from jaxrl import export
+from jaxrl import exports
 from jaxrl.errors import InputError
 from jaxrl.sampling.local import LocalSampler
 from jaxrl.types import Groups, Prompt, Rollout
@@ -241,7 +241,7 @@ def test_a_run_is_probed_with_its_own_recipe_at_its_stage(
         jobs.append(job)
         return found
 
-    monkeypatch.setattr(export, "export", lambda source, folder: 4)
+    monkeypatch.setattr(exports, "export", lambda source, folder: 4)
     monkeypatch.setattr(probe, "probe", taken)
     monkeypatch.setattr(probe_tables, "plot", lambda *_: None)
     monkeypatch.setattr(probe_tables, "show", lambda *_: None)

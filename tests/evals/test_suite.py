@@ -16,7 +16,7 @@ from test_judge import Endpoint
 import tiny_run
 from evals import command as eval_command
 from evals import grade
-from jaxrl import cli, export
+from jaxrl import cli, exports
 from jaxrl.types import JsonObject
 
 SAMPLES = 40
@@ -283,7 +283,7 @@ def test_a_run_and_a_checkpoint_are_exported_first(tmp_path: Path, monkeypatch: 
         exported.append((source, folder))
         return 40
 
-    monkeypatch.setattr(export, "export", write)
+    monkeypatch.setattr(exports, "export", write)
     assert eval_command._model_of(str(run), None) == (run / "hf", run / "benchmarks" / "step_000040")
     here = run / "benchmarks" / "step_000020"
     eval_command._model_of(str(run / "checkpoints" / "20"), str(tmp_path / "out"))
