@@ -188,6 +188,8 @@ class Checkpoints:
     def keep_reference(self, reference: Reference | None) -> None:
         """Has later checkpoints name a reference, which is written before this returns, or none.
 
+        Nothing is written where these checkpoints are only read.
+
         Args:
           reference: taken from the policy after so many steps.
 
@@ -197,7 +199,8 @@ class Checkpoints:
         self._named = None
         if reference:
             self._named = {"step": reference.step, "arrays": _described(reference.params)}
-            self._write_reference(reference)
+            if not self._read_only:
+                self._write_reference(reference)
 
     def _delete_references(self) -> None:
         """Waits for the write under way, and deletes the references that no checkpoint on disk names.
@@ -282,6 +285,16 @@ class Checkpoints:
             f"{self.directory}: no checkpoint is whole ({reasons}); put back a copy, or set run.directory to a new "
             "folder"
         )
+
+    def at(self, step: int, recipe: config.Recipe, like: TrainState, content: Mapping[str, str]) -> Resumed:
+        """Reads and verifies one checkpoint; the arguments are those of `resume`.
+
+        Raises:
+          InputError: if another recipe or model wrote it, or it may not be read or is damaged.
+          RunError: if it cannot be read now.
+        """
+        with self.explaining(step):
+            return self._read(step, recipe, like, lambda: None, content)
 
     def _read(
         self,
@@ -624,6 +637,11 @@ def _items(state: TrainState) -> dict[str, PyTree[jax.Array]]:
     """The state as a checkpoint has it: parameters can be read without the rest."""
     params, rest = ITEMS
     return {params: state.params, rest: {"step": state.step, "opt_state": state.opt_state}}
+
+
+def describe(state: TrainState) -> dict[str, str]:
+    """Dtype, shape and fingerprint of each array of a state, by its path in a checkpoint."""
+    return _described(_items(state))
 
 
 def _described(tree: PyTree[jax.Array]) -> dict[str, str]:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import time
 from contextlib import closing, nullcontext
 
-import jax
-
-from jaxrl import config, prepare
-from jaxrl.collect import Collected, TooFew, Work, choose
-from jaxrl.config import Stage
+from jaxrl import config
+from jaxrl.collect import Collected, TooFew, Work
 from jaxrl.errors import RunError
-from jaxrl.grpo.update import learning_rate
+from jaxrl.learn import BARRIER, enter, learn
 from jaxrl.lock import alone
 from jaxrl.metrics import Record
 from jaxrl.parallel import processes
 from jaxrl.parallel.signals import Stop, graceful_stop
-from jaxrl.reference import scorer
-from jaxrl.run import Carry, LoadEvaluation, Run, load, open_checkpoints, open_run, resume, with_reference
+from jaxrl.run import (
+    Carry,
+    LoadEvaluation,
+    Run,
+    load,
+    open_checkpoints,
+    open_run,
+    resume,
+    with_reference,
+)
 from jaxrl.sampling.prefetch import Prefetch
 from jaxrl.sampling.servers import choose_devices, require_startable
 from jaxrl.types import Say, silent
-
-BARRIER = 300.0  # seconds; every process does the same work before this barrier, so none should be late
 
 Batches = Prefetch[Collected]
 
@@ -87,27 +88,10 @@ def run_steps(run: Run, carry: Carry, stop: Stop) -> int:
         stage = run.setup.stage_at(carry.step)
         with run.setup.compile_ahead(carry.step):
             if stage.first == carry.step:  # the checkpoint before holds what was: a kill here repeats it
-                carry = enter(run, stage, carry)
+                carry = enter(run.setup, stage, carry, run.say)
             work = run.setup.work(stage, carry.ledger.dropped)
             carry, stopped = run_stage(run, work, carry, stop)
     return carry.step
-
-
-def enter(run: Run, stage: Stage, carry: Carry) -> Carry:
-    """What a stage begins with, a function of what the one before left; but for the reference, see `with_reference`."""
-    if not stage.number:
-        return carry
-    restarts = ", ".join(sorted(stage.restart))
-    run.say(
-        f"{stage.title} begins: steps {stage.first + 1} to {stage.until}"
-        + (f", with a restart of {restarts}" if restarts else "")
-    )
-    state = carry.state
-    if "optimizer" in stage.restart:
-        state = run.setup.programs(stage).restarted(state)
-    return dataclasses.replace(
-        carry, state=state, ledger=carry.ledger.entering(run.setup.stages[stage.number - 1], stage)
-    )
 
 
 def run_stage(run: Run, work: Work, carry: Carry, stop: Stop) -> tuple[Carry, bool]:
@@ -147,8 +131,7 @@ def one_step(run: Run, work: Work, carry: Carry, batches: Batches) -> tuple[Carr
     Raises:
       TooFew: before anything is changed, if no prompts are left for enough groups in the band.
     """
-    recipe, stage, step, state = work.recipe, work.stage, carry.step, carry.state
-    programs = run.setup.programs(stage)
+    recipe, step = work.recipe, carry.step
     run.timer.reset()
     run.profile.begin(step)
     began = time.monotonic()
@@ -159,40 +142,8 @@ def one_step(run: Run, work: Work, carry: Carry, batches: Batches) -> tuple[Carr
         everyone, whole = own.value
         if not whole:
             everyone = run.sampler.gather(everyone, work.stream(carry.ledger.cursor), f"step {step + 1}")
-    with run.phase("score"):
-        score = functools.partial(prepare.scored, programs, state.params)
-        chosen = choose(work, everyone, step, carry.ledger.answers, score)
-        stale = any(rollout.version < step for group in chosen.groups for rollout in group)
-        rate = learning_rate(recipe.optimizer, step - stage.warmed_from)
-        reference = scorer(programs, carry.reference, run.phase) if carry.reference else None
-    with run.phase("old_logprobs"):
-        minibatches = prepare.minibatches(
-            recipe, work.method, programs, chosen.groups, rate, state.params, reference, stale
-        )
-        jax.block_until_ready(minibatches)
-    processes.barrier(f"before the update of step {step + 1}", BARRIER)
-    with run.phase("update"):
-        updates = []
-        for minibatch in minibatches * recipe.optimizer.epochs:
-            state, metrics = programs.update(state, minibatch)
-            jax.block_until_ready(state)  # XLA on CPUs can stall on collectives of two updates at a time
-            updates.append(metrics)
-        updates = jax.device_get(updates)
+    carry, record = learn(run.setup, work, carry, everyone, run.phase)
     with run.phase("publish"):
-        run.sampler.publish(state.params, step + 1)
-    ledger = carry.ledger.after(run.setup.stages, stage, everyone)
-    record = Record(
-        sampled=[group for group in everyone if group],
-        groups=chosen.groups,
-        rescued=chosen.rescued,
-        rounds=chosen.rounds,
-        refused=everyone.count([]),
-        passes=ledger.cursor / len(work.prompts.prompts),
-        stale=stale,
-        rate=rate,
-        updates=updates,
-        sampling_seconds=own.ended - own.began,
-        phases=run.timer.seconds(),
-        seconds=time.monotonic() - began,
-    )
-    return Carry(step + 1, state, ledger, carry.reference), record
+        run.sampler.publish(carry.state.params, carry.step)
+    took = own.ended - own.began, run.timer.seconds(), time.monotonic() - began
+    return carry, record.timed(*took)

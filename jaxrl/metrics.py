@@ -35,9 +35,12 @@ class Record:
     stale: bool  # whether older parameters sampled some
     rate: float  # of the optimizer
     updates: Sequence[Measured]  # of each update, in order
-    sampling_seconds: float  # of this process, maybe during an earlier step
-    phases: dict[str, float]  # time/PHASE: seconds
-    seconds: float  # from the first phase to the last
+    sampling_seconds: float = 0.0  # of this process, maybe during an earlier step
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)  # time/PHASE: seconds
+    seconds: float = 0.0  # from the first phase to the last
+
+    def timed(self, sampling_seconds: float, phases: dict[str, float], seconds: float) -> Record:
+        return dataclasses.replace(self, sampling_seconds=sampling_seconds, phases=phases, seconds=seconds)
 
 
 def step_metrics(recipe: config.Recipe, model: decoder.Config, step: int, record: Record) -> dict[str, float]:

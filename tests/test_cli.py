@@ -198,6 +198,7 @@ def test_commands_come_from_entry_points(capsys: pytest.CaptureFixture[str]) -> 
         "recipes",
         "report",
         "rollouts",
+        "replay",
         "doctor",
         "completion",
     ]

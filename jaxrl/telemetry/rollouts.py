@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 
-from jaxrl.files import replacing, write_atomically, writing
+from jaxrl.errors import InputError, first_line
+from jaxrl.files import reading, replacing, write_atomically, writing
 from jaxrl.types import Detokenize, FinishReason, Groups, Rollout
 
 if TYPE_CHECKING:
@@ -132,6 +133,30 @@ def read_prompts(file: Path) -> Iterator[tuple[str, str]]:
     for row in _read(file, frozenset({"prompt_id", "prompt"})):
         if row:
             yield str(row["prompt_id"]), str(row["prompt"])
+
+
+def read_exactly(file: Path) -> list[RolloutRow]:
+    """All rollouts of a .parquet file, with token_ids and logprobs as the arrays that were written, int32 and float32.
+
+    Raises:
+      InputError: if the file is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    with reading(file):
+        try:
+            table = pq.read_table(file, page_checksum_verification=True, partitioning=None)
+            lists = [table[name].combine_chunks() for name in ("token_ids", "logprobs")]
+            arrays = [np.split(np.asarray(each.values), np.asarray(each.offsets)[1:-1]) for each in lists]
+            rows = table.drop_columns(["token_ids", "logprobs"]).to_pylist()
+        except Exception as error:  # damage shows as any of Arrow's errors or Python's of text
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise InputError(f"{file} is damaged ({first_line(error)[:200]}); put back a copy") from None
+    return [
+        cast(RolloutRow, row | {"token_ids": ids, "logprobs": logprobs})
+        for row, ids, logprobs in zip(rows, *arrays, strict=True)
+    ]
 
 
 def _read(file: Path, needed: frozenset[str], size: float = np.inf) -> Iterator[dict[str, object] | None]:
