@@ -31,7 +31,7 @@ from jaxrl.ledger import Ledger
 from jaxrl.ledger import from_json as ledger_from_json
 from jaxrl.marking import finished
 from jaxrl.metrics import step_metrics
-from jaxrl.models import hf
+from jaxrl.models import decoder, hf
 from jaxrl.run import Carry, Evaluation, Setup, load, with_reference
 from jaxrl.telemetry.rollouts import RolloutRow, read_exactly, rollout_files, step_of
 from jaxrl.telemetry.trackers import MetricsRow, finite, read_metrics
@@ -135,6 +135,13 @@ class Replay:
             )
         return carry, Step(carry.step, len(answers), digest, weights, there, difference, findings)
 
+    def excuse(self) -> str:
+        """What to say after findings where the run had other devices; empty otherwise."""
+        had, here = self.rows[max(self.rows)].get("perf/devices"), jax.device_count()
+        if self.within or had in (None, here):
+            return ""
+        return f". The run had {had:g} devices, and this is {here}; --within 1e-5 allows for rounding"
+
     def record(self, steps: Sequence[Step]) -> None:
         """Writes what an audit without findings saw, as audit.json into the run folder."""
         setup, device = self.setup, jax.devices()[0]
@@ -222,8 +229,12 @@ def _abstract(state: TrainState) -> TrainState:
 
 def _difference(ours: TrainState, theirs: TrainState) -> float:
     """The largest difference of a parameter."""
-    found = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), ours.params, theirs.params)
-    return max(map(float, jax.tree.leaves(found)))
+    return max(map(float, jax.device_get(_differences(ours.params, theirs.params))))
+
+
+@jax.jit  # one program: XLA on CPUs can stall on collectives of two at a time
+def _differences(ours: decoder.Params, theirs: decoder.Params) -> list[jax.Array]:
+    return jax.tree.leaves(jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), ours, theirs))
 
 
 def _groups(work: Work, carry: Carry, rows: Sequence[RolloutRow], file: Path) -> list[list[Rollout]]:
@@ -269,7 +280,7 @@ def _name(rollout: Rollout, sample: int) -> str:
 
 def _shown(findings: Sequence[str]) -> list[str]:
     more = len(findings) - SHOWN
-    return [*findings[:SHOWN], *([f"and {more} more such answers"] if more > 0 else [])]
+    return [*findings[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
 
 
 def _texts(setup: Setup, rows: Sequence[RolloutRow], everyone: Sequence[Sequence[Rollout]]) -> list[str]:

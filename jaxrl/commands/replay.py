@@ -46,6 +46,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         if bad:
             raise InputError(
                 f"{len(bad)} of {len(steps)} steps are not what {args.run} says; the first is step {bad[0]}, see above"
+                + replay.excuse()
             )
         if args.all:
             replay.record(steps)

@@ -24,6 +24,7 @@ from jaxrl.errors import InputError, RunError
 from jaxrl.loop import train
 from jaxrl.models import Model, initialize, load, save
 from jaxrl.models.decoder import Params
+from jaxrl.replay import open_replay
 from jaxrl.rope import RopeScaling
 from jaxrl.sampling import servers
 from jaxrl.sampling.answers import Needs
@@ -448,6 +449,10 @@ def test_one_batch_ahead(
     assert rows[0]["sampler/logprob_diff_max"] < 1e-5 and rows[1]["sampler/logprob_diff_max"] is None
     # batch s + 1 was begun before the update of batch s had ended; updates[0] is of before the first step
     assert [batch.began < ended for batch, ended in zip(taken[1:], updates[1:], strict=False)] == [True] * 4
+    with open_replay(
+        tmp_path / "run", (), 0.0, silent
+    ) as again:  # from answers whose log-probs are the servers'
+        assert [step.findings for step in again.steps(None)] == [[]] * 5
 
 
 def test_groups_out_of_the_band_are_replaced(
@@ -462,6 +467,7 @@ def test_groups_out_of_the_band_are_replaced(
     assert process.returncode == 0, said
     for row in tiny_run.metrics(tmp_path / "run"):
         assert row["groups/sampled"] > 8 >= row["groups/trained"] and row["groups/rounds"] <= 3, said
+    assert "all 3 steps follow" in tiny_run.finish("replay", tmp_path / "run", "--all")
 
 
 def test_two_trainer_processes(
