@@ -102,4 +102,3 @@ def test_refill_goes_on_across_stages_one_batch_ahead(base: Path, tmp_path: Path
     assert all(count > 8 for count in sampled) and sum(sampled) == sum(t == 1.0 for t in temperatures)
     assert sum(t == 1.25 for t in temperatures) == 2 * 8
     assert [row["sampler/staleness"] for row in rows] == [0, 1, 1, 0, 0]
-    assert "all 5 steps follow" in tiny_run.finish("replay", tmp_path / "run", "--all")
