@@ -91,12 +91,11 @@ def _on_held_out(
         raise InputError(
             f"{args.model} is not a run folder; say what to evaluate on with --benchmarks LIST or --recipe FILE"
         )
-    draft = config.draft(path, overrides)
-    if rows is not None:
-        from jaxrl.objects import paths_of
-
-        draft = config.draft(draft, paths_of(draft, held_out=rows))
-    recipe = config.load(draft, sampler_overrides(args.samplers, args.servers))
+    more = sampler_overrides(args.samplers, args.servers)
+    if isinstance(overrides, Mapping):
+        recipe = config.load(_with_rows(config.draft(path, overrides), rows), more)
+    else:
+        recipe = config.load(path, overrides + more)
     devices = devices_of(recipe)
     from evals import held_out
 
@@ -105,6 +104,15 @@ def _on_held_out(
         recipe = config.stage_at(config.stages_of(recipe), step - 1).recipe
     out = Path(args.out or Path(recipe.run.directory) / "eval" / f"{args.name}.json")
     return held_out.evaluate(recipe, model, out, args.name, step, devices)
+
+
+def _with_rows(recipe: config.Recipe, rows: Rows | None) -> config.Recipe:
+    """A draft that is evaluated on rows."""
+    if rows is None:
+        return recipe
+    from jaxrl.objects import paths_of
+
+    return config.draft(recipe, paths_of(recipe, held_out=rows))
 
 
 def _on_benchmarks(args: argparse.Namespace, overrides: list[str] | Mapping[str, object]) -> BenchmarksResult:

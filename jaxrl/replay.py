@@ -26,6 +26,7 @@ from jaxrl.collect import Asking, Work
 from jaxrl.errors import InputError
 from jaxrl.files import reading, write_atomically
 from jaxrl.grpo.update import TrainState
+from jaxrl.json_fields import read_json
 from jaxrl.learn import enter, learn
 from jaxrl.ledger import Ledger
 from jaxrl.ledger import from_json as ledger_from_json
@@ -67,9 +68,8 @@ class Replay:
     checkpoints: Checkpoints
     rows: Mapping[int, MetricsRow]  # of metrics.jsonl, by step, 0 for the first
     recorded: Mapping[int, JsonObject]  # of an audit's record, by step, 1 for the first
-    within: (
-        float  # by how much parameters may differ; 0 is that they are the same bits, as metrics then are too
-    )
+    within: float  # by how much parameters may differ; 0: they, and so metrics, are the same bits
+    published: Path | None = None  # a Hugging Face folder that is to have the weights after the last step
 
     def steps(self, step: int | None) -> Iterator[Step]:
         """Executes the steps from the checkpoint before a step to the one after it; or all, from the model.
@@ -94,6 +94,8 @@ class Replay:
         carry = _before(self.setup, self.checkpoints, first)
         for place in range(first, last):
             carry, found = self._again(carry, files[place])
+            if place + 1 == last and self.published:
+                found.findings.extend(self._unlike(carry, self.published))
             yield found
 
     def _again(self, carry: Carry, file: Path) -> tuple[Carry, Step]:
@@ -135,6 +137,25 @@ class Replay:
             )
         return carry, Step(carry.step, len(answers), digest, weights, there, difference, findings)
 
+    def _unlike(self, carry: Carry, folder: Path) -> list[str]:
+        """Whether a Hugging Face folder has other weights than these, rounded to its dtype."""
+        theirs = hf.load(folder, mesh=self.setup.mesh)
+        if theirs.config != self.setup.model:
+            return [f"{folder} is a model of another architecture"]
+        dtype = read_json(folder / "config.json").get("dtype", "float32")
+        params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), carry.state.params)
+        pairs = zip(*(hf.named_tensors(theirs.config, p) for p in (params, theirs.params)), strict=True)
+        others = [
+            name
+            for (name, ours), (_, given) in pairs
+            if not np.allclose(ours, given, rtol=0, atol=self.within)
+        ]
+        if not others:
+            return []
+        return [
+            f"{folder} has not the weights after step {carry.step}: {len(others)} tensors, first {others[0]}"
+        ]
+
     def excuse(self) -> str:
         """What to say after findings where the run had other devices; empty otherwise."""
         had, here = self.rows[max(self.rows)].get("perf/devices"), jax.device_count()
@@ -163,7 +184,11 @@ class Replay:
 
 @contextlib.contextmanager
 def open_replay(
-    run: Path, overrides: Sequence[str] | Mapping[str, object], within: float, say: Say
+    run: Path,
+    overrides: Sequence[str] | Mapping[str, object],
+    within: float,
+    say: Say,
+    published: Path | None = None,
 ) -> Iterator[Replay]:
     """Opens a run folder to execute its steps again.
 
@@ -172,6 +197,7 @@ def open_replay(
       overrides: see `config.load`; of what a run may change, such as another mesh.
       within: see `Replay`.
       say: prints a line.
+      published: see `Replay`.
 
     Raises:
       InputError: if the recipe, the data or the model cannot be used, or is not what the run was made with.
@@ -184,7 +210,7 @@ def open_replay(
     if (newest := checkpoints.latest()) is not None:
         checkpoints.require_same_recipe(newest, recipe, setup.content(newest))
     try:
-        yield Replay(run, setup, checkpoints, rows, _recorded(run / AUDIT), within)
+        yield Replay(run, setup, checkpoints, rows, _recorded(run / AUDIT), within, published)
     finally:
         for work in setup.works:
             if work.functions:

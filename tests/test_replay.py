@@ -21,6 +21,7 @@ from jaxrl import config
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.commands import replay as command
 from jaxrl.errors import InputError
+from jaxrl.exports import export
 from jaxrl.loop import train
 from jaxrl.replay import AUDIT
 from jaxrl.run import load
@@ -159,6 +160,22 @@ def test_changed_weights_are_named(run: Path, capsys: pytest.CaptureFixture[str]
     (line,) = findings(run, capsys, 6)
     assert line.startswith(f"{run}/checkpoints/6 does not follow from these answers: 1 of ")
     assert "the first is params.norm, and parameters by up to 0.00" in line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_published_folder_has_the_weights_or_is_named(
+    run: Path, dtype: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    export(run, folder, dtype, silent)
+    replayed(run, 6, "--published", folder)
+    assert f"{folder} has the weights after step 6" in capsys.readouterr().out
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # of an exponent
+    file.write_bytes(content)
+    (line,) = findings(run, capsys, 6, "--published", folder)
+    assert line.startswith(f"{folder} has not the weights after step 6: 1 tensors, first ")
 
 
 def test_on_another_mesh_it_is_the_same_within_rounding(

@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--all", action="store_true", help="all steps; writes audit.json if all is as it should be"
     )
     within = "by how much parameters may differ, as they do on another mesh; default: the same bits"
+    published = "a Hugging Face folder that is said to have the weights after the last of these steps"
+    parser.add_argument("--published", type=Path, metavar="FOLDER", help=published)
     parser.add_argument("--within", type=float, default=0.0, metavar="D", help=within)
 
 
@@ -26,7 +28,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise InputError("replay: give a step, or --all")
     from jaxrl.replay import AUDIT, open_replay
 
-    with open_replay(args.run, overrides, args.within, print) as replay:
+    with open_replay(args.run, overrides, args.within, print, args.published) as replay:
         steps = []
         for step in replay.steps(args.step):
             steps.append(step)
@@ -48,6 +50,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
                 f"{len(bad)} of {len(steps)} steps are not what {args.run} says; the first is step {bad[0]}, see above"
                 + replay.excuse()
             )
+        if args.published:
+            print(f"{args.published} has the weights after step {steps[-1].step}")
         if args.all:
             replay.record(steps)
             print(
