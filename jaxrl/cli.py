@@ -34,6 +34,7 @@ _ORDER = (
     "recipes",
     "report",
     "rollouts",
+    "replay",
     "doctor",
     "completion",
 )
