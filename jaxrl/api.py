@@ -50,14 +50,19 @@ def train(
       RunError: where a host, a server or the disk failed; the same call goes on from the last checkpoint.
       KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once the step under way is saved.
     """
-    from jaxrl import loop
-
     draft = config.draft(recipe, changes)
     found = config.load(recipe, {**changes, **paths_of(draft, data, held_out, reward)})
-    loop.train(found, cast("LoadEvaluation", _evaluation("default")), say, quiet)
-    if found.run.trackers:
-        _send_report(found, say)
+    train_loaded(found, say, quiet)
     return Path(found.run.directory)
+
+
+def train_loaded(recipe: config.Recipe, say: Say = print, quiet: bool = False) -> None:
+    """`train` by a recipe as it is."""
+    from jaxrl import loop
+
+    loop.train(recipe, cast("LoadEvaluation", _evaluation("default")), say, quiet)
+    if recipe.run.trackers:
+        _send_report(recipe, say)
 
 
 def evaluate(

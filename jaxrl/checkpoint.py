@@ -170,17 +170,17 @@ class Checkpoints:
         self._require_free("checkpoint", state)
         values, items = config.to_dict(recipe), _items(state)
         arrays = _described(items)
-        manifest: Manifest = {"arrays": arrays, "recipe": _digest(values), "content": dict(content)}
+        manifest: Manifest = {"arrays": arrays, "recipe": digest_of_json(values), "content": dict(content)}
         more = {"ledger": ocp.args.JsonSave(ledger)} if ledger else {}
         if ledger:
-            manifest["ledger"] = _digest(ledger)
+            manifest["ledger"] = digest_of_json(ledger)
         if self._named:
             manifest["reference"] = self._named
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(item) for name, item in items.items()},
             **more,
             recipe=ocp.args.JsonSave(values),
-            manifest=ocp.args.JsonSave({"manifest": manifest, "digest": _digest(manifest)}),
+            manifest=ocp.args.JsonSave({"manifest": manifest, "digest": digest_of_json(manifest)}),
         )
         self._delete_references()
         self._guarded(lambda: self._manager.save(step, args=args, force=True))
@@ -370,7 +370,7 @@ class Checkpoints:
         if not manifest or "ledger" not in manifest:
             return {}
         values = self._json(step, "ledger")
-        if _digest(values) != manifest["ledger"]:
+        if digest_of_json(values) != manifest["ledger"]:
             raise Damaged("its ledger has changed since it was written")
         return values
 
@@ -519,7 +519,7 @@ class Checkpoints:
           Damaged: if it is not what was written.
         """
         values, manifest = self._json(step, "recipe"), self.manifest(step)
-        if manifest and _digest(values) != manifest["recipe"]:
+        if manifest and digest_of_json(values) != manifest["recipe"]:
             raise Damaged("its recipe has changed since it was written")
         return config.from_earlier(values, str(self.directory / str(step)))
 
@@ -532,7 +532,7 @@ class Checkpoints:
         if not (self.directory / str(step) / "manifest").exists():
             return None
         whole = self._json(step, "manifest")
-        if _digest(whole["manifest"]) != whole["digest"]:
+        if digest_of_json(whole["manifest"]) != whole["digest"]:
             raise Damaged("its manifest has changed since it was written")
         return whole["manifest"]
 
@@ -625,7 +625,7 @@ def identity(recipe: config.Recipe, content: Mapping[str, str], step: int) -> st
             free = (*FREE, *(key for key in named if content_key(stage.number, key) in content))
             fixed = {k: v for k, v in values.items() if k.startswith(FIXED) or not k.startswith(free)}
             found.append([stage.first, sorted(stage.restart), fixed])
-    return _digest([*found, dict(content)])
+    return digest_of_json([*found, dict(content)])
 
 
 def _root(error: BaseException) -> str:
@@ -661,7 +661,8 @@ def _kind(array: jax.Array | jax.ShapeDtypeStruct) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
-def _digest(values: object) -> str:
+def digest_of_json(values: object) -> str:
+    """The digest of what JSON can hold."""
     return blake3(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

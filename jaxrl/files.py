@@ -73,13 +73,15 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
     """Opens a file that is written in the context, and is at `path` once that ends. Makes the folder if it is missing.
+
+    Until then its name has the suffix, which is each process's own where several may write the file at a time.
 
     Raises:
       InputError, RunError: see `writing`.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + suffix)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from jaxrl.config import Recipe
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import writing
+from jaxrl.files import replacing
 
 Row = Mapping[str, object]
 Function = Callable[..., object]
@@ -160,9 +160,6 @@ def _written(function: Function) -> bytes:
 def _keep(folder: Path, name: str, content: bytes, suffix: str, identity: str = "") -> Path:
     """Writes a file under a name of its own, by whichever process comes last: each has the same."""
     path = folder / f"{name}-{(identity or blake3(content).hexdigest())[:12]}{suffix}"
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
+    with replacing(path, f".{uuid.uuid4().hex}") as file:
+        file.write(content)
     return path

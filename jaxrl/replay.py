@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -21,19 +21,17 @@ import numpy as np
 from blake3 import blake3
 
 from jaxrl import __version__, config, prepare
-from jaxrl.checkpoint import Checkpoints, describe
+from jaxrl.checkpoint import Checkpoints, describe, digest_of_json
 from jaxrl.collect import Asking, Work
 from jaxrl.errors import InputError
 from jaxrl.files import reading, write_atomically
 from jaxrl.grpo.update import TrainState
 from jaxrl.json_fields import read_json
 from jaxrl.learn import enter, learn
-from jaxrl.ledger import Ledger
-from jaxrl.ledger import from_json as ledger_from_json
 from jaxrl.marking import finished
 from jaxrl.metrics import step_metrics
 from jaxrl.models import decoder, hf
-from jaxrl.run import Carry, Evaluation, Setup, load, with_reference
+from jaxrl.run import Carry, Evaluation, Setup, beginning, carry_at, load, with_reference
 from jaxrl.telemetry.rollouts import RolloutRow, read_exactly, rollout_files, step_of
 from jaxrl.telemetry.trackers import MetricsRow, finite, read_metrics
 from jaxrl.types import JsonObject, Prompt, Rollout, Say
@@ -42,9 +40,8 @@ AUDIT = "audit.json"
 CLOCKS = ("time/", "perf/")  # metrics of the machine
 SHOWN = 3  # findings of a kind that are written out for a step
 NEAR = 0.01  # relative difference of metrics that counts as none where weights may differ
-WORSE = (
-    10.0  # times the run's largest difference between sampler and trainer that make a token's worth a finding
-)
+# Times the step's largest difference between sampler and trainer; a token's that is more is a finding.
+WORSE = 10.0
 
 
 class Step(NamedTuple):
@@ -91,7 +88,7 @@ class Replay:
                 f"{self.run}: the answers of {len(missing)} steps, of which {missing[0]} is the first, are not kept as "
                 "parquet; run.rollouts_every = 1 and run.rollouts_keep = 0 keep all of them"
             )
-        carry = _before(self.setup, self.checkpoints, first)
+        carry = carry_at(self.setup, self.checkpoints, first) if first else beginning(self.setup)
         for place in range(first, last):
             carry, found = self._again(carry, files[place])
             if place + 1 == last and self.published:
@@ -116,8 +113,7 @@ class Replay:
         findings += _metrics(ours, row, self.within)
         arrays, difference = describe(carry.state), 0.0
         if there := carry.step in self.checkpoints.steps():
-            like, content = _abstract(carry.state), setup.content(carry.step)
-            known = self.checkpoints.at(carry.step, setup.recipe, like, content).state
+            known = carry_at(setup, self.checkpoints, carry.step).state
             theirs, difference = describe(known), _difference(carry.state, known)
             others = [name for name in arrays if arrays[name] != theirs[name]]
             if difference > self.within or (others and not self.within):
@@ -127,7 +123,7 @@ class Replay:
                     f"to {difference:.3g}"
                 )
             carry = dataclasses.replace(carry, state=known)
-        weights = _digest(arrays)
+        weights = digest_of_json(arrays)
         kept = self.recorded.get(carry.step, {})
         if kept.get("answers", digest) != digest:
             findings.append(f"{file} is not the file of which {AUDIT} has the digest")
@@ -171,7 +167,7 @@ class Replay:
             "jax": jax.__version__,
             "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
             "mesh": dict(setup.mesh.shape),
-            "recipe": _digest(config.to_dict(setup.recipe)),
+            "recipe": digest_of_json(config.to_dict(setup.recipe)),
             "content": setup.content(len(self.rows)),
             "within": self.within,
             "steps": [
@@ -179,7 +175,9 @@ class Replay:
                 for s in steps
             ],
         }
-        write_atomically(self.run / AUDIT, json.dumps(record | {"digest": _digest(record)}, indent=1) + "\n")
+        write_atomically(
+            self.run / AUDIT, json.dumps(record | {"digest": digest_of_json(record)}, indent=1) + "\n"
+        )
 
 
 @contextlib.contextmanager
@@ -229,28 +227,11 @@ def _recorded(file: Path) -> dict[int, JsonObject]:
         text = file.read_text(encoding="utf-8", errors="replace")
     try:
         record = json.loads(text)
-        if record.pop("digest") == _digest(record):
+        if record.pop("digest") == digest_of_json(record):
             return {each["step"]: each for each in record["steps"]}
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f"{file} is not as an audit has written it; put back a copy, or remove it")
-
-
-def _digest(values: object) -> str:
-    return blake3(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _before(setup: Setup, checkpoints: Checkpoints, step: int) -> Carry:
-    programs = setup.programs(setup.stage_at(step))
-    if not step:
-        return Carry(0, programs.init_state(hf.load(setup.folder, mesh=setup.mesh).params), Ledger(), None)
-    found = checkpoints.at(step, setup.recipe, programs.abstract_state(), setup.content(step))
-    ledger = ledger_from_json(found.ledger, setup.stages, step)
-    return Carry(step, found.state, ledger, found.reference)
-
-
-def _abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def _difference(ours: TrainState, theirs: TrainState) -> float:
@@ -300,8 +281,9 @@ def _rollout(prompt: Prompt, row: RolloutRow) -> Rollout:
     )
 
 
-def _name(rollout: Rollout, sample: int) -> str:
-    return f"prompt {rollout.prompt.id}, sample {sample}"
+def _named(groups: Iterable[Sequence[Rollout]]) -> list[tuple[str, Rollout]]:
+    """All answers, each with what findings call it."""
+    return [(f"prompt {r.prompt.id}, sample {g}", r) for group in groups for g, r in enumerate(group)]
 
 
 def _shown(findings: Sequence[str]) -> list[str]:
@@ -311,15 +293,14 @@ def _shown(findings: Sequence[str]) -> list[str]:
 
 def _texts(setup: Setup, rows: Sequence[RolloutRow], everyone: Sequence[Sequence[Rollout]]) -> list[str]:
     """Answers whose text is not that of their tokens, or whose prompt's is not the data's."""
-    decode, flat = setup.tokenizer.decode, [(r, g) for group in everyone for g, r in enumerate(group)]
-    found = []
-    for (rollout, sample), row in zip(flat, rows, strict=True):
+    decode, found = setup.tokenizer.decode, []
+    for (name, rollout), row in zip(_named(everyone), rows, strict=True):
         for what, tokens, text in (
             ("completion", rollout.tokens, row["completion"]),
             ("prompt", rollout.prompt.tokens, row["prompt"]),
         ):
             if decode(tokens) != text:
-                found.append(f"{_name(rollout, sample)}: the text of the {what} is not that of its tokens")
+                found.append(f"{name}: the text of the {what} is not that of its tokens")
     return _shown(found)
 
 
@@ -333,13 +314,11 @@ def _marks(work: Work, everyone: list[list[Rollout]], step: int) -> list[str]:
     found = []
     for k, group in enumerate(everyone):
         (marked,) = finished([[work.mark(rollout, step - work.stage.first) for rollout in group]])
-        for g, (rollout, now) in enumerate(zip(group, marked, strict=True)):
+        for (name, rollout), now in zip(_named([group]), marked, strict=True):
             for what in ("score", "reward"):
                 was, means = getattr(rollout, what), getattr(now, what)
                 if was != means:
-                    found.append(
-                        f"{_name(rollout, g)}: its {what} is {was:g}, and the recipe gives {means:g}"
-                    )
+                    found.append(f"{name}: its {what} is {was:g}, and the recipe gives {means:g}")
         everyone[k] = [
             dataclasses.replace(r, undecided=m.undecided) for r, m in zip(group, marked, strict=True)
         ]
@@ -351,17 +330,17 @@ def _tokens(
 ) -> list[str]:
     """Tokens whose log-prob is far from the policy's, by what the run itself has seen in the step."""
     most = row.get("sampler/logprob_diff_max")
-    flat = [(r, g) for group in everyone for g, r in enumerate(group)]
-    if most is None or not flat:
+    named = _named(everyone)
+    if most is None or not named:
         return []
-    scored = prepare.scored(setup.programs(work.stage), carry.state.params, [r for r, _ in flat])
+    scored = prepare.scored(setup.programs(work.stage), carry.state.params, [r for _, r in named])
     found = []
-    for (rollout, sample), ours in zip(flat, scored, strict=True):
+    for (name, rollout), ours in zip(named, scored, strict=True):
         off = np.abs(rollout.logprobs - ours.logprobs)
         if not float(off.max()) <= WORSE * most + 1e-4:
             t = int(np.nan_to_num(off, nan=np.inf).argmax())
             found.append(
-                f"{_name(rollout, sample)}, token {t} ({rollout.tokens[t]}): its log-prob is "
+                f"{name}, token {t} ({rollout.tokens[t]}): its log-prob is "
                 f"{rollout.logprobs[t]:.4g}, and the policy's {ours.logprobs[t]:.4g}; the step's largest difference "
                 f"was {most:.2g}"
             )

@@ -16,7 +16,7 @@ from blake3 import blake3
 from jax.sharding import Mesh
 
 from jaxrl import config, data, prepare
-from jaxrl.checkpoint import CONTENT_KEYS, DATA_KEYS, REWARD_KEYS, Checkpoints, content_key
+from jaxrl.checkpoint import CONTENT_KEYS, DATA_KEYS, REWARD_KEYS, Checkpoints, Resumed, content_key
 from jaxrl.collect import Collector, Work
 from jaxrl.config.stages import needs_reference, reference_at
 from jaxrl.errors import InputError, RunError
@@ -431,16 +431,34 @@ def resume(
       RunError: if the checkpoint cannot be read now.
     """
     latest = checkpoints.latest() or 0
-    programs = setup.programs(setup.stage_at(latest))
     if not latest:
-        state = programs.init_state(hf.load(setup.folder, mesh=setup.mesh).params)
-        checkpoints.warm_up(state)
-        return Carry(0, state, Ledger(), None)
-    found = checkpoints.resume(
-        setup.recipe, programs.abstract_state(), say, raise_if_stopped, setup.content(latest)
-    )
+        carry = beginning(setup)
+        checkpoints.warm_up(carry.state)
+        return carry
+    like = setup.programs(setup.stage_at(latest)).abstract_state()
+    found = checkpoints.resume(setup.recipe, like, say, raise_if_stopped, setup.content(latest))
     if found.step < setup.recipe.run.steps:
         say(f"going on from step {found.step}")
+    return _carried(setup, found)
+
+
+def carry_at(setup: Setup, checkpoints: Checkpoints, step: int) -> Carry:
+    """The state after so many steps, of which there is a checkpoint.
+
+    Raises:
+      InputError, RunError: see `Checkpoints.at`.
+    """
+    like = setup.programs(setup.stage_at(step)).abstract_state()
+    return _carried(setup, checkpoints.at(step, setup.recipe, like, setup.content(step)))
+
+
+def beginning(setup: Setup) -> Carry:
+    """The state before the first step, with the model folder's weights."""
+    params = hf.load(setup.folder, mesh=setup.mesh).params
+    return Carry(0, setup.programs(setup.stage_at(0)).init_state(params), Ledger(), None)
+
+
+def _carried(setup: Setup, found: Resumed) -> Carry:
     ledger = ledger_from_json(found.ledger, setup.stages, found.step)
     return Carry(found.step, found.state, ledger, found.reference)
 

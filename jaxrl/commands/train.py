@@ -34,4 +34,4 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         logging.basicConfig(level=args.log_level.upper(), format=form, force=True)  # absl's handler is there
     from jaxrl import api
 
-    api.train(recipe, quiet=args.quiet)
+    api.train_loaded(recipe, quiet=args.quiet)
