@@ -1,0 +1,161 @@
+"""A matrix of runs: variants of one recipe, each over the same seeds, from a TOML file.
+
+baseline = "demo"                  # path or name of a recipe
+directory = "runs/compare"
+seeds = [1, 2, 3, 4, 5]
+budget.steps = 100                 # or budget.tokens, or budget.seconds: the same for all
+data.path = "runs/data-{seed}"     # values of a recipe, for all; {seed} is the seed
+[[variants]]
+name = "clip-higher off"
+loss.clip_high = 0.2               # values of its own; or recipe = another one
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from jaxrl import config
+from jaxrl.config.sections import Positive, Seed
+from jaxrl.errors import InputError, first_line
+from jaxrl.types import JsonObject
+
+BASELINE = "baseline"
+OWN = {"stages"}  # of a recipe, and no section
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long each run trains: one of these."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    steps: Positive | None = None
+    tokens: Positive | None = None  # sampled
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the clock, in steps
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A column of the matrix."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    name: Annotated[str, Field(pattern=r"^[^/\x00-\x1f]{1,60}$")]
+    recipe: str = ""  # path or name; the baseline's where empty
+    values: dict[str, object] = field(default_factory=dict)  # by "section.key"
+
+    @property
+    def slug(self) -> str:
+        """Its folder's name."""
+        return re.sub(r"[^\w.]+", "-", self.name).strip("-.") or "variant"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """See the module's text."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    baseline: str
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    budget: Budget
+    variants: tuple[Variant, ...] = ()
+    directory: str = "runs/compare"
+    accuracies: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # the time to each is compared
+    values: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of the matrix."""
+
+    variant: str
+    seed: int
+    folder: Path
+    recipe: config.Recipe
+
+
+def load(path: Path) -> Matrix:
+    """Reads a matrix.
+
+    Raises:
+      InputError: if it cannot be read, or a key or value is none.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as TOML ({first_line(error)})") from None
+    variants = values.get("variants", [])
+    if isinstance(variants, list):
+        values["variants"] = [
+            _with_values(each, Variant, f"{path}: variants.{n}") if isinstance(each, dict) else each
+            for n, each in enumerate(variants)
+        ]
+    values = _with_values(values, Matrix, str(path))
+    try:
+        matrix = TypeAdapter(Matrix).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "it"
+        raise InputError(f"{path}: {key}: {problem['msg']}") from None
+    given = [name for name, value in dataclasses.asdict(matrix.budget).items() if value is not None]
+    if len(given) != 1:
+        raise InputError(f"{path}: give one of budget.steps, budget.tokens and budget.seconds")
+    slugs = [BASELINE, *(variant.slug.lower() for variant in matrix.variants)]
+    if twice := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
+        raise InputError(f"{path}: two variants are called {twice[0]}; give each a name of its own")
+    if len(set(matrix.seeds)) < len(matrix.seeds):
+        raise InputError(f"{path}: seeds = {list(matrix.seeds)} has one twice")
+    return matrix
+
+
+def _with_values(table: JsonObject, kind: type, where: str) -> JsonObject:
+    """A table whose sections of a recipe are gathered as `values`, by "section.key"."""
+    own = {each.name for each in dataclasses.fields(kind)} - {"values"}
+    sections = {each.name for each in dataclasses.fields(config.Recipe)}
+    found = {key: value for key, value in table.items() if key in own}
+    changes: dict[str, object] = {}
+    for key, value in table.items():
+        if key in own:
+            continue
+        if key in OWN & sections:
+            changes[key] = value
+        elif key in sections and isinstance(value, Mapping):
+            changes |= {f"{key}.{name}": each for name, each in value.items()}
+        else:
+            raise InputError(
+                f"{where}: unknown key '{key}'; known are {', '.join(sorted(own))} and section.key"
+            )
+    return found | {"values": changes}
+
+
+def cells(matrix: Matrix, steps: int) -> Iterator[Cell]:
+    """The runs: of the baseline first, then of each variant, by seed.
+
+    Args:
+      matrix: see `load`.
+      steps: run.steps of each, at first; a budget of tokens or seconds may need more.
+
+    Raises:
+      InputError: for a recipe that cannot be, naming the variant.
+    """
+    for variant in (Variant(BASELINE), *matrix.variants):
+        for seed in matrix.seeds:
+            folder = Path(matrix.directory) / (variant.slug) / f"seed-{seed}"
+            values = _seeded({**matrix.values, **variant.values}, seed)
+            own = {"run.directory": str(folder), "run.seed": seed, "run.steps": steps}
+            try:
+                recipe = config.load(variant.recipe or matrix.baseline, {**values, **own})
+            except InputError as error:
+                raise InputError(f"variant '{variant.name}': {error}") from None
+            yield Cell(variant.name, seed, folder, recipe)
+
+
+def _seeded(values: Mapping[str, object], seed: int) -> dict[str, object]:
+    return {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in values.items()}
