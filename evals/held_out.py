@@ -159,6 +159,7 @@ def summary(groups: Groups, params: SamplingParams, name: str, step: int) -> Hel
         "length_mean": float(np.mean([len(r.tokens) for r in flat])),
         "truncated_fraction": float(np.mean([r.finish_reason == "length" for r in flat])),
         "undecided": sum(r.undecided for r in flat),
+        "right": right.sum(axis=1).tolist(),
     }
     return result
 

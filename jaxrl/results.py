@@ -25,6 +25,7 @@ class HeldOutResult(TypedDict):
     length_mean: float  # tokens
     truncated_fraction: float
     undecided: int  # responses that count as wrong because comparing the answer is too much work
+    right: NotRequired[list[int]]  # of each problem's samples; not in older files
     identity: NotRequired[str]  # digest of the run and its evaluation, where it was made during training
 
 
