@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import queue
 import shlex
 import signal
 import subprocess
@@ -86,10 +88,21 @@ def _launch(template: str, cells: Sequence[Cell]) -> None:
 
 
 def _train(table: Matrix, cells: Sequence[Cell], jobs: int) -> list[str]:
-    """Trains runs here, so many at a time; returns a line for each that failed."""
+    """Trains runs here, so many at a time, each on its share of the cores; returns a line for each that failed."""
     stopping, running = threading.Event(), set[subprocess.Popen[bytes]]()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares = queue.SimpleQueue[Sequence[int]]()
+    for job in range(jobs):
+        shares.put(cores[job::jobs] or cores)
 
     def one(cell: Cell) -> str:
+        share = shares.get()
+        try:
+            return trained(cell, share)
+        finally:
+            shares.put(share)
+
+    def trained(cell: Cell, share: Sequence[int]) -> str:
         from evals import compare
 
         print(f"{cell.variant}, seed {cell.seed}: {cell.folder}", flush=True)
@@ -101,11 +114,14 @@ def _train(table: Matrix, cells: Sequence[Cell], jobs: int) -> list[str]:
             with cell.folder.with_suffix(".log").open("ab") as log:
                 command = [sys.executable, "-m", "jaxrl.cli", "train", str(path), "--quiet"]
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+                if share:
+                    os.sched_setaffinity(process.pid, share)
                 running.add(process)
                 status = process.wait()
                 running.discard(process)
             if status:
-                return f"{cell.variant}, seed {cell.seed}: status {status}, see {cell.folder.with_suffix('.log')}"
+                log_file = cell.folder.with_suffix(".log")
+                return f"{cell.variant}, seed {cell.seed}: status {status}, see {log_file}"
         return ""
 
     with ThreadPoolExecutor(jobs) as pool:

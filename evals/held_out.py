@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems with the training verifier: the before and after of a run."""
+"""Accuracy on held-out problems by the training verifier or eval.verifier: the before and after of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxrl.sampling import servers
 from jaxrl.sampling.across_processes import Shared
 from jaxrl.sampling.open import open_sampler
 from jaxrl.telemetry.progress import Progress
-from jaxrl.types import Groups, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
+from jaxrl.types import Detokenize, Groups, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,21 @@ class HeldOut:
         return result
 
 
+def as_marked(recipe: config.Recipe) -> config.Recipe:
+    """A recipe whose verifier is that of evaluations."""
+    if not recipe.eval.verifier:
+        return recipe
+    return dataclasses.replace(
+        recipe, reward=dataclasses.replace(recipe.reward, verifier=recipe.eval.verifier)
+    )
+
+
+def marker(recipe: config.Recipe, detokenize: Detokenize) -> OnRollout:
+    """Marks held-out answers."""
+    marked = as_marked(recipe)
+    return make_marker(marked, detokenize, functions_of(marked))
+
+
 def load_problems(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.Vocabulary) -> list[Prompt]:
     """Loads the problems of `eval.path`.
 
@@ -77,7 +92,8 @@ def load_problems(recipe: config.Recipe, tokenizer: Tokenizer, vocabulary: data.
     """
     if not recipe.eval.path:
         raise InputError("eval.path is empty; name a file, folder or Hub id of held-out problems")
-    verifier, columns = recipe.reward.marked_by, columns_for(recipe.reward)
+    reward = as_marked(recipe).reward
+    verifier, columns = reward.marked_by, columns_for(reward)
     return data.load_prompts(recipe.data, tokenizer, recipe.eval, verifier, vocabulary, columns).prompts
 
 
@@ -109,7 +125,7 @@ def evaluate(
     mesh = make_mesh()  # the devices of this process, which may be fewer than training had
     loaded = hf.load(folder, mesh=mesh)
     tokenizer = data.load_tokenizer(str(folder))
-    mark = make_marker(recipe, data.detokenizer(tokenizer), functions_of(recipe))
+    mark = marker(recipe, data.detokenizer(tokenizer))
     vocabulary = data.read_vocabulary(folder, tokenizer, loaded.config.vocab_size)
     say(vocabulary.summary)
     params = evaluation_params(recipe, vocabulary.stop_ids)

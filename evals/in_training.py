@@ -22,7 +22,6 @@ from jaxrl import config, data
 from jaxrl.checkpoint import identity
 from jaxrl.errors import InputError
 from jaxrl.files import set_aside, write_atomically
-from jaxrl.marking import functions_of, make_marker
 from jaxrl.parallel import processes
 from jaxrl.results import Average, TaskResult, TrainingResult
 from jaxrl.run import Run, Setup
@@ -51,7 +50,7 @@ class InTraining:
             if out.parent.name == "benchmarks":
                 run_benchmarks(run, self.tasks, params, out, steps, own)
             else:
-                mark = make_marker(work.recipe, run.setup.detokenize, functions_of(work.recipe))
+                mark = held_out.marker(work.recipe, run.setup.detokenize)
                 problems = HeldOut(work.recipe, self.problems, params, mark)
                 problems.measure(run.sampler, run.progress, out, "step", steps, own)
 
@@ -71,6 +70,8 @@ class InTraining:
             key: section[key]
             for key in ("samples", "benchmark_samples", "max_tokens", "temperature", "top_p")
         }
+        if section["verifier"]:
+            how["verifier"] = section["verifier"]
         prompts = [*self.problems, *(prompt for task in self.tasks for prompt in task.prompts)]
         asked = [(prompt.tokens.tolist(), prompt.answer) for prompt in prompts]
         return blake3(

@@ -136,7 +136,7 @@ def _with_values(table: JsonObject, kind: type, where: str) -> JsonObject:
 
 
 def cells(matrix: Matrix, steps: int) -> Iterator[Cell]:
-    """The runs: of the baseline first, then of each variant, by seed.
+    """The runs, seed by seed, so that all variants have as many at any time: of the baseline first.
 
     Args:
       matrix: see `load`.
@@ -145,8 +145,8 @@ def cells(matrix: Matrix, steps: int) -> Iterator[Cell]:
     Raises:
       InputError: for a recipe that cannot be, naming the variant.
     """
-    for variant in (Variant(BASELINE), *matrix.variants):
-        for seed in matrix.seeds:
+    for seed in matrix.seeds:
+        for variant in (Variant(BASELINE), *matrix.variants):
             folder = Path(matrix.directory) / (variant.slug) / f"seed-{seed}"
             values = _seeded({**matrix.values, **variant.values}, seed)
             own = {"run.directory": str(folder), "run.seed": seed, "run.steps": steps}

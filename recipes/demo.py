@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -32,6 +33,20 @@ STREAM = 512  # tokens of a stream
 BUCKET = 16  # tokens between attention lengths
 CHUNK = 256  # tokens whose logits exist at one time
 LONGEST = 48  # tokens; no example has more
+MODEL = jaxrl.ModelConfig(
+    family="qwen2",
+    vocab_size=len(SYMBOLS),
+    width=128,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    mlp_width=352,
+    rope_theta=10_000.0,
+    norm_epsilon=1e-6,
+    tied=False,
+    max_positions=256,
+)
 
 
 def main() -> None:
@@ -49,26 +64,21 @@ def main() -> None:
     write_problems(args.out / "heldout.jsonl", problems[:500])
     write_problems(args.out / "train.jsonl", problems[500:])
     tokenizer = make_tokenizer()
-    model = jaxrl.ModelConfig(
-        family="qwen2",
-        vocab_size=len(SYMBOLS),
-        width=128,
-        layers=3,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        mlp_width=352,
-        rope_theta=10_000.0,
-        norm_epsilon=1e-6,
-        tied=False,
-        max_positions=256,
-    )
-    params = learn(model, tokenizer, problems[500:], args.steps, args.seed, rng)
-    jaxrl.save_model(jaxrl.Model(model, params), args.out / "base")
-    tokenizer.save_pretrained(args.out / "base")
+
+    def examples() -> list[Rollout]:
+        chosen = [problems[500 + i] for i in rng.integers(20_000, size=BATCH)]
+        return [example(tokenizer, f"{a}+{b}=?", str(a + b), worked(a, b, rng)) for a, b in chosen]
+
+    params = learn(MODEL, examples, args.steps, args.seed, LONGEST)
+    save(jaxrl.Model(MODEL, params), tokenizer, args.out / "base")
+
+
+def save(model: jaxrl.Model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    jaxrl.save_model(model, folder)
+    tokenizer.save_pretrained(folder)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    (args.out / "base" / "generation_config.json").write_text(json.dumps(ids), encoding="utf-8")
-    print(f"{args.out / 'base'}: {sum(p.size for p in jax.tree.leaves(params)):,} parameters")
+    (folder / "generation_config.json").write_text(json.dumps(ids), encoding="utf-8")
+    print(f"{folder}: {sum(p.size for p in jax.tree.leaves(model.params)):,} parameters")
 
 
 def write_problems(path: Path, problems: list[tuple[int, int]]) -> None:
@@ -105,41 +115,34 @@ def worked(a: int, b: int, rng: np.random.Generator) -> str:
 
 
 def learn(
-    model: jaxrl.ModelConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    problems: list[tuple[int, int]],
-    steps: int,
-    seed: int,
-    rng: np.random.Generator,
+    model: jaxrl.ModelConfig, examples: Callable[[], list[Rollout]], steps: int, seed: int, longest: int
 ) -> Params:
-    """Supervised updates on the teacher's examples of random problems."""
+    """Supervised updates on the teacher's examples, BATCH at a time, none of more tokens than the longest."""
     mesh = jaxrl.make_mesh()
     adam = config.Optimizer(learning_rate=3e-3, warmup_steps=20, beta2=0.99, weight_decay=0.0)
     optimizer = jaxrl.make_optimizer(adam)
-    layout = jaxrl.Layout(streams=(STREAM,), buckets=jaxrl.bucket_lengths(BUCKET, LONGEST))
+    layout = jaxrl.Layout(streams=(STREAM,), buckets=jaxrl.bucket_lengths(BUCKET, longest))
     numerics = jaxrl.Numerics(logprob_chunk=CHUNK)
     objective = jaxrl.Objective(clip_low=0.2, clip_high=0.2, dual_clip=10.0)
     update, _ = jaxrl.make_update(model, optimizer, mesh, layout, numerics, objective)
     state = jaxrl.init_state(jaxrl.initialize(model, seed), optimizer, mesh)
     for step in track(range(steps), description="supervised start"):
-        chosen = [problems[i] for i in rng.integers(len(problems), size=BATCH)]
-        examples = [example(tokenizer, a, b, rng) for a, b in chosen]
         rate = jaxrl.learning_rate(adam, step)
-        batch = jaxrl.pack(examples, np.ones(BATCH), mesh.size, layout, learning_rate=rate, on_policy=True)
+        batch = jaxrl.pack(examples(), np.ones(BATCH), mesh.size, layout, learning_rate=rate, on_policy=True)
         state, metrics = update(state, jaxrl.to_devices(batch, mesh))
     loss = float(metrics["logprob_diff_mean"])  # mean |log p - 0|: examples have no sampler log-probs
     print(f"cross-entropy of the last batch: {loss:.3f} nats a token")
     return state.params
 
 
-def example(tokenizer: PreTrainedTokenizerFast, a: int, b: int, rng: np.random.Generator) -> Rollout:
+def example(tokenizer: PreTrainedTokenizerFast, problem: str, answer: str, response: str) -> Rollout:
     """One of the teacher's, as a rollout."""
 
     def encode(text: str) -> np.ndarray:
         return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
-    prompt = Prompt("", encode(f"<user>{a}+{b}=?<assistant>"), str(a + b))
-    tokens = encode(worked(a, b, rng) + tokenizer.eos_token)
+    prompt = Prompt("", encode(f"<user>{problem}<assistant>"), answer)
+    tokens = encode(response + tokenizer.eos_token)
     return Rollout(prompt, tokens, np.zeros(len(tokens), np.float32), "stop", 0)
 
 

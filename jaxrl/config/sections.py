@@ -585,7 +585,7 @@ class Checkpoint(Section):
 @dataclass(frozen=True)
 class Eval(Section):
     path: Location = ""
-    """Held-out problems with the training columns, marked by the run's verifier; what data.path may be (ours)."""
+    """Held-out problems with the training columns, marked by eval.verifier; what data.path may be (ours)."""
     config: str = ""
     """Configuration of the data set of eval.path, if it has several (ours)."""
     split: str = ""
@@ -599,6 +599,8 @@ class Eval(Section):
     """Local copies of the benchmarks, as `jaxrl eval --data` takes them; empty downloads them."""
     every: Count = 0
     """Steps between evaluations during training; 0 evaluates only on request (JustRL: 50)."""
+    verifier: Literal["", Verifier] = ""
+    """Marks answers to the problems of eval.path, in place of reward.verifier and functions (ours)."""
     problems: Count = 0
     """Take the first n problems, of each benchmark too; 0 takes all."""
     samples: Positive = 8

@@ -1,0 +1,102 @@
+"""Makes what recipes/techniques.toml needs: a task on which techniques can differ, and a base model for each seed.
+
+    python -m recipes.techniques runs/techniques [--seeds 1 2 3 4 5] [--steps 400]
+
+The problems are additions of two numbers of two to four digits, worked column by column as in the demo, and harder to
+reward: one line of three is checked, by writing it again with fewer mistakes, so that a longer answer is a better one,
+and the budget of tokens cuts long answers off. One answer of three has a 0 before it: `\\boxed{0932}` is right, and a
+verifier that compares characters marks it wrong. A sixth of the examples has the beginning of the worked solution in its
+prompt. Each seed has a base model of its own; all have the same problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jaxrl import Model, Rollout
+from recipes.demo import BATCH, MODEL, example, learn, make_tokenizer, save
+
+SLIP = 0.2  # chance that a column's sum is off by one
+CHECKED_SLIP = 0.06  # where it is the second time that the line is written
+CHECK = 1 / 3  # of the lines
+ZERO = 1 / 3  # of the answers have a 0 before them
+HINTED = 1 / 6  # of the examples
+LONGEST = 176  # tokens; no example has more
+HELD_OUT = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="train.jsonl, heldout.jsonl and a base-SEED for each go there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--steps", type=int, default=400, help="supervised updates of a base model")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    problems = draw(np.random.default_rng(0), 8_000)
+    write_problems(args.out / "heldout.jsonl", problems[:HELD_OUT])
+    write_problems(args.out / "train.jsonl", problems[HELD_OUT:])
+    for seed in args.seeds:
+        if not (args.out / f"base-{seed}" / "generation_config.json").exists():
+            make_base(args.out / f"base-{seed}", problems[HELD_OUT:], args.steps, seed)
+
+
+def draw(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """Different pairs of numbers of equally many digits."""
+    found: dict[tuple[int, int], None] = {}
+    while len(found) < count:
+        low = 10 ** int(rng.integers(1, 4))
+        a, b = rng.integers(low, 10 * low, size=2)
+        found[int(a), int(b)] = None
+    return list(found)
+
+
+def write_problems(path: Path, problems: list[tuple[int, int]]) -> None:
+    right = np.random.default_rng(0)
+    rows = [
+        {"problem": f"{a}+{b}=?", "answer": str(a + b), "solution": worked(a, b, right, slips=False)}
+        for a, b in problems
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_base(folder: Path, problems: list[tuple[int, int]], steps: int, seed: int) -> None:
+    rng, tokenizer = np.random.default_rng(seed), make_tokenizer()
+
+    def examples() -> list[Rollout]:
+        return [teach(*problems[i], rng.random() < HINTED) for i in rng.integers(len(problems), size=BATCH)]
+
+    def teach(a: int, b: int, hinted: bool) -> Rollout:
+        response = worked(a, b, rng)
+        hint = "\n" + response[: int(len(response) * rng.random())] if hinted else ""
+        return example(tokenizer, f"{a}+{b}=?{hint}", str(a + b), response)
+
+    save(Model(MODEL, learn(MODEL, examples, steps, seed, LONGEST)), tokenizer, folder)
+
+
+def worked(a: int, b: int, rng: np.random.Generator, slips: bool = True) -> str:
+    """As the demo's, of as many columns as there are digits, with lines that are checked."""
+
+    def total(right: int, chance: float) -> int:
+        return max(0, right + int(rng.choice([-1, 1]))) if slips and rng.random() < chance else right
+
+    lines, digits, carry = [], "", 0
+    for column in range(len(str(a))):
+        x, y = a // 10**column % 10, b // 10**column % 10
+        found = total(x + y + carry, SLIP)
+        lines.append(f"{x}+{y}+{carry}={found}")
+        if rng.random() < CHECK:
+            found = total(x + y + carry, CHECKED_SLIP)
+            lines.append(f"{x}+{y}+{carry}={found}")
+        carry, digits = found // 10, str(found % 10) + digits
+    zero = "0" * bool(slips and rng.random() < ZERO)
+    return "\n".join([*lines, f"\\boxed{{{zero}{str(carry) * (carry > 0)}{digits}}}"])
+
+
+if __name__ == "__main__":
+    main()
