@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
 
-from evals.matrix import BASELINE, Cell, Matrix
+from evals.matrix import BASELINE, Budget, Cell, Matrix, departures
 from evals.paired import Difference, difference, holm, seeds_needed
 from jaxrl.errors import InputError
 from jaxrl.report.runs import Run, ends, read_run, series, total
+from jaxrl.results import HeldOutResult, TaskResult, TrainingResult
 
 NOTICED = 0.02  # a difference of accuracy for which the seeds that it would take are said
 SEEN = 0.05  # level of the corrected p-values
+SPENT = {"tokens": "sampler/tokens", "seconds": "time/step"}  # metrics whose sums a budget may bound
+MEASURES = (
+    "budget",
+    "tokens",
+    "seconds",
+)  # where accuracies are compared: budget used up, and at equal amounts
 Axis = Float[np.ndarray, " K"]
 
 
@@ -26,29 +33,29 @@ class Curve(NamedTuple):
     steps: Axis
     tokens: Axis  # sampled before
     seconds: Axis  # in steps before
-    right: Float[np.ndarray, "K P"]  # share of each problem's answers
+    scores: Float[np.ndarray, "K P"]  # see `_scores`
 
     def at(self, axis: Axis, place: float) -> Float[np.ndarray, " P"]:
-        """The shares at a place of an axis, on the line between the evaluations around it."""
+        """The scores at a place of an axis, on the line between the evaluations around it."""
         k = int(np.clip(np.searchsorted(axis, place), 1, len(axis) - 1))
         span = axis[k] - axis[k - 1]
         part = np.clip((place - axis[k - 1]) / span, 0, 1) if span else 1.0
-        return (1 - part) * self.right[k - 1] + part * self.right[k]
+        return (1 - part) * self.scores[k - 1] + part * self.scores[k]
 
     def reaches(self, accuracy: float, axis: Axis) -> float:
         """Where an axis has the first evaluation of at least this accuracy, on the line before it; NaN if nowhere."""
-        means = self.right.mean(axis=1)
+        means = self.scores.mean(axis=1)
         k = next((k for k, mean in enumerate(means) if mean >= accuracy), None)
         if k is None:
             return math.nan
-        if k == 0 or means[k] == means[k - 1]:
-            return float(axis[k])
+        if k == 0:
+            return float(axis[0])
         part = (accuracy - means[k - 1]) / (means[k] - means[k - 1])
         return float(axis[k - 1] + part * (axis[k] - axis[k - 1]))
 
 
 class Finished(NamedTuple):
-    """A run of the matrix that is there."""
+    """A run of the matrix that has used its budget."""
 
     cell: Cell
     run: Run
@@ -61,123 +68,178 @@ class Compared:
 
     name: str
     seeds: list[int]
-    final: float  # accuracy at the end, mean over seeds
-    differences: Mapping[str, Difference]  # by measure: final, tokens, seconds
-    corrected: dict[str, float]  # p-values, by measure, for all variants together
-    needed: int  # seeds for NOTICED
-    reached: Mapping[
-        float, tuple[int, float, float]
-    ]  # by accuracy: runs that reach it, median tokens and seconds
+    accuracy: float  # with the budget used up, mean over seeds
+    differences: Mapping[str, Difference]  # by measure
+    corrected: dict[str, float]  # p-values, by measure, for all variants together; none of the baseline
+    needed: int  # seeds for NOTICED; 0 where it cannot be told
+    reached: Mapping[float, tuple[int, float, float]]  # by accuracy: runs that do, median tokens and seconds
     totals: Mapping[str, float]  # means over seeds
-    departs: list[str] = dataclasses.field(default_factory=list)
 
     def verdict(self) -> str:
-        """What can be said of the accuracy at the end."""
-        found, n = self.differences["final"], len(self.seeds)
-        if self.corrected["final"] < SEEN:
-            return f"{'better' if found.mean > 0 else 'worse'} by {found.low:+.1%} to {found.high:+.1%}"
+        """What can be said of the accuracy with the budget used up."""
+        found, n = self.differences["budget"], len(self.seeds)
         if not math.isfinite(found.low):
             return "no verdict: one seed"
-        return f"no difference seen with {n} seeds; one of {NOTICED:.0%} would take about {self.needed}"
+        if self.corrected["budget"] < SEEN:
+            return "better" if found.mean > 0 else "worse"
+        return f"no difference seen with {n} seeds" + (
+            f"; one of {100 * NOTICED:g} points would take about {self.needed}" if self.needed else ""
+        )
 
 
-def curve_of(run: Run) -> Curve:
-    """The curve of a run.
+def spent(run: Run, budget: Budget) -> float:
+    """What a run has used of a budget, in its unit."""
+    unit, _ = budget.given
+    return float(len(run.rows)) if unit == "steps" else total(run.rows, SPENT[unit])
+
+
+def steps_wanted(cell: Cell, budget: Budget, run: Run | None) -> int | None:
+    """What run.steps a run is to be started with, by what its steps have taken so far; None if it is finished."""
+    if run is None or not run.rows:
+        return cell.recipe.run.steps
+    done, used, most = len(run.rows), spent(run, budget), budget.given[1]
+    if used < most:
+        return done + max(1, math.ceil(done * (most - used) / used)) if used else 2 * done
+    return None if _evaluations(run) and _evaluations(run)[-1]["step"] == done else done
+
+
+def find(cells: Sequence[Cell], budget: Budget) -> list[tuple[Cell, Run | None]]:
+    """The runs that are there, whoever made them.
 
     Raises:
-      InputError: if it has no two evaluations during training, or they lack the right answers of each problem.
+      InputError: if one is of another recipe than its cell.
     """
-    found = sorted({r["step"]: r for r in run.evaluations if r["name"] == "step"}.items())
+    found: list[tuple[Cell, Run | None]] = []
+    for cell in cells:
+        run = read_run(cell.folder) if (cell.folder / "metrics.jsonl").exists() else None
+        if run and run.recipe and (other := departures(cell, run.recipe)):
+            raise InputError(
+                f"{cell.folder}: is of another recipe ({'; '.join(other)}); rename variant '{cell.variant}', or move "
+                "the run away"
+            )
+        found.append((cell, run and _within(run, budget)))
+    return found
+
+
+def _within(run: Run, budget: Budget) -> Run:
+    """The part of a run that a budget of steps has."""
+    if not budget.steps:
+        return run
+    most = budget.steps
+    return dataclasses.replace(
+        run,
+        rows=run.rows[:most],
+        evaluations=[result for result in run.evaluations if result["step"] <= most],
+        benchmarks=[result for result in run.benchmarks if result["step"] <= most],
+    )
+
+
+def _evaluations(run: Run) -> Sequence[HeldOutResult | TrainingResult]:
+    """Those during training, by step: on held-out problems, or on benchmarks where there are none."""
+    return [result for result in run.evaluations if result["name"] == "step"] or run.benchmarks
+
+
+def _scores(result: HeldOutResult | TrainingResult) -> list[float]:
+    """A number for each problem, of which the accuracy is the mean; of benchmarks, each of which counts the same."""
+    tasks = cast(TrainingResult, result).get("benchmarks")
+    sets: Sequence[HeldOutResult | TaskResult]
+    sets = list(tasks.values()) if tasks else [cast(HeldOutResult, result)]
+    shares = [[right / each["samples"] for right in each["right"]] for each in sets]
+    count = sum(map(len, shares))
+    return [share * count / len(sets) / len(own) for own in shares for share in own]
+
+
+def finished(runs: Sequence[tuple[Cell, Run | None]], budget: Budget) -> list[Finished]:
+    """Those that have used their budget.
+
+    Raises:
+      InputError: if one has no two evaluations, or lacks the right answers of each problem.
+    """
+    there = [(cell, run) for cell, run in runs if run and steps_wanted(cell, budget, run) is None]
+    return [Finished(cell, run, _curve(run)) for cell, run in there]
+
+
+def _curve(run: Run) -> Curve:
+    found = _evaluations(run)
     if len(found) < 2:
         raise InputError(
-            f"{run.directory}: has {len(found)} evaluations during training; set eval.path and eval.every"
+            f"{run.directory}/eval: has {len(found)} evaluations during training, and a curve takes two"
         )
-    if missing := [step for step, result in found if "right" not in result]:
+    try:
+        scores = np.array([_scores(result) for result in found])
+    except KeyError:
         raise InputError(
-            f"{run.directory}/eval: the result after step {missing[0]} is of an older version, without each problem's "
-            "right answers; remove it, and the run makes it again"
-        )
-    steps = np.array([step for step, _ in found], float)
-    spent = {
-        name: np.concatenate([[0.0], np.cumsum(np.nan_to_num(series(run.rows, key)))])
-        for name, key in (("tokens", "sampler/tokens"), ("seconds", "time/step"))
-    }
-    right = np.array([np.array(result["right"]) / result["samples"] for _, result in found])
-    tokens, seconds = (spent[name][steps.astype(int)] for name in ("tokens", "seconds"))
-    return Curve(steps, tokens, seconds, right)
+            f"{run.directory}/eval: has results of an older version, without each problem's right answers; run "
+            "the matrix in another directory"
+        ) from None
+    steps = np.array([result["step"] for result in found])
+    tokens, seconds = (
+        np.concatenate([[0.0], np.cumsum(np.nan_to_num(series(run.rows, key)))])[steps]
+        for key in SPENT.values()
+    )
+    return Curve(steps.astype(float), tokens, seconds, scores)
 
 
-def read(cells: Sequence[Cell]) -> list[Finished]:
-    """The runs of a matrix that are there, whoever made them."""
-    found = [(cell, read_run(cell.folder)) for cell in cells if (cell.folder / "metrics.jsonl").exists()]
-    return [Finished(cell, run, curve_of(run)) for cell, run in found]
-
-
-def compare(matrix: Matrix, finished: Sequence[Finished]) -> list[Compared]:
+def compare(matrix: Matrix, runs: Sequence[Finished]) -> list[Compared]:
     """Compares every variant with the baseline, which comes first.
 
     Equal tokens and seconds are those of the run that has spent least.
 
     Raises:
-      InputError: if no run of the baseline is there.
+      InputError: if no run of the baseline is finished, or runs have other held-out problems.
     """
-    runs = {(each.cell.variant, each.cell.seed): each for each in finished}
-    base = {seed: each for (variant, seed), each in runs.items() if variant == BASELINE}
+    by_cell = {(each.cell.variant, each.cell.seed): each for each in runs}
+    base = {seed for variant, seed in by_cell if variant == BASELINE}
     if not base:
         raise InputError(f"{matrix.directory}: no run of the baseline is finished")
-    least = {
-        "tokens": min(each.curve.tokens[-1] for each in finished),
-        "seconds": min(each.curve.seconds[-1] for each in finished),
-    }
+    if len({each.curve.scores.shape[1] for each in runs}) > 1:
+        raise InputError(f"{matrix.directory}: runs have different numbers of held-out problems")
+    unit, most = matrix.budget.given
+    least = {name: min(getattr(each.curve, name)[-1] for each in runs) for name in SPENT}
 
     def measured(each: Finished) -> dict[str, Float[np.ndarray, " P"]]:
         curve = each.curve
-        return {
-            "final": curve.right[-1],
-            "tokens": curve.at(curve.tokens, least["tokens"]),
-            "seconds": curve.at(curve.seconds, least["seconds"]),
+        places = {
+            "budget": (unit, most),
+            "tokens": ("tokens", least["tokens"]),
+            "seconds": ("seconds", least["seconds"]),
         }
+        return {measure: curve.at(getattr(curve, axis), place) for measure, (axis, place) in places.items()}
 
     found = []
     for name in (BASELINE, *(variant.name for variant in matrix.variants)):
-        own = {seed: each for (variant, seed), each in runs.items() if variant == name and seed in base}
-        if not own:
+        seeds = sorted(seed for variant, seed in by_cell if variant == name and seed in base)
+        if not seeds:
             continue
-        ours, theirs = ([measured(runs[key, seed]) for seed in sorted(own)] for key in (name, BASELINE))
-        pairs = {
-            measure: np.array([a[measure] - b[measure] for a, b in zip(ours, theirs, strict=True)])
-            for measure in ours[0]
-        }
-        spread = float(pairs["final"].mean(axis=1).std(ddof=1)) if len(own) > 1 else 0.0
-        reached = {}
-        for accuracy in matrix.accuracies:
-            at = [
-                (
-                    each.curve.reaches(accuracy, each.curve.tokens),
-                    each.curve.reaches(accuracy, each.curve.seconds),
-                )
-                for each in own.values()
-            ]
-            there = np.array([pair for pair in at if not math.isnan(pair[0])]).reshape(-1, 2)
-            median = np.median(there, axis=0) if len(there) else np.full(2, np.nan)
-            reached[accuracy] = (len(there), float(median[0]), float(median[1]))
+        own = [by_cell[name, seed] for seed in seeds]
+        ours, theirs = ([measured(by_cell[key, seed]) for seed in seeds] for key in (name, BASELINE))
+        pairs = {m: np.array([a[m] - b[m] for a, b in zip(ours, theirs, strict=True)]) for m in MEASURES}
+        spread = float(pairs["budget"].mean(axis=1).std(ddof=1)) if len(seeds) > 1 else 0.0
         found.append(
             Compared(
                 name,
-                sorted(own),
-                float(np.mean([a["final"].mean() for a in ours])),
+                seeds,
+                float(np.mean([each["budget"] for each in ours])),
                 {measure: difference(values) for measure, values in pairs.items()},
                 {},
                 seeds_needed(spread, NOTICED) if spread else 0,
-                reached,
-                _totals([each.run for each in own.values()]),
+                {accuracy: _reached(own, accuracy) for accuracy in matrix.accuracies},
+                _totals([each.run for each in own]),
             )
         )
-    for measure in ("final", "tokens", "seconds"):
-        others = [each for each in found if each.name != BASELINE]
+    others = found[1:]
+    for measure in MEASURES:
         for each, p in zip(others, holm([o.differences[measure].p for o in others]), strict=True):
             each.corrected[measure] = p
     return found
+
+
+def _reached(runs: Sequence[Finished], accuracy: float) -> tuple[int, float, float]:
+    """How many runs reach an accuracy, and the medians over these of the tokens and seconds it takes."""
+    at = [[each.curve.reaches(accuracy, getattr(each.curve, axis)) for axis in SPENT] for each in runs]
+    there = [pair for pair in at if not math.isnan(pair[0])]
+    tokens, seconds = np.median(there, axis=0) if there else (math.nan, math.nan)
+    return len(there), float(tokens), float(seconds)
 
 
 def _totals(runs: Sequence[Run]) -> dict[str, float]:
@@ -187,42 +249,10 @@ def _totals(runs: Sequence[Run]) -> dict[str, float]:
             "tokens sampled": total(run.rows, "sampler/tokens"),
             "tokens trained on": total(run.rows, "update/tokens"),
             "seconds": total(run.rows, "time/step"),
-            **{
-                title: ends(series(run.rows, key))[1]
-                for title, key in (
-                    ("entropy", "policy/entropy"),
-                    ("length", "response/length_mean"),
-                    ("truncated", "response/truncated_fraction"),
-                )
-            },
+            "entropy": ends(series(run.rows, "policy/entropy"))[1],
+            "length": ends(series(run.rows, "response/length_mean"))[1],
+            "truncated": ends(series(run.rows, "response/truncated_fraction"))[1],
         }
         for run in runs
     ]
     return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
-
-
-def done(cell: Cell, matrix: Matrix) -> bool:
-    """Whether a cell's run has used its budget and was evaluated at its end."""
-    return steps_left(cell, matrix) == 0
-
-
-def steps_left(cell: Cell, matrix: Matrix) -> int:
-    """Steps that a cell's run is short of, by what its steps have taken so far; at least one where it is unfinished."""
-    if not (cell.folder / "metrics.jsonl").exists():
-        return cell.recipe.run.steps
-    run = read_run(cell.folder)
-    steps = len(run.rows)
-    if matrix.budget.steps:
-        short = max(0, matrix.budget.steps - steps)
-    else:
-        key, most = (
-            ("sampler/tokens", matrix.budget.tokens)
-            if matrix.budget.tokens
-            else ("time/step", matrix.budget.seconds)
-        )
-        spent = total(run.rows, key)
-        short = (
-            math.ceil(steps * max(0.0, float(most or 0) - spent) / spent) if spent else cell.recipe.run.steps
-        )
-    evaluated = any(result["step"] == steps and result["name"] == "step" for result in run.evaluations)
-    return short or int(not evaluated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import queue
 import shlex
@@ -10,15 +11,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxrl import config
 from jaxrl.commands.options import positive
 from jaxrl.errors import InputError, RunError
-from jaxrl.files import write_atomically
 
 if TYPE_CHECKING:
     from evals.matrix import Cell, Matrix
@@ -28,107 +28,139 @@ FIRST = 20  # steps of a run by which it is known how many a budget of tokens or
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("matrix", type=Path, help="MATRIX.toml, see docs/compare.md")
-    parser.add_argument(
-        "--jobs", type=positive, default=1, metavar="N", help="runs at a time here (default: 1)"
+    add = parser.add_argument
+    add("matrix", help="MATRIX.toml, or the name of one that comes along: techniques")
+    add(
+        "--jobs",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="runs at a time here, on a share of the cores each",
     )
-    launch = "start each missing run by this instead, such as 'sbatch launch/slurm.sbatch {recipe}'"
-    parser.add_argument("--launch", metavar="COMMAND", help=launch)
-    parser.add_argument(
-        "--report-only", action="store_true", help="start nothing; compare the runs that are there"
+    add(
+        "--launch",
+        metavar="COMMAND",
+        help="start missing runs by this: 'sbatch launch/slurm.sbatch {recipe}'",
     )
+    add("--report-only", action="store_true", help="start nothing, and compare the runs that are finished")
+    add("--dry-run", action="store_true", help="say which runs are missing, and do nothing")
 
 
 def run(args: argparse.Namespace, _: list[str]) -> None:
     from evals import compare, compare_page, matrix
 
-    table = matrix.load(args.matrix)
-    cells = list(matrix.cells(table, table.budget.steps or FIRST))
-    missing = [cell for cell in cells if not compare.done(cell, table)]
     if args.launch and "{recipe}" not in args.launch:
         raise InputError("--launch: the command has no {recipe}, the place of the recipe's path")
+    table = matrix.load(args.matrix)
+    cells = matrix.cells(table, table.budget.steps or FIRST)
+    runs = compare.find(cells, table.budget)
+    missing = [
+        (cell, steps)
+        for cell, run in runs
+        if (steps := compare.steps_wanted(cell, table.budget, run)) is not None
+    ]
     failed: list[str] = []
-    if missing and args.launch:
+    if args.dry_run:
+        for cell, steps in missing:
+            print(f"{cell.title}: to {steps} steps in {cell.folder}")
+    elif args.launch:
         _launch(args.launch, missing)
-    elif missing and not args.report_only:
-        failed = _train(table, missing, args.jobs)
-    left = [cell for cell in cells if not compare.done(cell, table)]
-    print(f"{len(cells) - len(left)} of {len(cells)} runs are finished")
-    ready = [cell for cell in cells if cell not in left]
-    found = compare.compare(table, compare.read(ready))
-    for path in compare_page.write(table, cells, found, compare.read(ready)):
-        print(path)
+    elif not args.report_only:
+        failed = _train(table, [cell for cell, _ in missing], args.jobs)
+    ready = compare.finished(compare.find(cells, table.budget), table.budget)
+    print(f"{len(ready)} of {len(cells)} runs are finished")
+    if not args.dry_run and any(each.cell.variant == matrix.BASELINE for each in ready):
+        for path in compare_page.write(table, cells, compare.compare(table, ready), ready):
+            print(path)
     if failed:
-        raise RunError(
-            f"{len(failed)} runs failed, and the same command tries them again: {'; '.join(failed)}"
-        )
+        raise RunError(f"{len(failed)} runs failed; the same command tries them again: {'; '.join(failed)}")
 
 
 def _recipe(cell: Cell, steps: int) -> Path:
     """Writes the recipe of a cell beside its run folder."""
+    from jaxrl import config
+    from jaxrl.files import write_atomically
+
     path = cell.folder.with_suffix(".toml")
-    values = config.load(cell.recipe, {"run.steps": steps})
+    values = cell.recipe if cell.recipe.run.steps == steps else config.load(cell.recipe, {"run.steps": steps})
     write_atomically(path, config.to_toml(values))
     return path
 
 
-def _launch(template: str, cells: Sequence[Cell]) -> None:
-    """Starts each run that was not started so before."""
-    for cell in cells:
+def _launch(template: str, missing: Sequence[tuple[Cell, int]]) -> None:
+    """Starts each run that was not started for so many steps before."""
+    from jaxrl.files import write_atomically
+
+    for cell, steps in missing:
         marker = cell.folder.with_suffix(".launched")
-        if marker.exists():
-            print(f"{cell.folder}: started before, and not finished; remove {marker} to start it again")
+        if marker.exists() and int(marker.read_text(encoding="utf-8")) >= steps:
+            print(f"{cell.title}: started before, and not finished; remove {marker} to start it again")
             continue
-        path = _recipe(cell, cell.recipe.run.steps)
-        command = [part.replace("{recipe}", str(path)) for part in shlex.split(template)]
-        ran = subprocess.run(command, check=False)
-        if ran.returncode:
-            raise RunError(f"{shlex.join(command)} ended with status {ran.returncode}")
-        write_atomically(marker, shlex.join(command) + "\n")
+        command = [part.replace("{recipe}", str(_recipe(cell, steps))) for part in shlex.split(template)]
+        print(f"{cell.title}: {shlex.join(command)}", flush=True)
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RunError(
+                f"--launch: {error}; the runs before it are started, and the same command goes on"
+            ) from None
+        write_atomically(marker, f"{steps}\n")
 
 
 def _train(table: Matrix, cells: Sequence[Cell], jobs: int) -> list[str]:
-    """Trains runs here, so many at a time, each on its share of the cores; returns a line for each that failed."""
+    """Trains runs here, so many at a time; returns a line for each that failed."""
+    from evals import compare
+
     stopping, running = threading.Event(), set[subprocess.Popen[bytes]]()
+    shares, number = queue.SimpleQueue[Sequence[int]](), itertools.count(1)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    shares = queue.SimpleQueue[Sequence[int]]()
     for job in range(jobs):
         shares.put(cores[job::jobs] or cores)
 
-    def one(cell: Cell) -> str:
-        share = shares.get()
-        try:
-            return trained(cell, share)
-        finally:
-            shares.put(share)
+    def wanted(cell: Cell) -> int | None:
+        [(_, run)] = compare.find([cell], table.budget)
+        return compare.steps_wanted(cell, table.budget, run)
 
-    def trained(cell: Cell, share: Sequence[int]) -> str:
-        from evals import compare
-
-        print(f"{cell.variant}, seed {cell.seed}: {cell.folder}", flush=True)
-        while not stopping.is_set() and (left := compare.steps_left(cell, table)):
-            done = 0
-            if (cell.folder / "metrics.jsonl").exists():
-                done = len(compare.read_run(cell.folder).rows)
-            path = _recipe(cell, max(done + left, 1) if done else cell.recipe.run.steps)
-            with cell.folder.with_suffix(".log").open("ab") as log:
-                command = [sys.executable, "-m", "jaxrl.cli", "train", str(path), "--quiet"]
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-                if share:
-                    os.sched_setaffinity(process.pid, share)
-                running.add(process)
-                status = process.wait()
-                running.discard(process)
-            if status:
-                log_file = cell.folder.with_suffix(".log")
-                return f"{cell.variant}, seed {cell.seed}: status {status}, see {log_file}"
+    def trained(cell: Cell, log: Path, share: Sequence[int]) -> str:
+        """Trains until the budget is used; returns what failed."""
+        before, steps = None, wanted(cell)
+        while steps is not None and not stopping.is_set():
+            if steps == before:
+                return "ended short of its budget"
+            command = [sys.executable, "-m", "jaxrl.cli", "train", str(_recipe(cell, steps)), "--quiet"]
+            with log.open("ab") as file:  # in a session of its own, so that Ctrl-C reaches it once, from here
+                process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            if share:
+                os.sched_setaffinity(process.pid, share)
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+            if status and not stopping.is_set():
+                return f"status {status}"
+            before, steps = steps, wanted(cell)
         return ""
 
+    def one(cell: Cell) -> str:
+        if stopping.is_set():
+            return ""
+        share, began, log = shares.get(), time.monotonic(), cell.folder.with_suffix(".log")
+        try:
+            if failure := trained(cell, log, share):
+                return f"{cell.title}: {failure}, see {log}"
+        finally:
+            shares.put(share)
+        if not stopping.is_set():
+            print(
+                f"{next(number)} of {len(cells)}: {cell.title}, {time.monotonic() - began:.0f} s", flush=True
+            )
+        return ""
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(jobs) as pool:
         try:
             return [line for line in pool.map(one, cells) if line]
-        except BaseException:  # Ctrl-C reaches the runs too, which save their steps
+        except BaseException:
             stopping.set()
-            for process in running:
-                process.send_signal(signal.SIGINT)
+            for process in list(running):
+                process.send_signal(signal.SIGINT)  # they save their steps
             raise

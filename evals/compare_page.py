@@ -1,188 +1,226 @@
-"""The comparison of variants for people: a page, a table in Markdown, the numbers as JSON."""
+"""The comparison of variants for people: a page, tables in Markdown, the numbers as JSON, figures."""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from evals.compare import NOTICED, SEEN, Compared, Finished
+from evals.compare import MEASURES, NOTICED, SEEN, SPENT, Compared, Curve, Finished
 from evals.matrix import BASELINE, Cell, Matrix
-from evals.paired import POWER, Difference
+from evals.paired import POWER
 from jaxrl import config
 from jaxrl.files import replacing, write_atomically
-from jaxrl.report.markdown import table
-from jaxrl.report.panels import colors_of
+from jaxrl.report import markdown
 
-MEASURES = {"final": "at the end", "tokens": "at equal tokens", "seconds": "at equal seconds"}
+PLACES = {"budget": "budget used up", "tokens": "at equal tokens", "seconds": "at equal seconds"}
+COLORS = {"better": "#009E73", "worse": "#D55E00"}
+OTHER = "#5c6470"
+POINTS = 60  # of a curve
+
+
+class Table(NamedTuple):
+    """Of the page: a title, rows of text, and what they are."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str
 
 
 def write(
     matrix: Matrix, cells: Sequence[Cell], found: Sequence[Compared], runs: Sequence[Finished]
 ) -> list[Path]:
-    """Writes compare.md, compare.json, compare.png and compare.html into the matrix's folder; returns the paths."""
-    folder = Path(matrix.directory)
-    changes = _changes(cells)
-    lines = _markdown(matrix, found, changes)
-    image = _curves(runs, [each.name for each in found])
+    """Writes compare.md, .json and .html, and both figures, into the matrix's folder; returns the paths."""
+    folder, tables = Path(matrix.directory), _tables(matrix, cells, found)
+    unit, amount = matrix.budget.given
+    title = f"Variants of {matrix.baseline}, {amount:,g} {unit} each"
+    figures = {
+        "differences": ("Differences to the baseline, with 95% intervals", _differences(found)),
+        "curves": ("Accuracy over tokens sampled: means and ranges over seeds", _curves(found, runs)),
+    }
+    images = []
+    for name, (caption, figure) in figures.items():
+        with replacing(folder / f"{name}.png") as file:
+            FigureCanvasAgg(figure).print_png(file)
+        images.append((caption, base64.b64encode((folder / f"{name}.png").read_bytes()).decode()))
+    lines = [f"# {title}"]
+    for table in tables:
+        lines += ["", f"## {table.title}", *markdown.table(table.columns, table.rows), "", table.note]
     write_atomically(folder / "compare.md", "\n".join(lines) + "\n")
     write_atomically(folder / "compare.json", json.dumps([_numbers(each) for each in found], indent=1) + "\n")
-    with replacing(folder / "compare.png") as file:
-        file.write(image)
-    write_atomically(folder / "compare.html", _page(lines, image))
-    return [folder / f"compare.{kind}" for kind in ("md", "json", "png", "html")]
+    environment = Environment(loader=PackageLoader("evals", "."), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("compare.html.j2").render(title=title, tables=tables, images=images)
+    write_atomically(folder / "compare.html", page)
+    return [folder / name for name in ("compare.html", "compare.md", "compare.json")]
+
+
+def _tables(matrix: Matrix, cells: Sequence[Cell], found: Sequence[Compared]) -> list[Table]:
+    rows = [
+        [
+            each.name,
+            str(len(each.seeds)),
+            f"{100 * each.accuracy:.1f}",
+            *(_difference(each, m) for m in MEASURES),
+        ]
+        + ([each.verdict()] if each.corrected else [""])
+        for each in found
+    ]
+    tables = [
+        Table(
+            "Accuracy",
+            ["variant", "seeds", "%", *PLACES.values(), "verdict"],
+            rows,
+            "Accuracy on held-out problems with the budget used up, and differences to the baseline in points: paired "
+            "over seeds and problems, with 95% intervals (Student's, with the standard error of a bootstrap over both) "
+            "and p-values that are corrected for the number of variants (Holm). There is a verdict below "
+            f"p = {SEEN:g}, for the budget used up; else, how many seeds would show a difference of "
+            f"{100 * NOTICED:g} points in {100 * POWER:g} of 100 cases. Equal tokens and seconds are those of the run "
+            "that took least.",
+        )
+    ]
+    if matrix.accuracies:
+        reached = [[each.name, *(_reached(each, a) for a in matrix.accuracies)] for each in found]
+        tables.append(
+            Table(
+                "Tokens and seconds to an accuracy",
+                ["variant", *(f"{100 * a:g}%" for a in matrix.accuracies)],
+                reached,
+                "Medians over the runs that reach it, and how many of them do.",
+            )
+        )
+    names = list(found[0].totals)
+    tables.append(
+        Table(
+            "What runs took, and what they were like at the end",
+            ["variant", *names],
+            [[each.name, *(_short(each.totals[name]) for name in names)] for each in found],
+            "Means over seeds. Seconds are of steps, without evaluations. Entropy (nats), length (tokens) and the "
+            "share of truncated answers are those of the last tenth of steps.",
+        )
+    )
+    tables.append(
+        Table(
+            "What each one changes",
+            ["variant", "values"],
+            [[name, "; ".join(lines)] for name, lines in _changes(cells).items() if lines],
+            f"Of the baseline, {matrix.baseline} with the matrix's own values.",
+        )
+    )
+    return tables
 
 
 def _changes(cells: Sequence[Cell]) -> dict[str, list[str]]:
     """In which keys each variant's recipe is not the baseline's, by name."""
-    first: dict[str, Cell] = {}
-    for cell in cells:
-        first.setdefault(cell.variant, cell)
-    base = first[BASELINE].recipe
-    found = {name: config.differences(base, cell.recipe) for name, cell in first.items()}
+    own = {cell.variant: cell.recipe for cell in reversed(cells)}  # of the first seed
+    base = own.pop(BASELINE)
+    found = {name: config.differences(base, recipe) for name, recipe in own.items()}
     return {
         name: [line for line in lines if not line.startswith("run.directory:")]
         for name, lines in found.items()
     }
 
 
-def _markdown(matrix: Matrix, found: Sequence[Compared], changes: dict[str, list[str]]) -> list[str]:
-    base = next(each for each in found if each.name == BASELINE)
-    budget = next(f"{v:,g} {k}" for k, v in vars(matrix.budget).items() if v)
-    title = f"# Variants of {matrix.baseline}, {budget} each"
-    rows = [
-        [
-            each.name,
-            str(len(each.seeds)),
-            f"{each.final:.1%}",
-            *(_cell(each, m) for m in MEASURES),
-            each.verdict(),
-        ]
-        for each in found
-        if each is not base
-    ]
-    columns = ["variant", "seeds", "held-out", *MEASURES.values(), "verdict"]
-    lines = [
-        title,
-        *table(columns, [["baseline", str(len(base.seeds)), f"{base.final:.1%}", *[""] * 4], *rows]),
-    ]
-    lines += [
-        "",
-        "Differences of held-out accuracy to the baseline in points, paired over seeds and problems, with 95% intervals "
-        "(a bootstrap of both, Student's quantiles for the seeds), and p-values corrected for the number of variants "
-        f"(Holm). A verdict is given below p = {SEEN:g}. Seeds are said by which a difference of {NOTICED:.0%} would be "
-        f"seen {POWER:.0%} of the time. Equal tokens and seconds are what the run took that took least.",
-    ]
-    if matrix.accuracies:
-        rows = [[each.name, *(_reached(each, a) for a in matrix.accuracies)] for each in found]
-        lines += [
-            "",
-            "## Tokens and seconds to an accuracy",
-            *table(["", *(f"{a:.0%}" for a in matrix.accuracies)], rows),
-        ]
-        lines += ["", "Medians over the runs that reach it, and how many do."]
-    names = list(base.totals)
-    rows = [[each.name, *(f"{each.totals[name]:,.4g}" for name in names)] for each in found]
-    lines += ["", "## What they took, and what they were like at the end", *table(["", *names], rows)]
-    lines += ["", "Means over seeds; entropy, length and truncation of the last tenth of steps."]
-    lines += [
-        "",
-        "## What each changes",
-        *table(["variant", "values"], [[n, "; ".join(c)] for n, c in changes.items() if c]),
-    ]
-    return lines
-
-
-def _cell(each: Compared, measure: str) -> str:
+def _difference(each: Compared, measure: str) -> str:
     found = each.differences[measure]
+    if not each.corrected:
+        return ""
     if not math.isfinite(found.low):
         return f"{100 * found.mean:+.1f}"
-    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f}), p {each.corrected[measure]:.2g}"
+    low, high = 100 * found.low, 100 * found.high
+    return f"{100 * found.mean:+.1f} ({low:+.1f} to {high:+.1f}), p = {each.corrected[measure]:.2g}"
 
 
 def _reached(each: Compared, accuracy: float) -> str:
     runs, tokens, seconds = each.reached[accuracy]
-    return f"{tokens:,.3g} tokens, {seconds:,.3g} s ({runs} of {len(each.seeds)})" if runs else "none"
+    return f"{_short(tokens)} tokens, {_short(seconds)} s ({runs} of {len(each.seeds)})" if runs else "none"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _numbers(each: Compared) -> dict[str, object]:
+    def finite(values: dict[str, float]) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    differences = {
+        measure: finite(found._asdict()) | {"p_holm": each.corrected.get(measure)}
+        for measure, found in each.differences.items()
+    }
+    reached = {
+        f"{accuracy:g}": finite({"runs": runs, "tokens": tokens, "seconds": seconds})
+        for accuracy, (runs, tokens, seconds) in each.reached.items()
+    }
     return {
         "variant": each.name,
         "seeds": each.seeds,
-        "accuracy": each.final,
-        "differences": {
-            measure: _of(d) | {"p_holm": each.corrected.get(measure)}
-            for measure, d in each.differences.items()
-        },
-        "seeds_needed": each.needed,
-        "reached": {str(k): v if v[0] else None for k, v in each.reached.items()},
-        "totals": each.totals,
+        "accuracy": each.accuracy,
+        "verdict": each.verdict() if each.corrected else None,
+        "differences": differences,
+        "seeds_needed": each.needed or None,
+        "reached": reached,
+        "totals": finite(dict(each.totals)),
     }
 
 
-def _of(found: Difference) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}
+def _differences(found: Sequence[Compared]) -> Figure:
+    """Each variant's differences, a panel for each place where accuracies are compared."""
+    ordered = sorted(found[1:], key=lambda each: each.differences["budget"].mean)
+    figure = Figure(figsize=(13, 1.5 + 0.3 * len(ordered)), dpi=110, layout="constrained")
+    for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
+        axes.axvline(0, color="#999", linewidth=1)
+        for place, each in enumerate(ordered):
+            color = COLORS.get(each.verdict(), OTHER)
+            at = each.differences[measure]
+            if math.isfinite(at.low):
+                axes.plot([100 * at.low, 100 * at.high], [place, place], color=color, linewidth=2)
+            axes.plot(100 * at.mean, place, "o", color=color)
+        axes.set_xlabel(f"points, {PLACES[measure]}")
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_yticks(range(len(ordered)), [each.name for each in ordered])
+    return figure
 
 
-def _curves(runs: Sequence[Finished], names: Sequence[str]) -> bytes:
-    """Held-out accuracy over steps, tokens and seconds: means over seeds, with bands from the least to the most."""
-    figure = Figure(figsize=(15, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, axis in zip(figure.subplots(1, 3, sharey=True), ("steps", "tokens", "seconds"), strict=True):
-        for name, color in zip(names, colors_of(len(names)), strict=True):
-            curves = [each.curve for each in runs if each.cell.variant == name]
-            end = min(getattr(curve, axis)[-1] for curve in curves)
-            places = np.linspace(0, end, 60)
-            values = np.array(
-                [[curve.at(getattr(curve, axis), x).mean() for x in places] for curve in curves]
-            )
-            axes.plot(places, 100 * values.mean(axis=0), color=color, label=name)
+def _curves(found: Sequence[Compared], runs: Sequence[Finished]) -> Figure:
+    """A panel for each variant, with the baseline in gray."""
+    curves = {
+        each.name: [
+            run.curve for run in runs if run.cell.variant == each.name and run.cell.seed in each.seeds
+        ]
+        for each in found
+    }
+    others = [each for each in found if each.name != BASELINE] or list(found)
+    columns = min(5, len(others))
+    rows = math.ceil(len(others) / columns)
+    figure = Figure(figsize=(3 * columns, 2.4 * rows), dpi=110, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, each in zip(panels, others, strict=False):
+        for name, color in ((BASELINE, "#999"), (each.name, COLORS.get(each.verdict(), "#0072B2"))):
+            places, values = _band(curves[name])
+            axes.plot(places, 100 * values.mean(axis=0), color=color)
             axes.fill_between(
-                places, 100 * values.min(axis=0), 100 * values.max(axis=0), color=color, alpha=0.12
+                places, 100 * values.min(axis=0), 100 * values.max(axis=0), color=color, alpha=0.15
             )
-        axes.set_xlabel(axis)
+        axes.set_title(each.name, fontsize=9)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out accuracy in %")
-    figure.axes[0].legend(fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image)
-    return image.getvalue()
+    for axes in list(figure.axes)[len(others) :]:
+        axes.set_visible(False)
+    figure.supxlabel("tokens sampled", fontsize=9)
+    figure.supylabel("accuracy, %", fontsize=9)
+    return figure
 
 
-def _page(lines: Sequence[str], image: bytes) -> str:
-    """The Markdown's headings, tables and paragraphs as a page of its own."""
-    parts, rows = [], list[str]()
-    for line in [*lines, ""]:
-        if line.startswith("|"):
-            rows.append(line)
-            continue
-        if rows:
-            head, _, *body = [[escape(cell) for cell in row.strip("| ").split(" | ")] for row in rows]
-            parts.append("<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>")
-            parts += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
-            parts.append("</table>")
-            rows = []
-        if line.startswith("#"):
-            level = len(line) - len(line.lstrip("#"))
-            parts.append(f"<h{level}>{escape(line[level + 1 :])}</h{level}>")
-        elif line:
-            parts.append(f"<p>{escape(line)}</p>")
-    source = base64.b64encode(image).decode()
-    parts.insert(
-        1, f'<img alt="held-out accuracy" src="data:image/png;base64,{source}" style="max-width: 100%">'
-    )
-    style = (
-        "body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem } "
-        "table { border-collapse: collapse } td, th { text-align: left; padding: .3rem .8rem .3rem 0; "
-        "border-bottom: 1px solid #ccc; vertical-align: top }"
-    )
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>Variants</title><style>{style}</style>"
-    return f"<!doctype html><html lang=en>{head}{''.join(parts)}</html>\n"
+def _band(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Places on the axis of tokens that all curves have, and each curve's accuracy there."""
+    axis = next(iter(SPENT))
+    places = np.linspace(0, min(getattr(curve, axis)[-1] for curve in curves), POINTS)
+    return places, np.array([[curve.at(getattr(curve, axis), x).mean() for x in places] for curve in curves])

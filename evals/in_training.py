@@ -191,6 +191,7 @@ def measure(
             **measures.describe(responses),
             **measures.measure(grades, responses),
             "corrected": measures.measure(corrected, responses),
+            "right": grades.sum(axis=1).tolist(),
         }
         per_problem.append((grades.mean(axis=1), corrected.mean(axis=1)))
         at += task.total

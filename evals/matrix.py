@@ -16,20 +16,36 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from evals.held_out import as_marked
 from jaxrl import config
-from jaxrl.config.sections import Positive, Seed
+from jaxrl.checkpoint import FIXED, FREE
+from jaxrl.config import named
+from jaxrl.config.sections import Location, Positive, Seed
 from jaxrl.errors import InputError, first_line
-from jaxrl.types import JsonObject
+from jaxrl.types import ByThoughts, JsonObject
 
 BASELINE = "baseline"
-OWN = {"stages"}  # of a recipe, and no section
+FOLDER = named.FOLDER / "matrices"
+# Keys that say where and how fast, so that runs which differ in these alone are of one recipe
+PLACES = (*FREE, "run.directory", "model.path", "data.path", "data.sources", "data.files")
+# Of [eval]: how accuracy is measured
+MEASURE = (
+    "benchmarks",
+    "problems",
+    "samples",
+    "benchmark_samples",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "verifier",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,12 @@ class Budget:
     steps: Positive | None = None
     tokens: Positive | None = None  # sampled
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the clock, in steps
+
+    @property
+    def given(self) -> tuple[str, float]:
+        """The unit and the amount."""
+        unit, most = next((name, value) for name, value in vars(self).items() if value is not None)
+        return unit, float(most)
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,7 @@ class Matrix:
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     budget: Budget
     variants: tuple[Variant, ...] = ()
-    directory: str = "runs/compare"
+    directory: Location = "runs/compare"
     accuracies: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # the time to each is compared
     values: dict[str, object] = field(default_factory=dict)
 
@@ -80,13 +102,24 @@ class Cell:
     folder: Path
     recipe: config.Recipe
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.variant}, seed {self.seed}"
 
-def load(path: Path) -> Matrix:
+
+def load(source: str | Path) -> Matrix:
     """Reads a matrix.
+
+    Args:
+      source: path, or the name of one that comes along.
 
     Raises:
       InputError: if it cannot be read, or a key or value is none.
     """
+    path = Path(source)
+    if not path.exists() and (FOLDER / f"{source}.toml").is_file():
+        path = FOLDER / f"{source}.toml"
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -104,8 +137,7 @@ def load(path: Path) -> Matrix:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"])) or "it"
         raise InputError(f"{path}: {key}: {problem['msg']}") from None
-    given = [name for name, value in dataclasses.asdict(matrix.budget).items() if value is not None]
-    if len(given) != 1:
+    if sum(value is not None for value in vars(matrix.budget).values()) != 1:
         raise InputError(f"{path}: give one of budget.steps, budget.tokens and budget.seconds")
     slugs = [BASELINE, *(variant.slug.lower() for variant in matrix.variants)]
     if twice := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
@@ -124,7 +156,7 @@ def _with_values(table: JsonObject, kind: type, where: str) -> JsonObject:
     for key, value in table.items():
         if key in own:
             continue
-        if key in OWN & sections:
+        if key == "stages":
             changes[key] = value
         elif key in sections and isinstance(value, Mapping):
             changes |= {f"{key}.{name}": each for name, each in value.items()}
@@ -135,7 +167,7 @@ def _with_values(table: JsonObject, kind: type, where: str) -> JsonObject:
     return found | {"values": changes}
 
 
-def cells(matrix: Matrix, steps: int) -> Iterator[Cell]:
+def cells(matrix: Matrix, steps: int) -> list[Cell]:
     """The runs, seed by seed, so that all variants have as many at any time: of the baseline first.
 
     Args:
@@ -143,19 +175,56 @@ def cells(matrix: Matrix, steps: int) -> Iterator[Cell]:
       steps: run.steps of each, at first; a budget of tokens or seconds may need more.
 
     Raises:
-      InputError: for a recipe that cannot be, naming the variant.
+      InputError: for a recipe that cannot be, or whose held-out accuracy is another measure than the baseline's; names
+        the variant.
     """
+    found: list[Cell] = []
     for seed in matrix.seeds:
         for variant in (Variant(BASELINE), *matrix.variants):
-            folder = Path(matrix.directory) / (variant.slug) / f"seed-{seed}"
+            folder = Path(matrix.directory) / variant.slug / f"seed-{seed}"
             values = _seeded({**matrix.values, **variant.values}, seed)
             own = {"run.directory": str(folder), "run.seed": seed, "run.steps": steps}
             try:
                 recipe = config.load(variant.recipe or matrix.baseline, {**values, **own})
+                if not recipe.eval.every:
+                    raise InputError("nothing is measured; set eval.every, and eval.path or eval.benchmarks")
+                cell = Cell(variant.name, seed, folder, recipe)
+                if found and (other := _measure(cell) - _measure(found[0])):
+                    keys = ", ".join(sorted(key for key, _ in other))
+                    raise InputError(
+                        f"{keys}: held-out answers would not be sampled or marked "
+                        "as the baseline's; set eval.verifier and eval.max_tokens for all, and eval.* for none alone"
+                    )
             except InputError as error:
                 raise InputError(f"variant '{variant.name}': {error}") from None
-            yield Cell(variant.name, seed, folder, recipe)
+            found.append(cell)
+    return found
+
+
+def _measure(cell: Cell) -> set[tuple[str, str]]:
+    """What a cell's held-out accuracy depends on beside its weights, by key."""
+    found: set[tuple[str, str]] = set()
+    for stage in config.stages_of(cell.recipe):
+        marked = as_marked(stage.recipe)
+        values = {f"eval.{key}": getattr(marked.eval, key) for key in MEASURE if key != "verifier"}
+        values["eval.max_tokens"] = marked.eval.max_tokens or marked.rollout.max_tokens
+        keys = ["verifier", "with_prompt"] if marked.eval.path else []
+        keys += ["thoughts"] * (marked.reward.verifier in get_args(ByThoughts))
+        keys += ["function", "functions", "threshold"] * (marked.reward.verifier == "none")
+        values |= {f"reward.{key}": getattr(marked.reward, key) for key in keys}
+        found |= {(key, repr(value)) for key, value in values.items()}
+    return found
 
 
 def _seeded(values: Mapping[str, object], seed: int) -> dict[str, object]:
     return {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in values.items()}
+
+
+def departures(cell: Cell, recipe: config.Recipe) -> list[str]:
+    """The keys in which a run that is there is not what its cell wants."""
+    wanted, there = (
+        dataclasses.replace(r, run=dataclasses.replace(r.run, steps=0)) for r in (cell.recipe, recipe)
+    )
+    found = config.differences(wanted, there)
+    measures = tuple(f"eval.{key}:" for key in (*MEASURE, "every"))
+    return [line for line in found if line.startswith((*FIXED, *measures)) or not line.startswith(PLACES)]

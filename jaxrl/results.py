@@ -56,6 +56,7 @@ class TaskResult(ResponseStats, Measures):
     title: str
     corrected: NotRequired[Measures]  # by the corrected rules; not in older files
     undecided: int  # as in HeldOutResult; by either rules
+    right: NotRequired[list[int]]  # as in HeldOutResult
 
 
 class TrainingResult(TypedDict):
@@ -120,6 +121,7 @@ class BenchmarkResult(ResponseStats, Gradings):
     """One benchmark of `jaxrl eval`."""
 
     undecided: int  # as in HeldOutResult; by either rules
+    right: NotRequired[list[int]]  # as in HeldOutResult
     judge: dict[str, int] | None  # how often it gave each label
     released: NotRequired[Released]  # with the protocol of that name
 

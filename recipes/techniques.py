@@ -1,12 +1,12 @@
-"""Makes what recipes/techniques.toml needs: a task on which techniques can differ, and a base model for each seed.
+"""Makes what recipes/matrices/techniques.toml needs: a task on which techniques can differ, and base models.
 
     python -m recipes.techniques runs/techniques [--seeds 1 2 3 4 5] [--steps 400]
 
 The problems are additions of two numbers of two to four digits, worked column by column as in the demo, and harder to
-reward: one line of three is checked, by writing it again with fewer mistakes, so that a longer answer is a better one,
-and the budget of tokens cuts long answers off. One answer of three has a 0 before it: `\\boxed{0932}` is right, and a
-verifier that compares characters marks it wrong. A sixth of the examples has the beginning of the worked solution in its
-prompt. Each seed has a base model of its own; all have the same problems.
+reward. One line of three is checked, by writing it again with fewer mistakes, so a longer answer is a better one, and
+the budget of tokens cuts long answers off. One answer of three has a 0 before it: `\\boxed{0932}` is right, and a
+verifier that compares characters marks it wrong. One example of six has the beginning of its answer in the prompt, as a
+hint. Each seed has a base model of its own; all have the same problems.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def _training_rules(r: Recipe) -> Iterator[tuple[bool, str]]:
         "length.truncated_penalty",
     )
     yield (
-        r.reward.thoughts == "required" or {r.reward.verifier, r.eval.verifier} & {*get_args(ByThoughts)},
+        r.reward.thoughts == "required"
+        or bool({r.reward.verifier, r.eval.verifier} & {*get_args(ByThoughts)}),
         f'reward.thoughts = "{r.reward.thoughts}" is a rule of {" and ".join(get_args(ByThoughts))}, and '
         f'reward.verifier = "{r.reward.verifier}" reads the whole response; leave it out',
     )
