@@ -15,6 +15,7 @@ from evals.paired import Difference, difference, holm, seeds_needed
 from jaxrl.errors import InputError
 from jaxrl.report.runs import Run, ends, read_run, series, total
 from jaxrl.results import HeldOutResult, TaskResult, TrainingResult
+from jaxrl.telemetry.trackers import is_evaluation, read_rows
 
 NOTICED = 0.02  # a difference of accuracy for which the seeds that it would take are said
 SEEN = 0.05  # level of the corrected p-values
@@ -95,7 +96,7 @@ def spent(run: Run, budget: Budget) -> float:
 
 def steps_wanted(cell: Cell, budget: Budget, run: Run | None) -> int | None:
     """What run.steps a run is to be started with, by what its steps have taken so far; None if it is finished."""
-    if run is None or not run.rows:
+    if run is None:
         return cell.recipe.run.steps
     done, used, most = len(run.rows), spent(run, budget), budget.given[1]
     if used < most:
@@ -111,7 +112,9 @@ def find(cells: Sequence[Cell], budget: Budget) -> list[tuple[Cell, Run | None]]
     """
     found: list[tuple[Cell, Run | None]] = []
     for cell in cells:
-        run = read_run(cell.folder) if (cell.folder / "metrics.jsonl").exists() else None
+        metrics = cell.folder / "metrics.jsonl"
+        has_steps = metrics.exists() and not all(map(is_evaluation, read_rows(metrics)[0]))
+        run = read_run(cell.folder) if has_steps else None
         if run and run.recipe and (other := departures(cell, run.recipe)):
             raise InputError(
                 f"{cell.folder}: is of another recipe ({'; '.join(other)}); rename variant '{cell.variant}', or move "

@@ -28,6 +28,7 @@ _ORDER = (
     "train",
     "eval",
     "probe",
+    "compare",
     "export",
     "check",
     "plan",

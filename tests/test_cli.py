@@ -192,6 +192,7 @@ def test_commands_come_from_entry_points(capsys: pytest.CaptureFixture[str]) -> 
         "train",
         "eval",
         "probe",
+        "compare",
         "export",
         "check",
         "plan",
