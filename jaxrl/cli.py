@@ -36,6 +36,7 @@ _ORDER = (
     "report",
     "rollouts",
     "replay",
+    "diagnose",
     "doctor",
     "completion",
 )

@@ -56,6 +56,15 @@ class Step(NamedTuple):
     findings: list[str]  # lines; none where all is as the run has it
 
 
+class Began(NamedTuple):
+    """What a step began with."""
+
+    carry: Carry
+    work: Work
+    answers: list[RolloutRow]
+    groups: list[list[Rollout]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Replay:
     """A run whose steps are executed again. Nothing of it is written but the record of an audit."""
@@ -95,17 +104,41 @@ class Replay:
                 found.findings.extend(self._unlike(carry, self.published))
             yield found
 
-    def _again(self, carry: Carry, file: Path) -> tuple[Carry, Step]:
-        """Executes a step again; the next one goes on with the run's own state where there is a checkpoint of it."""
-        setup, row, stage = self.setup, self.rows[carry.step], self.setup.stage_at(carry.step)
+    def began(self, step: int) -> Began:
+        """What a step began with, after the checkpoint before it.
+
+        Args:
+          step: 1 for the first.
+
+        Raises:
+          InputError: if the run has not kept its answers or the checkpoint, or they are damaged or of other data.
+        """
+        files = {step_of(file): file for file in rollout_files(self.run) if file.suffix == ".parquet"}
+        known = {0, *self.checkpoints.steps()}
+        if step - 1 not in files or step - 1 not in known:
+            steps = sorted(each + 1 for each in known & {*files})
+            there = f"steps {', '.join(map(str, steps))} have" if steps else "no step has"
+            raise InputError(
+                f"{self.run}: {there} both answers as parquet and a checkpoint before it; run.rollouts_every and "
+                "checkpoint.every say which do"
+            )
+        carry = carry_at(self.setup, self.checkpoints, step - 1) if step > 1 else beginning(self.setup)
+        return self._began(carry, files[step - 1])
+
+    def _began(self, carry: Carry, file: Path) -> Began:
+        setup, stage = self.setup, self.setup.stage_at(carry.step)
         if stage.first == carry.step:
             carry = enter(setup, stage, carry, setup.say)
         carry = with_reference(setup, self.checkpoints, carry)
-        work = setup.work(stage, carry.ledger.dropped)
+        work, answers = setup.work(stage, carry.ledger.dropped), read_exactly(file)
+        return Began(carry, work, answers, _groups(work, carry, answers, file))
+
+    def _again(self, carry: Carry, file: Path) -> tuple[Carry, Step]:
+        """Executes a step again; the next one goes on with the run's own state where there is a checkpoint of it."""
+        setup, row = self.setup, self.rows[carry.step]
         with reading(file):
             digest = blake3(file.read_bytes()).hexdigest()
-        answers = read_exactly(file)
-        everyone = _groups(work, carry, answers, file)
+        carry, work, answers, everyone = self._began(carry, file)
         findings = [*_texts(setup, answers, everyone), *_marks(work, everyone, carry.step)]
         findings += _tokens(setup, work, carry, everyone, row)
         carry, record = learn(setup, work, carry, everyone, lambda _: contextlib.nullcontext())

@@ -200,6 +200,7 @@ def test_commands_come_from_entry_points(capsys: pytest.CaptureFixture[str]) -> 
         "report",
         "rollouts",
         "replay",
+        "diagnose",
         "doctor",
         "completion",
     ]

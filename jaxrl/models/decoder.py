@@ -230,27 +230,39 @@ def forward(
       hidden states in `dtype`, and what `attend` kept, stacked over layers.
     """
 
-    def layer(
+    def one(
         h: Float[jax.Array, "*B N D"], inputs: tuple[Layer, Cache]
     ) -> tuple[Float[jax.Array, "*B N D"], Cache]:
         w, layer_cache = inputs
-        w = jax.tree.map(lambda a: a.astype(dtype), fetch(w) if fetch else w)
-        with jax.named_scope("attention"):
-            x = rms_norm(h, w["attention_norm"], config.norm_epsilon)
-            q, k, v = (_named(x, "qkv", 1 + i) for i, x in enumerate(_qkv(config, w, x, positions)))
-            out, kept = attend(q, k, v, layer_cache)
-            h = _named(h + _linear(out.reshape(*h.shape[:-1], -1), w["o"]), "residual", 1)
-        with jax.named_scope("mlp"):
-            x = rms_norm(h, w["mlp_norm"], config.norm_epsilon)
-            gate, up = (_named(_linear(x, w[name]), "mlp", i) for i, name in enumerate(("gate", "up")))
-            h = h + _linear(jax.nn.silu(gate) * up, w["down"])
-        return h, kept
+        return layer(config, fetch(w) if fetch else w, h, positions, attend, layer_cache)
 
     if remat != "none":
         save = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=save)
-    h, kept = jax.lax.scan(layer, params["embed"][tokens].astype(dtype), (params["layers"], cache))
+        one = jax.checkpoint(one, prevent_cse=False, policy=save)
+    h, kept = jax.lax.scan(one, params["embed"][tokens].astype(dtype), (params["layers"], cache))
     return rms_norm(h, params["norm"].astype(dtype), config.norm_epsilon), kept
+
+
+def layer(
+    config: Config,
+    w: Layer,
+    h: Float[jax.Array, "*B N D"],
+    positions: Int[Array, "*B N"],
+    attend: Attend,
+    cache: Cache = None,
+) -> tuple[Float[jax.Array, "*B N D"], Cache]:
+    """One layer, computed in the dtype of its input; see `forward`."""
+    w = jax.tree.map(lambda a: a.astype(h.dtype), w)
+    with jax.named_scope("attention"):
+        x = rms_norm(h, w["attention_norm"], config.norm_epsilon)
+        q, k, v = (_named(x, "qkv", 1 + i) for i, x in enumerate(_qkv(config, w, x, positions)))
+        out, kept = attend(q, k, v, cache)
+        h = _named(h + _linear(out.reshape(*h.shape[:-1], -1), w["o"]), "residual", 1)
+    with jax.named_scope("mlp"):
+        x = rms_norm(h, w["mlp_norm"], config.norm_epsilon)
+        gate, up = (_named(_linear(x, w[name]), "mlp", i) for i, name in enumerate(("gate", "up")))
+        h = h + _linear(jax.nn.silu(gate) * up, w["down"])
+    return h, kept
 
 
 def _named(x: Float[jax.Array, " ..."], name: str, axes: int) -> Float[jax.Array, " ..."]:
