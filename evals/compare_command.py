@@ -29,7 +29,7 @@ FIRST = 20  # steps of a run by which it is known how many a budget of tokens or
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("matrix", help="MATRIX.toml, or the name of one that comes along: techniques")
+    add("matrix", help="MATRIX.toml, or the name of one that comes along: justrl, techniques")
     add(
         "--jobs",
         type=positive,

@@ -208,10 +208,11 @@ def _measure(cell: Cell) -> set[tuple[str, str]]:
         marked = as_marked(stage.recipe)
         values = {f"eval.{key}": getattr(marked.eval, key) for key in MEASURE if key != "verifier"}
         values["eval.max_tokens"] = marked.eval.max_tokens or marked.rollout.max_tokens
-        keys = ["verifier", "with_prompt"] if marked.eval.path else []
-        keys += ["thoughts"] * (marked.reward.verifier in get_args(ByThoughts))
-        keys += ["function", "functions", "threshold"] * (marked.reward.verifier == "none")
-        values |= {f"reward.{key}": getattr(marked.reward, key) for key in keys}
+        if marked.eval.path:  # benchmarks have a grader of their own
+            keys = ["verifier", "with_prompt"]
+            keys += ["thoughts"] * (marked.reward.verifier in get_args(ByThoughts))
+            keys += ["function", "functions", "threshold"] * (marked.reward.verifier == "none")
+            values |= {f"reward.{key}": getattr(marked.reward, key) for key in keys}
         found |= {(key, repr(value)) for key, value in values.items()}
     return found
 

@@ -188,6 +188,15 @@ def test_a_matrix_that_cannot_be_compared(folder: Path, values: dict[str, Any], 
         matrix.cells(matrix.load(write_matrix(folder, **values)), 4)
 
 
+def test_the_comparisons_that_come_along_are_possible() -> None:
+    names = sorted(path.stem for path in matrix.FOLDER.glob("*.toml"))
+    assert names == ["justrl", "techniques"]
+    for name in names:
+        table = matrix.load(name)
+        cells = matrix.cells(table, table.budget.steps or 1)
+        assert len(cells) == (1 + len(table.variants)) * len(table.seeds)
+
+
 def test_a_verifier_of_its_own_marks_what_is_held_out(folder: Path) -> None:
     values = {"eval": {"path": str(folder / "problems.jsonl"), "every": 2, "verifier": "corrected"}}
     variants = [{"name": "lenient", "reward": {"verifier": "equivalent", "thoughts": "optional"}}]
