@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from evals.matrix import Cell, Matrix
 
 HELP = "train variants of a recipe over the same seeds, and say which differ"
+SHOWN = 3  # runs that failed
 FIRST = 20  # steps of a run by which it is known how many a budget of tokens or seconds takes
 
 
@@ -73,7 +74,10 @@ def run(args: argparse.Namespace, _: list[str]) -> None:
         for path in compare_page.write(table, cells, compare.compare(table, ready), ready):
             print(path)
     if failed:
-        raise RunError(f"{len(failed)} runs failed; the same command tries them again: {'; '.join(failed)}")
+        more = f"; and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
+        raise RunError(
+            f"{len(failed)} runs failed; the same command tries them again: {'; '.join(failed[:SHOWN])}{more}"
+        )
 
 
 def _recipe(cell: Cell, steps: int) -> Path:

@@ -138,7 +138,10 @@ def diagnose(
     ]
     params = jax.device_put(jax.device_get(began.carry.state.params), jax.local_devices()[0])
     rollouts = [rollout for _, rollout in chosen]
-    ladder = [_scored(model, params, rollouts, temperature, arithmetic) for arithmetic in LADDER]
+    ladder = []
+    for arithmetic in LADDER:
+        say(f"scoring {len(rollouts)} answers: {arithmetic.name}")
+        ladder.append(_scored(model, params, rollouts, temperature, arithmetic))
     sampler = np.concatenate([rollout.logprobs for rollout in rollouts])
     exact = ladder[0]
     off = sampler - exact
@@ -167,11 +170,11 @@ def diagnose(
         "probabilities": likely,
         "layers": _layers(model, params, rollouts),
         "worst": worst,
-        "findings": findings(rungs, positions),
+        "findings": findings(rungs, positions, likely),
     }
 
 
-def findings(ladder: Sequence[Rung], positions: Sequence[Part]) -> list[str]:
+def findings(ladder: Sequence[Rung], positions: Sequence[Part], likely: Sequence[Part] = ()) -> list[str]:
     """What the differences are made of, a line each."""
     first, last = ladder[0], ladder[-1]
     total = first["from_sampler"]
@@ -204,6 +207,12 @@ def findings(ladder: Sequence[Rung], positions: Sequence[Part]) -> list[str]:
         found.append(
             f"of the roundings, '{ladder[most + 1]['name'].removeprefix('and ')}' moves log-probs most"
         )
+    if len(likely) > 1:
+        rare, sure = likely[0], likely[-1]
+        found.append(
+            f"tokens of probability {rare['name']} are off by {rare['mean_abs']:.2g}, those of {sure['name']} by "
+            f"{sure['mean_abs']:.2g}: so the mean depends on how sure the policy is"
+        )
     prompt, rest = positions[0], positions[1:]
     if rest:
         later = float(np.average([p["mean_abs"] for p in rest], weights=[p["tokens"] for p in rest]))
@@ -234,7 +243,7 @@ def _rung(name: str, logprobs: np.ndarray, exact: np.ndarray, sampler: np.ndarra
 def _by_position(position: Int32[np.ndarray, " T"], off: Float[np.ndarray, " T"]) -> list[Part]:
     """By place in the answer: the first token, which needs no other of it, then twice as many each."""
     place = np.where(position == 0, 0, 1 + np.log2(np.maximum(position, 1)).astype(int))
-    names = ["first"] + [f"{2**k}-{2 ** (k + 1) - 1}" for k in range(int(place.max()))]
+    names = ["first", "second"] + [f"{2**k}-{2 ** (k + 1) - 1}" for k in range(1, int(place.max()))]
     return [_part(name, off[place == k]) for k, name in enumerate(names) if (place == k).any()]
 
 
@@ -287,7 +296,7 @@ def _logprobs(
 ) -> Float32[jax.Array, " N"]:
     """Each token's log-probability given those before it; the first one's is that of the last."""
     weights, layers, logits = dtypes
-    rounded = jax.tree.map(lambda w: w.astype(weights).astype(jnp.float32), params)
+    rounded = jax.tree.map(functools.partial(_rounded, dtype=weights), params)
     hidden, _ = decoder.forward(
         model, rounded, tokens, jnp.arange(len(tokens)), _attend_in(len(tokens)), dtype=layers
     )
@@ -296,11 +305,17 @@ def _logprobs(
     def chunk(part: tuple[jax.Array, jax.Array]) -> Float32[jax.Array, " C"]:
         h, targets = part
         found = jnp.einsum("nd,vd->nv", h, head, preferred_element_type=jnp.float32)
-        scaled = found.astype(logits).astype(jnp.float32) / temperature
+        scaled = _rounded(found, logits) / temperature
         return jnp.take_along_axis(jax.nn.log_softmax(scaled), targets[:, None], axis=1)[:, 0]
 
     parts = hidden.reshape(-1, CHUNK, hidden.shape[-1]), jnp.roll(tokens, -1).reshape(-1, CHUNK)
     return jnp.roll(jax.lax.map(chunk, parts).reshape(-1), 1)
+
+
+def _rounded(x: Float32[jax.Array, " ..."], dtype: str) -> Float32[jax.Array, " ..."]:
+    """Values of a dtype. XLA leaves out a cast there and back."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def _attend_in(tokens: int) -> Callable[..., tuple[jax.Array, None]]:

@@ -70,7 +70,7 @@ def _ladder(axes: Axes, found: Diagnosis) -> None:
     axes.set_yticks(places, [r["name"] for r in rungs])
     axes.invert_yaxis()
     axes.set_xlabel("mean difference of log-probs, nats a token")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 def _layers(axes: Axes, found: Diagnosis) -> None:
