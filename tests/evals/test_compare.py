@@ -100,7 +100,7 @@ def test_differences_are_those_of_the_same_seed_and_problem(folder: Path) -> Non
         assert "Dr. GRPO" in written.read_text()
     [row] = [line for line in (folder / "compare" / "compare.md").read_text().splitlines() if "+25.0" in line]
     assert row.startswith("| Dr. GRPO | 2 | 87.5 | +25.0 (")
-    numbers = json.loads((folder / "compare" / "compare.json").read_text())
+    numbers = json.loads((folder / "compare" / "compare.json").read_text())["variants"]
     assert [each["variant"] for each in numbers] == ["baseline", "Dr. GRPO"]
     assert numbers[1]["differences"]["budget"]["mean"] == pytest.approx(0.25)
 
