@@ -19,7 +19,7 @@ from jaxrl.telemetry.trackers import is_evaluation, read_rows
 
 NOTICED = 0.02  # a difference of accuracy for which the seeds that it would take are said
 SEEN = 0.05  # level of the corrected p-values
-SPENT = {"tokens": "sampler/tokens", "seconds": "time/step"}  # metrics whose sums a budget may bound
+SPENT = ("tokens", "seconds")  # what a budget of steps does not bound
 MEASURES = (
     "budget",
     "tokens",
@@ -33,7 +33,7 @@ class Curve(NamedTuple):
 
     steps: Axis
     tokens: Axis  # sampled before
-    seconds: Axis  # in steps before
+    seconds: Axis  # of a device, in steps before
     scores: Float[np.ndarray, "K P"]  # see `_scores`
 
     def at(self, axis: Axis, place: float) -> Float[np.ndarray, " P"]:
@@ -91,7 +91,15 @@ class Compared:
 def spent(run: Run, budget: Budget) -> float:
     """What a run has used of a budget, in its unit."""
     unit, _ = budget.given
-    return float(len(run.rows)) if unit == "steps" else total(run.rows, SPENT[unit])
+    return float(len(run.rows)) if unit == "steps" else float(_taken(run, unit).sum())
+
+
+def _taken(run: Run, unit: str) -> Axis:
+    """What each step took: tokens sampled, or seconds of one of the trainer's devices."""
+    if unit == "tokens":
+        return np.nan_to_num(series(run.rows, "sampler/tokens"))
+    devices = np.nan_to_num(series(run.rows, "perf/devices"), nan=1.0)  # older runs do not say
+    return np.nan_to_num(series(run.rows, "time/step")) * devices
 
 
 def steps_wanted(cell: Cell, budget: Budget, run: Run | None) -> int | None:
@@ -176,10 +184,7 @@ def _curve(run: Run) -> Curve:
             "the matrix in another directory"
         ) from None
     steps = np.array([result["step"] for result in found])
-    tokens, seconds = (
-        np.concatenate([[0.0], np.cumsum(np.nan_to_num(series(run.rows, key)))])[steps]
-        for key in SPENT.values()
-    )
+    tokens, seconds = (np.concatenate([[0.0], np.cumsum(_taken(run, unit))])[steps] for unit in SPENT)
     return Curve(steps.astype(float), tokens, seconds, scores)
 
 
@@ -249,9 +254,9 @@ def _totals(runs: Sequence[Run]) -> dict[str, float]:
     """What runs spent and what they were like in the last tenth, means over them."""
     each = [
         {
-            "tokens sampled": total(run.rows, "sampler/tokens"),
+            "tokens sampled": float(_taken(run, "tokens").sum()),
             "tokens trained on": total(run.rows, "update/tokens"),
-            "seconds": total(run.rows, "time/step"),
+            "device seconds": float(_taken(run, "seconds").sum()),
             "entropy": ends(series(run.rows, "policy/entropy"))[1],
             "length": ends(series(run.rows, "response/length_mean"))[1],
             "truncated": ends(series(run.rows, "response/truncated_fraction"))[1],

@@ -21,7 +21,7 @@ from jaxrl import config
 from jaxrl.files import replacing, write_atomically
 from jaxrl.report import markdown
 
-PLACES = {"budget": "budget used up", "tokens": "at equal tokens", "seconds": "at equal seconds"}
+PLACES = {"budget": "budget used up", "tokens": "at equal tokens", "seconds": "at equal device seconds"}
 COLORS = {"better": "#009E73", "worse": "#D55E00"}
 OTHER = "#5c6470"
 POINTS = 60  # of a curve
@@ -83,15 +83,15 @@ def _tables(matrix: Matrix, cells: Sequence[Cell], found: Sequence[Compared]) ->
             "over seeds and problems, with 95% intervals (Student's, with the standard error of a bootstrap over both) "
             "and p-values that are corrected for the number of variants (Holm). There is a verdict below "
             f"p = {SEEN:g}, for the budget used up; else, how many seeds would show a difference of "
-            f"{100 * NOTICED:g} points in {100 * POWER:g} of 100 cases. Equal tokens and seconds are those of the run "
-            "that took least.",
+            f"{100 * NOTICED:g} points in {100 * POWER:g} of 100 cases. Equal tokens and device seconds are those of "
+            "the run that took least.",
         )
     ]
     if matrix.accuracies:
         reached = [[each.name, *(_reached(each, a) for a in matrix.accuracies)] for each in found]
         tables.append(
             Table(
-                "Tokens and seconds to an accuracy",
+                "Tokens and device seconds to an accuracy",
                 ["variant", *(f"{100 * a:g}%" for a in matrix.accuracies)],
                 reached,
                 "Medians over the runs that reach it, and how many of them do.",
@@ -103,8 +103,8 @@ def _tables(matrix: Matrix, cells: Sequence[Cell], found: Sequence[Compared]) ->
             "What runs took, and what they were like at the end",
             ["variant", *names],
             [[each.name, *(_short(each.totals[name]) for name in names)] for each in found],
-            "Means over seeds. Seconds are of steps, without evaluations. Entropy (nats), length (tokens) and the "
-            "share of truncated answers are those of the last tenth of steps.",
+            "Means over seeds. Device seconds are of the trainer's devices in steps, without evaluations. Entropy "
+            "(nats), length (tokens) and the share of truncated answers are those of the last tenth of steps.",
         )
     )
     tables.append(
@@ -221,6 +221,6 @@ def _curves(found: Sequence[Compared], runs: Sequence[Finished]) -> Figure:
 
 def _band(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     """Places on the axis of tokens that all curves have, and each curve's accuracy there."""
-    axis = next(iter(SPENT))
+    axis = SPENT[0]
     places = np.linspace(0, min(getattr(curve, axis)[-1] for curve in curves), POINTS)
     return places, np.array([[curve.at(getattr(curve, axis), x).mean() for x in places] for curve in curves])

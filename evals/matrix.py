@@ -3,7 +3,7 @@
 baseline = "demo"                  # path or name of a recipe
 directory = "runs/compare"
 seeds = [1, 2, 3, 4, 5]
-budget.steps = 100                 # or budget.tokens, or budget.seconds: the same for all
+budget.steps = 100                 # or budget.tokens, or budget.seconds of a device: the same for all
 data.path = "runs/data-{seed}"     # values of a recipe, for all; {seed} is the seed
 [[variants]]
 name = "clip-higher off"
@@ -55,7 +55,9 @@ class Budget:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
     steps: Positive | None = None
     tokens: Positive | None = None  # sampled
-    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the clock, in steps
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
+        None  # of the trainer's devices, in steps
+    )
 
     @property
     def given(self) -> tuple[str, float]:
