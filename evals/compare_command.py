@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import queue
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, _: list[str]) -> None:
     from evals import compare, compare_page, matrix
+    from jaxrl.lock import alone
 
     if args.launch and "{recipe}" not in args.launch:
         raise InputError("--launch: the command has no {recipe}, the place of the recipe's path")
@@ -64,10 +66,12 @@ def run(args: argparse.Namespace, _: list[str]) -> None:
     if args.dry_run:
         for cell, steps in missing:
             print(f"{cell.title}: to {steps} steps in {cell.folder}")
-    elif args.launch:
-        _launch(args.launch, missing)
     elif not args.report_only:
-        failed = _train(table, [cell for cell, _ in missing], args.jobs)
+        with alone(Path(table.directory), "comparison"):
+            if args.launch:
+                _launch(args.launch, missing)
+            else:
+                failed = _train(table, [cell for cell, _ in missing], args.jobs)
     ready = compare.finished(compare.find(cells, table.budget), table.budget)
     print(f"{len(ready)} of {len(cells)} runs are finished")
     if not args.dry_run and any(each.cell.variant == matrix.BASELINE for each in ready):
@@ -134,9 +138,12 @@ def _train(table: Matrix, cells: Sequence[Cell], jobs: int) -> list[str]:
             command = [sys.executable, "-m", "jaxrl.cli", "train", str(_recipe(cell, steps)), "--quiet"]
             with log.open("ab") as file:  # in a session of its own, so that Ctrl-C reaches it once, from here
                 process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-            if share:
-                os.sched_setaffinity(process.pid, share)
             running.add(process)
+            if stopping.is_set():
+                process.send_signal(signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended already
+                if share:
+                    os.sched_setaffinity(process.pid, share)
             status = process.wait()
             running.discard(process)
             if status and not stopping.is_set():
@@ -149,15 +156,14 @@ def _train(table: Matrix, cells: Sequence[Cell], jobs: int) -> list[str]:
             return ""
         share, began, log = shares.get(), time.monotonic(), cell.folder.with_suffix(".log")
         try:
-            if failure := trained(cell, log, share):
-                return f"{cell.title}: {failure}, see {log}"
+            failure = trained(cell, log, share)
         finally:
             shares.put(share)
+        said = f"{cell.title}: {failure}, see {log}" if failure else ""
         if not stopping.is_set():
-            print(
-                f"{next(number)} of {len(cells)}: {cell.title}, {time.monotonic() - began:.0f} s", flush=True
-            )
-        return ""
+            took = f"{cell.title}, {time.monotonic() - began:.0f} s"
+            print(f"{next(number)} of {len(cells)}: {said or took}", flush=True)
+        return said
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(jobs) as pool:

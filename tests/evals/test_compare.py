@@ -57,7 +57,8 @@ def make_up(
     rows = [
         {
             "step": step, "sampler/tokens": tokens, "update/tokens": tokens / 2,
-            "time/step": SECONDS / 2, "perf/devices": 2.0, "policy/entropy": 0.5, "response/length_mean": 5.0, "response/truncated_fraction": 0.25,
+            "time/step": SECONDS / 2, "perf/devices": 2.0, "policy/entropy": 0.5,
+            "response/length_mean": 5.0, "response/truncated_fraction": 0.25,
         }
         for step in range(steps)
     ]  # fmt: skip
