@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import threading
 import time
@@ -15,6 +17,10 @@ from jaxrl.types import JsonObject
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+
+
+INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
+THREADS = ("OMP_NUM_THREADS", "XLA_FLAGS", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 class Stopped(Exception):
@@ -96,11 +102,29 @@ class Contestant:
 
 
 def write_results(name: str, record: JsonObject) -> Path:
-    """Writes results/NAME.json; returns its path."""
+    """Writes results/NAME.json, and in it the machine; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"machine": machine()} | record, indent=2, default=str) + "\n", encoding="utf-8"
+    )
     return path
+
+
+def machine() -> JsonObject:
+    """What a time on a processor depends on beside the program: its model, instruction sets, cores and threads."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    known = dict(
+        map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line
+    )  # of the first core
+    flags = {*known.get("flags", "").split()}
+    return {
+        "processor": known.get("model name", platform.machine()),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": {name: os.environ[name] for name in THREADS if name in os.environ},
+        "jax": importlib.metadata.version("jax"),
+    }
 
 
 def write_batch(folder: Path, vocabulary: int, lengths: np.ndarray, longest: int, prompt: int) -> None:

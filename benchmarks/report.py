@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import write_results
 from jaxrl.report.figures import report
 from jaxrl.telemetry.rollouts import write_rollouts
 from jaxrl.types import Prompt, Rollout
@@ -104,7 +104,7 @@ def main() -> None:
             "shown_seconds": round(shown, 1) if shown else None,
         }
     print(json.dumps(result, indent=2))
-    (RESULTS / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_results("report", result)
 
 
 if __name__ == "__main__":
