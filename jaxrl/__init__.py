@@ -5,8 +5,9 @@ Importing this package loads nothing heavy; each name below is imported from its
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from jaxrl import lazy
 
 if TYPE_CHECKING:
     from jaxrl.api import evaluate, export, train
@@ -93,11 +94,4 @@ _PUBLIC = {
 
 __all__ = [*_PUBLIC]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'jaxrl' has no attribute {name!r}")
-    module, _, there = _PUBLIC[name].partition(":")
-    value = getattr(importlib.import_module(f"jaxrl.{module}"), there or name)
-    globals()[name] = value  # the next access does not come here
-    return value
+__getattr__ = lazy.names(__name__, _PUBLIC)

@@ -1,23 +1,15 @@
-"""Files that are there completely or not at all, what a failed write amounts to, and the safetensors header."""
+"""Files that are there completely or not at all, and what a failed write amounts to."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import ml_dtypes
-import numpy as np
-
 from jaxrl.errors import file_error
-
-# safetensors' names
-DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 def is_hub_id(path: str) -> bool:
@@ -111,25 +103,3 @@ def set_aside(path: Path, folder: Path) -> Path:
     aside = next(folder / name for name in names if not (folder / name).exists())
     with writing(aside):
         return path.rename(aside)
-
-
-def safetensors_header(
-    tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: str, metadata: dict[str, str] | None = None
-) -> bytes:
-    """The bytes before the tensors: 8 of length, then JSON, padded to a multiple of 8.
-
-    Args:
-      tensors: (name, shape) in the order in which their bytes follow.
-      dtype: of all of them, one of DTYPES by NumPy's name.
-      metadata: written as `__metadata__`.
-    """
-    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    begin, kind = 0, np.dtype(dtype)
-    code = next(code for code, known in DTYPES.items() if known == kind)
-    for name, shape in tensors:
-        end = begin + math.prod(shape) * kind.itemsize
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

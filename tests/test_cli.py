@@ -206,6 +206,19 @@ def test_commands_come_from_entry_points(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
+def test_the_help_loads_no_library() -> None:
+    code = """
+import sys
+from jaxrl import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    print(*{"numpy", "jax", "pydantic", "tyro", "rich", "httpx", "jaxrl.config.loading"} & {*sys.modules}, file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "train by a recipe" in ran.stdout and ran.stderr.strip() == ""
+
+
 def test_a_start_warns_of_nothing(base: Path, tmp_path: Path) -> None:
     recipe = tiny_run.write_recipe(tmp_path, base, **{"run.steps": 1, "run.tensorboard": True})
     call = [sys.executable, "-m", "jaxrl.cli", "train", str(recipe)]

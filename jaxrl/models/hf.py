@@ -20,11 +20,11 @@ from jaxtyping import Float32
 from numpy.typing import ArrayLike
 
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import at_home, is_hub_id, reading, safetensors_header, writing
+from jaxrl.files import at_home, is_hub_id, reading, writing
 from jaxrl.json_fields import read_json
 from jaxrl.models import config_json, decoder
 from jaxrl.models.decoder import Cache, Config, Params, Spec
-from jaxrl.models.tensors import INDEX, WHOLE, Tensors, read_index, require_safetensors
+from jaxrl.models.tensors import INDEX, WHOLE, Tensors, read_index, require_safetensors, safetensors_header
 from jaxrl.parallel.mesh import sharding_of
 from jaxrl.types import JsonObject
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import ml_dtypes
 import numpy as np
 from blake3 import blake3
 from jaxtyping import Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 
 from jaxrl.errors import InputError, first_line
-from jaxrl.files import DTYPES, reading
+from jaxrl.files import reading
 from jaxrl.json_fields import read_json, shown
 from jaxrl.models.decoder import Spec
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# safetensors' names
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -220,3 +225,25 @@ def _map_safetensors(path: Path) -> list[_Stored]:
         _Stored(path, name, entry["dtype"], tuple(entry["shape"]), body[slice(*entry["data_offsets"])])
         for name, entry in header.items()
     ]
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: str, metadata: dict[str, str] | None = None
+) -> bytes:
+    """The bytes before the tensors: 8 of length, then JSON, padded to a multiple of 8.
+
+    Args:
+      tensors: (name, shape) in the order in which their bytes follow.
+      dtype: of all of them, one of DTYPES by NumPy's name.
+      metadata: written as `__metadata__`.
+    """
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    begin, kind = 0, np.dtype(dtype)
+    code = next(code for code, known in DTYPES.items() if known == kind)
+    for name, shape in tensors:
+        end = begin + math.prod(shape) * kind.itemsize
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

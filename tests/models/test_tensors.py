@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrl import models
 from jaxrl.errors import InputError
-from jaxrl.files import safetensors_header
 from jaxrl.models import hf, tensors
+from jaxrl.models.tensors import safetensors_header
 
 Weights = dict[str, np.ndarray]
 TOKENS = np.random.default_rng(0).integers(0, 104, (3, 17))

@@ -14,11 +14,12 @@ import numpy as np
 from blake3 import blake3
 
 from jaxrl.errors import InputError
-from jaxrl.files import safetensors_header, writing
+from jaxrl.files import writing
 from jaxrl.lock import alone
 from jaxrl.models import hf
 from jaxrl.models.config_json import describe
 from jaxrl.models.decoder import Config, Params
+from jaxrl.models.tensors import safetensors_header
 from jaxrl.sampling.client import Client, Failures, ask_all
 from jaxrl.sampling.transports.base import cast, require_shapes
 from jaxrl.types import JsonObject, Say
