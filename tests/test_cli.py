@@ -213,7 +213,8 @@ from jaxrl import cli
 try:
     cli.main(["--help"])
 except SystemExit:
-    print(*{"numpy", "jax", "pydantic", "tyro", "rich", "httpx", "jaxrl.config.loading"} & {*sys.modules}, file=sys.stderr)
+    heavy = {"numpy", "jax", "pydantic", "tyro", "rich", "httpx", "jaxrl.config.loading"}
+    print(*heavy & {*sys.modules}, file=sys.stderr)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "train by a recipe" in ran.stdout and ran.stderr.strip() == ""
