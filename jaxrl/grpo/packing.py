@@ -10,6 +10,7 @@ B sequences of a mini-batch.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -147,6 +148,8 @@ def place_sequences(lengths: Sequence[int], devices: int, layout: Layout) -> tup
     best_cost, best = np.inf, (layout.streams[-1], list[Place]())
     for n in layout.streams[::-1]:
         count = -(-sum(lengths) // (devices * n))
+        if count * n + attention.sum() / devices >= WORTHWHILE * best_cost:
+            continue  # the least that it could cost
         while (places := _into_streams(lengths, rooms, attention, (devices, count, n), layout)) is None:
             count += 1
         of_device = np.bincount([p.device for p in places], attention, devices)
@@ -166,20 +169,25 @@ def _into_streams(
     """Places all sequences in streams of this shape [G, M, N], or returns None where they do not fit."""
     devices, count, stream = shape
     places = [Place(0, 0, 0)] * len(lengths)
-    used = np.zeros((devices, count), int)
+    # Of each device: its streams with room for a sequence more, as (tokens used, -m) in order, and the least used one's
+    open_streams = [[(0, -m) for m in reversed(range(count))] for _ in range(devices)]
+    least = np.zeros(devices, int) if count else np.full(devices, stream)
     held = np.zeros((devices, count), int)
     work = np.zeros(devices)
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = (used + rooms[i] <= stream) & (held < layout.segments)
-        possible = fits.any(axis=1)
+        room = int(rooms[i])
+        possible = least + room <= stream
         if not possible.any():
             return None
         device = int(np.argmin(np.where(possible, work, np.inf)))
-        m = int(np.argmax(np.where(fits[device], used[device], -1)))
-        places[i] = Place(device, m, int(used[device, m]))
-        used[device, m] += lengths[i]
-        held[device, m] += 1
+        streams = open_streams[device]
+        used, m = streams.pop(bisect.bisect_right(streams, (stream - room, 0)) - 1)
+        places[i] = Place(device, -m, used)
+        held[device, -m] += 1
         work[device] += lengths[i] + attention[i]
+        if held[device, -m] < layout.segments:
+            bisect.insort(streams, (used + lengths[i], m))
+        least[device] = streams[0][0] if streams else stream
     return places
 
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from jaxrl.grpo.advantages import sequence_weights
 from jaxrl.grpo.packing import (
+    WORTHWHILE,
     Layout,
     PackedBatch,
+    Place,
     Terms,
     bucket_lengths,
     pack,
@@ -239,3 +241,66 @@ def test_little_is_computed_for_nothing(seed: int) -> None:
     print(f"streams {count} of {stream}, executed {executed.sum() / needed:.3f}, {spread:.4f}")
     assert executed.sum() < 1.10 * needed
     assert executed.max() < 1.02 * executed.min()
+
+
+def placed_by_looking_at_every_stream(
+    lengths: list[int], devices: int, layout: Layout
+) -> tuple[int, list[Place]]:
+    """`place_sequences` by its description, with all streams looked at for every sequence."""
+    rooms = [next(b for b in layout.buckets if b >= length) for length in lengths]
+    attention = [layout.attention_cost * room**2 / 2 for room in rooms]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+    def into(count: int, n: int) -> list[Place] | None:
+        streams = [[[0, 0] for _ in range(count)] for _ in range(devices)]  # tokens, sequences
+        work, places = [0.0] * devices, [Place(0, 0, 0)] * len(lengths)
+        for i in order:
+            fits = [
+                [m for m, (used, held) in enumerate(own) if used + rooms[i] <= n and held < layout.segments]
+                for own in streams
+            ]
+            if not any(fits):
+                return None
+            d = min((d for d in range(devices) if fits[d]), key=lambda d: (work[d], d))
+            m = max(fits[d], key=lambda m: (streams[d][m][0], -m))
+            places[i] = Place(d, m, streams[d][m][0])
+            streams[d][m] = [streams[d][m][0] + lengths[i], streams[d][m][1] + 1]
+            work[d] += lengths[i] + attention[i]
+        return places
+
+    best_cost, best = np.inf, (layout.streams[-1], list[Place]())
+    for n in layout.streams[::-1]:
+        count = -(-sum(lengths) // (devices * n))
+        while (places := into(count, n)) is None:
+            count += 1
+        busiest = max(
+            (sum(a for a, p in zip(attention, places, strict=True) if p.device == d) for d in range(devices))
+        )
+        if count * n + busiest < WORTHWHILE * best_cost:
+            best_cost, best = count * n + busiest, (n, places)
+    return best
+
+
+def test_places_are_those_of_the_description() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        longest = int(rng.integers(1, 40))
+        buckets = bucket_lengths(int(rng.integers(1, 9)), longest)
+        streams = stream_lengths(max(buckets[-1], int(rng.integers(1, 200))), buckets[-1], 1)
+        segments, cost = int(rng.integers(1, 6)), float(rng.choice([0.0, 0.01, 0.1]))
+        layout = Layout(streams=streams, buckets=buckets, segments=segments, attention_cost=cost)
+        lengths = rng.integers(1, longest + 1, int(rng.integers(0, 60))).tolist()
+        devices = int(rng.integers(1, 7))
+        found = place_sequences(lengths, devices, layout)
+        assert found == placed_by_looking_at_every_stream(lengths, devices, layout)
+
+
+def test_a_mini_batch_of_a_step_of_65536_answers_is_placed() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(8.3, 0.7, 16_384), 1, 15_360).astype(int)
+    layout = Layout(streams=stream_lengths(32_768, 15_872, 512), buckets=bucket_lengths(512, 15_872))
+    n, places = place_sequences(lengths.tolist(), 64, layout)
+    used = np.bincount([p.device for p in places], lengths, 64)
+    assert used.max() / used.mean() < 1.001
+    streams = {(p.device, p.micro_batch) for p in places}
+    assert lengths.sum() / (len(streams) * n) > 0.95
