@@ -274,7 +274,7 @@ def placed_by_looking_at_every_stream(
         while (places := into(count, n)) is None:
             count += 1
         busiest = max(
-            (sum(a for a, p in zip(attention, places, strict=True) if p.device == d) for d in range(devices))
+            sum(a for a, p in zip(attention, places, strict=True) if p.device == d) for d in range(devices)
         )
         if count * n + busiest < WORTHWHILE * best_cost:
             best_cost, best = count * n + busiest, (n, places)
