@@ -56,7 +56,12 @@ def write(
     for table in tables:
         lines += ["", f"## {table.title}", *markdown.table(table.columns, table.rows), "", table.note]
     write_atomically(folder / "compare.md", "\n".join(lines) + "\n")
-    write_atomically(folder / "compare.json", json.dumps([_numbers(each) for each in found], indent=1) + "\n")
+    numbers = {
+        "baseline": matrix.baseline,
+        "budget": {unit: amount},
+        "variants": [_numbers(each) for each in found],
+    }
+    write_atomically(folder / "compare.json", json.dumps(numbers, indent=1) + "\n")
     environment = Environment(loader=PackageLoader("evals", "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("compare.html.j2").render(title=title, tables=tables, images=images)
     write_atomically(folder / "compare.html", page)

@@ -225,9 +225,17 @@ def _seeded(values: Mapping[str, object], seed: int) -> dict[str, object]:
 
 def departures(cell: Cell, recipe: config.Recipe) -> list[str]:
     """The keys in which a run that is there is not what its cell wants."""
-    wanted, there = (
-        dataclasses.replace(r, run=dataclasses.replace(r.run, steps=0)) for r in (cell.recipe, recipe)
-    )
-    found = config.differences(wanted, there)
+    found = config.differences(_anywhere(cell.recipe), _anywhere(recipe))
     measures = tuple(f"eval.{key}:" for key in (*MEASURE, "every"))
     return [line for line in found if line.startswith((*FIXED, *measures)) or not line.startswith(PLACES)]
+
+
+def _anywhere(recipe: config.Recipe) -> config.Recipe:
+    """A recipe whose functions are named without their folders."""
+
+    def bare(path: str) -> str:
+        return path.rpartition("/")[2]
+
+    functions = tuple(dataclasses.replace(f, path=bare(f.path)) for f in recipe.reward.functions)
+    reward = dataclasses.replace(recipe.reward, function=bare(recipe.reward.function), functions=functions)
+    return dataclasses.replace(recipe, reward=reward)
