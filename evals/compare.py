@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from evals.matrix import BASELINE, Budget, Cell, Matrix, departures
-from evals.paired import Difference, difference, holm, seeds_needed
+from evals.paired import Difference, difference, holm, p_values, seeds_needed
 from jaxrl.errors import InputError
 from jaxrl.report.runs import Run, ends, read_run, series, total
 from jaxrl.results import HeldOutResult, TaskResult, TrainingResult
@@ -71,7 +71,7 @@ class Compared:
     seeds: list[int]
     accuracy: float  # with the budget used up, mean over seeds
     differences: Mapping[str, Difference]  # by measure
-    corrected: dict[str, float]  # p-values, by measure, for all variants together; none of the baseline
+    corrected: Mapping[str, float]  # p-values, by measure, for all variants together; none of the baseline
     needed: int  # seeds for NOTICED; 0 where it cannot be told
     reached: Mapping[float, tuple[int, float, float]]  # by accuracy: runs that do, median tokens and seconds
     totals: Mapping[str, float]  # means over seeds
@@ -81,8 +81,11 @@ class Compared:
         found, n = self.differences["budget"], len(self.seeds)
         if not math.isfinite(found.low):
             return "no verdict: one seed"
-        if self.corrected["budget"] < SEEN:
+        apart = found.low > 0 or found.high < 0
+        if apart and self.corrected["budget"] < SEEN:
             return "better" if found.mean > 0 else "worse"
+        if apart:
+            return "no verdict: too many comparisons for this interval"
         return f"no difference seen with {n} seeds" + (
             f"; one of {100 * NOTICED:g} points would take about {self.needed}" if self.needed else ""
         )
@@ -214,31 +217,34 @@ def compare(matrix: Matrix, runs: Sequence[Finished]) -> list[Compared]:
         }
         return {measure: curve.at(getattr(curve, axis), place) for measure, (axis, place) in places.items()}
 
-    found = []
+    scores: dict[str, dict[int, dict[str, Float[np.ndarray, " P"]]]] = {}
     for name in (BASELINE, *(variant.name for variant in matrix.variants)):
-        seeds = sorted(seed for variant, seed in by_cell if variant == name and seed in base)
-        if not seeds:
-            continue
-        own = [by_cell[name, seed] for seed in seeds]
-        ours, theirs = ([measured(by_cell[key, seed]) for seed in seeds] for key in (name, BASELINE))
-        pairs = {m: np.array([a[m] - b[m] for a, b in zip(ours, theirs, strict=True)]) for m in MEASURES}
-        spread = float(pairs["budget"].mean(axis=1).std(ddof=1)) if len(seeds) > 1 else 0.0
+        own = {seed: measured(each) for (variant, seed), each in by_cell.items() if variant == name}
+        if shared := {seed: own[seed] for seed in sorted(own) if seed in base}:
+            scores[name] = shared
+    corrected: dict[str, dict[str, float]] = {name: {} for name in scores}
+    for measure in MEASURES:
+        at = {n: {seed: found[measure] for seed, found in each.items()} for n, each in scores.items()}
+        p = p_values(at, BASELINE)
+        for name, value in zip(p, holm([*p.values()]), strict=True):
+            corrected[name][measure] = value
+    found = []
+    for name, ours in scores.items():
+        pairs = {m: np.array([ours[s][m] - scores[BASELINE][s][m] for s in ours]) for m in MEASURES}
+        spread = float(pairs["budget"].mean(axis=1).std(ddof=1)) if len(ours) > 1 else 0.0
+        runs_of = [by_cell[name, seed] for seed in ours]
         found.append(
             Compared(
                 name,
-                seeds,
-                float(np.mean([each["budget"] for each in ours])),
+                [*ours],
+                float(np.mean([each["budget"] for each in ours.values()])),
                 {measure: difference(values) for measure, values in pairs.items()},
-                {},
+                corrected[name],
                 seeds_needed(spread, NOTICED) if spread else 0,
-                {accuracy: _reached(own, accuracy) for accuracy in matrix.accuracies},
-                _totals([each.run for each in own]),
+                {accuracy: _reached(runs_of, accuracy) for accuracy in matrix.accuracies},
+                _totals([each.run for each in runs_of]),
             )
         )
-    others = found[1:]
-    for measure in MEASURES:
-        for each, p in zip(others, holm([o.differences[measure].p for o in others]), strict=True):
-            each.corrected[measure] = p
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from evals.compare import MEASURES, NOTICED, SEEN, SPENT, Compared, Curve, Finished
 from evals.matrix import BASELINE, Cell, Matrix
@@ -44,7 +45,10 @@ def write(
     unit, amount = matrix.budget.given
     title = f"Variants of {matrix.baseline}, {amount:,g} {unit} each"
     figures = {
-        "differences": ("Differences to the baseline, with 95% intervals", _differences(found)),
+        "differences": (
+            "Differences to the baseline, with 95% intervals, colored by verdict",
+            _differences(found),
+        ),
         "curves": ("Accuracy over tokens sampled: means and ranges over seeds", _curves(found, runs)),
     }
     images = []
@@ -84,10 +88,11 @@ def _tables(matrix: Matrix, cells: Sequence[Cell], found: Sequence[Compared]) ->
             "Accuracy",
             ["variant", "seeds", "%", *PLACES.values(), "verdict"],
             rows,
-            "Accuracy on held-out problems with the budget used up, and differences to the baseline in points: paired "
-            "over seeds and problems, with 95% intervals (Student's, with the standard error of a bootstrap over both) "
-            "and p-values that are corrected for the number of variants (Holm). There is a verdict below "
-            f"p = {SEEN:g}, for the budget used up; else, how many seeds would show a difference of "
+            "Accuracy on held-out problems with the budget used up, and differences to the baseline in points, paired "
+            "over seeds and problems. The 95% intervals are of each variant's own runs (Student's, with the standard "
+            "error of a bootstrap over seeds and problems). The p-values borrow from how much all variants vary over "
+            f"seeds, and are corrected for their number (Holm). There is a verdict below p = {SEEN:g} where the "
+            "interval excludes 0, for the budget used up; else, how many seeds would show a difference of "
             f"{100 * NOTICED:g} points in {100 * POWER:g} of 100 cases. Equal tokens and device seconds are those of "
             "the run that took least.",
         )
@@ -216,6 +221,8 @@ def _curves(found: Sequence[Compared], runs: Sequence[Finished]) -> Figure:
                 places, 100 * values.min(axis=0), 100 * values.max(axis=0), color=color, alpha=0.15
             )
         axes.set_title(each.name, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
     for axes in list(figure.axes)[len(others) :]:
         axes.set_visible(False)
