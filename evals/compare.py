@@ -20,11 +20,8 @@ from jaxrl.telemetry.trackers import is_evaluation, read_rows
 NOTICED = 0.02  # a difference of accuracy for which the seeds that it would take are said
 SEEN = 0.05  # level of the corrected p-values
 SPENT = ("tokens", "seconds")  # what a budget of steps does not bound
-MEASURES = (
-    "budget",
-    "tokens",
-    "seconds",
-)  # where accuracies are compared: budget used up, and at equal amounts
+# Where accuracies are compared: with the budget used up, and at equal amounts
+MEASURES = ("budget", *SPENT)
 Axis = Float[np.ndarray, " K"]
 
 
