@@ -6,10 +6,7 @@ right once worked out, wrong, and, one in 200, made to keep a computer algebra s
 
 from __future__ import annotations
 
-import os
-import platform
 import random
-import sys
 import time
 from collections.abc import Iterator
 
@@ -55,9 +52,8 @@ def main() -> None:
         print(
             f"{row['processes']:<12}{row['seconds']:>10.1f}{each:>10.2f}{row['right']:>8,}{row['undecided']:>11}"
         )
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "platform": sys.platform}
     setting = {"responses": RESPONSES, "characters": CHARACTERS}
-    write_results("grading", machine | setting | {"results": results})
+    write_results("grading", setting | {"results": results})
 
 
 def measure(workers: int) -> JsonObject:

@@ -123,6 +123,7 @@ def machine() -> JsonObject:
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "cores": len(os.sched_getaffinity(0)),
         "threads": {name: os.environ[name] for name in THREADS if name in os.environ},
+        "python": platform.python_version(),
         "jax": importlib.metadata.version("jax"),
     }
 

@@ -6,10 +6,7 @@ which has to take little beside the minutes of a step.
 
 from __future__ import annotations
 
-import os
-import platform
 import random
-import sys
 import time
 from collections.abc import Callable
 
@@ -32,9 +29,8 @@ def main() -> None:
     for row in results:
         each = row["seconds"] / RESPONSES * 1e6
         print(f"{row['verifier']:<14}{row['seconds']:>10.4f}{each:>10.1f}{row['accuracy']:>10.2f}")
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "platform": sys.platform}
     setting = {"responses": RESPONSES, "characters": CHARACTERS, "repeats": REPEATS}
-    write_results("rewards", machine | setting | {"results": results})
+    write_results("rewards", setting | {"results": results})
 
 
 def batch(rng: random.Random) -> tuple[list[str], list[str]]:

@@ -15,7 +15,6 @@ from evals.paired import Difference, difference, holm, p_values, seeds_needed
 from jaxrl.errors import InputError
 from jaxrl.report.runs import Run, ends, read_run, series, total
 from jaxrl.results import HeldOutResult, TaskResult, TrainingResult
-from jaxrl.telemetry.trackers import is_evaluation, read_rows
 
 NOTICED = 0.02  # a difference of accuracy for which the seeds that it would take are said
 SEEN = 0.05  # level of the corrected p-values
@@ -109,7 +108,8 @@ def steps_wanted(cell: Cell, budget: Budget, run: Run | None) -> int | None:
     done, used, most = len(run.rows), spent(run, budget), budget.given[1]
     if used < most:
         return done + max(1, math.ceil(done * (most - used) / used)) if used else 2 * done
-    return None if _evaluations(run) and _evaluations(run)[-1]["step"] == done else done
+    evaluated = any(result["step"] == done for result in _evaluations(run))
+    return None if evaluated else done
 
 
 def find(cells: Sequence[Cell], budget: Budget) -> list[tuple[Cell, Run | None]]:
@@ -120,9 +120,9 @@ def find(cells: Sequence[Cell], budget: Budget) -> list[tuple[Cell, Run | None]]
     """
     found: list[tuple[Cell, Run | None]] = []
     for cell in cells:
-        metrics = cell.folder / "metrics.jsonl"
-        has_steps = metrics.exists() and not all(map(is_evaluation, read_rows(metrics)[0]))
-        run = read_run(cell.folder) if has_steps else None
+        run = read_run(cell.folder, begun=False) if (cell.folder / "metrics.jsonl").exists() else None
+        if run and not run.rows:
+            run = None
         if run and run.recipe and (other := departures(cell, run.recipe)):
             raise InputError(
                 f"{cell.folder}: is of another recipe ({'; '.join(other)}); rename variant '{cell.variant}', or move "

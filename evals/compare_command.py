@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, _: list[str]) -> None:
             if args.launch:
                 _launch(args.launch, missing)
             else:
-                failed = _train(table, [cell for cell, _ in missing], args.jobs)
+                failed = _train(table, missing, args.jobs)
     ready = compare.finished(compare.find(cells, table.budget), table.budget)
     print(f"{len(ready)} of {len(cells)} runs are finished")
     if not args.dry_run and any(each.cell.variant == matrix.BASELINE for each in ready):
@@ -90,8 +90,7 @@ def _recipe(cell: Cell, steps: int) -> Path:
     from jaxrl.files import write_atomically
 
     path = cell.folder.with_suffix(".toml")
-    values = cell.recipe if cell.recipe.run.steps == steps else config.load(cell.recipe, {"run.steps": steps})
-    write_atomically(path, config.to_toml(values))
+    write_atomically(path, config.to_toml(config.load(cell.recipe, {"run.steps": steps})))
     return path
 
 
@@ -115,7 +114,7 @@ def _launch(template: str, missing: Sequence[tuple[Cell, int]]) -> None:
         write_atomically(marker, f"{steps}\n")
 
 
-def _train(table: Matrix, cells: Sequence[Cell], jobs: int) -> list[str]:
+def _train(table: Matrix, missing: Sequence[tuple[Cell, int]], jobs: int) -> list[str]:
     """Trains runs here, so many at a time; returns a line for each that failed."""
     from evals import compare
 
@@ -129,9 +128,9 @@ def _train(table: Matrix, cells: Sequence[Cell], jobs: int) -> list[str]:
         [(_, run)] = compare.find([cell], table.budget)
         return compare.steps_wanted(cell, table.budget, run)
 
-    def trained(cell: Cell, log: Path, share: Sequence[int]) -> str:
+    def trained(cell: Cell, steps: int | None, log: Path, share: Sequence[int]) -> str:
         """Trains until the budget is used; returns what failed."""
-        before, steps = None, wanted(cell)
+        before = None
         while steps is not None and not stopping.is_set():
             if steps == before:
                 return "ended short of its budget"
@@ -151,24 +150,24 @@ def _train(table: Matrix, cells: Sequence[Cell], jobs: int) -> list[str]:
             before, steps = steps, wanted(cell)
         return ""
 
-    def one(cell: Cell) -> str:
+    def one(cell: Cell, steps: int) -> str:
         if stopping.is_set():
             return ""
         share, began, log = shares.get(), time.monotonic(), cell.folder.with_suffix(".log")
         try:
-            failure = trained(cell, log, share)
+            failure = trained(cell, steps, log, share)
         finally:
             shares.put(share)
         said = f"{cell.title}: {failure}, see {log}" if failure else ""
         if not stopping.is_set():
             took = f"{cell.title}, {time.monotonic() - began:.0f} s"
-            print(f"{next(number)} of {len(cells)}: {said or took}", flush=True)
+            print(f"{next(number)} of {len(missing)}: {said or took}", flush=True)
         return said
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            return [line for line in pool.map(one, cells) if line]
+            return [line for line in pool.map(one, *zip(*missing, strict=True)) if line]
         except BaseException:
             stopping.set()
             for process in list(running):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ from evals.paired import POWER
 from jaxrl import config
 from jaxrl.files import replacing, write_atomically
 from jaxrl.report import markdown
+from jaxrl.report.panels import COLORS as LINES
+from jaxrl.report.panels import OUTCOME_COLORS
 
 PLACES = {"budget": "budget used up", "tokens": "at equal tokens", "seconds": "at equal device seconds"}
-COLORS = {"better": "#009E73", "worse": "#D55E00"}
+COLORS = {"better": OUTCOME_COLORS[0], "worse": OUTCOME_COLORS[2]}
 OTHER = "#5c6470"
 POINTS = 60  # of a curve
 
@@ -53,9 +56,11 @@ def write(
     }
     images = []
     for name, (caption, figure) in figures.items():
+        image = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(image)
         with replacing(folder / f"{name}.png") as file:
-            FigureCanvasAgg(figure).print_png(file)
-        images.append((caption, base64.b64encode((folder / f"{name}.png").read_bytes()).decode()))
+            file.write(image.getvalue())
+        images.append((caption, base64.b64encode(image.getvalue()).decode()))
     lines = [f"# {title}"]
     for table in tables:
         lines += ["", f"## {table.title}", *markdown.table(table.columns, table.rows), "", table.note]
@@ -214,7 +219,7 @@ def _curves(found: Sequence[Compared], runs: Sequence[Finished]) -> Figure:
     figure = Figure(figsize=(3 * columns, 2.4 * rows), dpi=110, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for axes, each in zip(panels, others, strict=False):
-        for name, color in ((BASELINE, "#999"), (each.name, COLORS.get(each.verdict(), "#0072B2"))):
+        for name, color in ((BASELINE, "#999"), (each.name, COLORS.get(each.verdict(), LINES[0]))):
             places, values = _band(curves[name])
             axes.plot(places, 100 * values.mean(axis=0), color=color)
             axes.fill_between(

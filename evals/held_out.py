@@ -26,6 +26,9 @@ from jaxrl.sampling.open import open_sampler
 from jaxrl.telemetry.progress import Progress
 from jaxrl.types import Detokenize, Groups, OnRollout, Prompt, Rollout, SamplingParams, Say, Tokenizer
 
+# Of [eval]: how answers are sampled
+SAMPLED = ("samples", "benchmark_samples", "max_tokens", "temperature", "top_p")
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:

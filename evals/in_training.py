@@ -66,10 +66,7 @@ class InTraining:
     def _identity(self, setup: Setup, steps: int) -> str:
         """A digest of the run so far and of how it is evaluated, on what."""
         section = dataclasses.asdict(setup.stage_at(steps - 1).recipe.eval)
-        how = {
-            key: section[key]
-            for key in ("samples", "benchmark_samples", "max_tokens", "temperature", "top_p")
-        }
+        how = {key: section[key] for key in held_out.SAMPLED}
         if section["verifier"]:
             how["verifier"] = section["verifier"]
         prompts = [*self.problems, *(prompt for task in self.tasks for prompt in task.prompts)]

@@ -23,9 +23,9 @@ from typing import Annotated, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from evals.held_out import as_marked
+from evals.held_out import SAMPLED, as_marked
 from jaxrl import config
-from jaxrl.checkpoint import FIXED, FREE
+from jaxrl.checkpoint import FREE, is_fixed
 from jaxrl.config import named
 from jaxrl.config.sections import Location, Positive, Seed
 from jaxrl.errors import InputError, first_line
@@ -34,18 +34,8 @@ from jaxrl.types import ByThoughts, JsonObject
 BASELINE = "baseline"
 FOLDER = named.FOLDER / "matrices"
 # Keys that say where and how fast, so that runs which differ in these alone are of one recipe
-PLACES = (*FREE, "run.directory", "model.path", "data.path", "data.sources", "data.files")
-# Of [eval]: how accuracy is measured
-MEASURE = (
-    "benchmarks",
-    "problems",
-    "samples",
-    "benchmark_samples",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "verifier",
-)
+PLACES = (*FREE, "model.path", "data.path", "data.sources", "data.files")
+MEASURE = ("benchmarks", "problems", "verifier", *SAMPLED)  # of [eval]: how accuracy is measured
 
 
 @dataclass(frozen=True)
@@ -55,9 +45,8 @@ class Budget:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
     steps: Positive | None = None
     tokens: Positive | None = None  # sampled
-    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
-        None  # of the trainer's devices, in steps
-    )
+    # of the trainer's devices, in steps
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @property
     def given(self) -> tuple[str, float]:
@@ -119,9 +108,7 @@ def load(source: str | Path) -> Matrix:
     Raises:
       InputError: if it cannot be read, or a key or value is none.
     """
-    path = Path(source)
-    if not path.exists() and (FOLDER / f"{source}.toml").is_file():
-        path = FOLDER / f"{source}.toml"
+    path = named.find(source, FOLDER, "matrix")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -227,7 +214,7 @@ def departures(cell: Cell, recipe: config.Recipe) -> list[str]:
     """The keys in which a run that is there is not what its cell wants."""
     found = config.differences(_anywhere(cell.recipe), _anywhere(recipe))
     measures = tuple(f"eval.{key}:" for key in (*MEASURE, "every"))
-    return [line for line in found if line.startswith((*FIXED, *measures)) or not line.startswith(PLACES)]
+    return [line for line in found if line.startswith(measures) or is_fixed(line, PLACES)]
 
 
 def _anywhere(recipe: config.Recipe) -> config.Recipe:

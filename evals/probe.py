@@ -25,6 +25,7 @@ from evals.sampling import reporter, vllm_options
 from evals.statistics import confidence, distinct_4grams
 from jaxrl import config, data
 from jaxrl.config.sections import COLDEST
+from jaxrl.data.prompts import spread
 from jaxrl.errors import InputError
 from jaxrl.files import set_aside, write_atomically
 from jaxrl.marking import columns_for, finished, functions_of, make_marker
@@ -173,12 +174,6 @@ def probe(job: Job, devices: servers.Devices = servers.CPU, say: Say = print) ->
         asked = Asked(chosen.prompts, vocabulary.stop_ids, mark, settings)
         _sample(job, asked, missing, results, devices, say)
     return _write(job, settings, results)
-
-
-def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """At most `count` of the prompts, evenly spaced over all of them."""
-    taken = min(count, len(prompts))
-    return [prompts[i * len(prompts) // taken] for i in range(taken)]
 
 
 def _settings(job: Job, chosen: data.PromptSet, stop_ids: tuple[int, ...]) -> JsonObject:

@@ -593,8 +593,13 @@ def _past_differences(
         free = (*FREE, *(f"{key}:" for key in moved))
         differing = config.differences(old.recipe, new.recipe)
         title = f"{new.title}: " if len(now) > 1 else ""
-        found += [title + d for d in differing if d.startswith(FIXED) or not d.startswith(free)]
+        found += [title + d for d in differing if is_fixed(d, free)]
     return found
+
+
+def is_fixed(key: str, free: tuple[str, ...]) -> bool:
+    """Whether a key, maybe with its values, is under none of those that are free to change, or under one of FIXED."""
+    return key.startswith(FIXED) or not key.startswith(free)
 
 
 def _begins(stage: Stage) -> str:
@@ -623,7 +628,7 @@ def identity(recipe: config.Recipe, content: Mapping[str, str], step: int) -> st
             values = config.flat(stage.recipe)
             named = ("model.path", *CONTENT_KEYS)
             free = (*FREE, *(key for key in named if content_key(stage.number, key) in content))
-            fixed = {k: v for k, v in values.items() if k.startswith(FIXED) or not k.startswith(free)}
+            fixed = {k: v for k, v in values.items() if is_fixed(k, free)}
             found.append([stage.first, sorted(stage.restart), fixed])
     return digest_of_json([*found, dict(content)])
 

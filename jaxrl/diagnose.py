@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 
+from jaxrl.data.prompts import spread
 from jaxrl.models import decoder
 from jaxrl.models.attention import Segments, packed_attention
 from jaxrl.replay import open_replay
-from jaxrl.telemetry.rollouts import rollout_files, step_of
+from jaxrl.telemetry import agreement
 from jaxrl.types import Rollout, Say
 
 CHUNK = 256  # tokens whose logits exist at one time
@@ -120,22 +121,16 @@ def diagnose(
       InputError: if the run has not kept what is needed, or it is damaged or of other data.
     """
     with open_replay(run, overrides, 0.0, say) as replay:
-        if step is None:
-            known = {0, *replay.checkpoints.steps()}
-            step = 1 + max(
-                (step_of(file) for file in rollout_files(run) if step_of(file) in known), default=0
-            )
         began = replay.began(step)
-        told = replay.rows[step - 1].get("sampler/logprob_diff_mean")
+        step = began.carry.step + 1
+        told = replay.rows[step - 1].get(agreement.METRIC)
         model, temperature = replay.setup.model, began.work.recipe.rollout.temperature
         tokenizer = replay.setup.tokenizer
     named = [(g, rollout) for group in began.groups for g, rollout in enumerate(group)]
     fresh = [(g, rollout) for g, rollout in named if rollout.version == step - 1]
     if stale := len(named) - len(fresh):
         say(f"{stale} of {len(named)} answers are by older weights, and left out")
-    chosen = [
-        fresh[i] for i in np.unique(np.linspace(0, len(fresh) - 1, min(answers, len(fresh))).astype(int))
-    ]
+    chosen = spread(fresh, answers)
     params = jax.device_put(jax.device_get(began.carry.state.params), jax.local_devices()[0])
     rollouts = [rollout for _, rollout in chosen]
     ladder = []

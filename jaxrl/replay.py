@@ -91,7 +91,7 @@ class Replay:
             raise InputError(f"{self.run} has steps 1 to {done}, and no step {step}")
         first = 0 if step is None else max((each for each in known if each < step), default=0)
         last = done if step is None else min((each for each in known if each >= step), default=step)
-        files = {step_of(file): file for file in rollout_files(self.run) if file.suffix == ".parquet"}
+        files = self._files()
         if missing := [each + 1 for each in range(first, last) if each not in files]:
             raise InputError(
                 f"{self.run}: the answers of {len(missing)} steps, of which {missing[0]} is the first, are not kept as "
@@ -104,19 +104,23 @@ class Replay:
                 found.findings.extend(self._unlike(carry, self.published))
             yield found
 
-    def began(self, step: int) -> Began:
+    def _files(self) -> dict[int, Path]:
+        """The files with the answers of steps, 0 for the first."""
+        return {step_of(file): file for file in rollout_files(self.run) if file.suffix == ".parquet"}
+
+    def began(self, step: int | None) -> Began:
         """What a step began with, after the checkpoint before it.
 
         Args:
-          step: 1 for the first.
+          step: 1 for the first; None takes the newest with answers and a checkpoint before it.
 
         Raises:
           InputError: if the run has not kept its answers or the checkpoint, or they are damaged or of other data.
         """
-        files = {step_of(file): file for file in rollout_files(self.run) if file.suffix == ".parquet"}
-        known = {0, *self.checkpoints.steps()}
-        if step - 1 not in files or step - 1 not in known:
-            steps = sorted(each + 1 for each in known & {*files})
+        files = self._files()
+        steps = sorted(each + 1 for each in {0, *self.checkpoints.steps()} & {*files})
+        step = step or max(steps, default=0)
+        if step not in steps:
             there = f"steps {', '.join(map(str, steps))} have" if steps else "no step has"
             raise InputError(
                 f"{self.run}: {there} both answers as parquet and a checkpoint before it; run.rollouts_every and "

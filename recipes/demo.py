@@ -82,7 +82,10 @@ def save(model: jaxrl.Model, tokenizer: PreTrainedTokenizerFast, folder: Path) -
 
 
 def write_problems(path: Path, problems: list[tuple[int, int]]) -> None:
-    rows = [{"problem": f"{a}+{b}=?", "answer": str(a + b)} for a, b in problems]
+    write_rows(path, [{"problem": f"{a}+{b}=?", "answer": str(a + b)} for a, b in problems])
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -101,17 +104,42 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def worked(a: int, b: int, rng: np.random.Generator) -> str:
-    """347+585 -> '7+5+0=12', '4+8+1=13', '3+5+1=9', '\\boxed{932}', a line each, with the teacher's mistakes."""
+def worked(
+    a: int,
+    b: int,
+    rng: np.random.Generator,
+    slip: float = SLIP,
+    check: float = 0.0,
+    checked_slip: float = 0.0,
+    zero: float = 0.0,
+) -> str:
+    """347+585 -> '7+5+0=12', '4+8+1=13', '3+5+1=9', '\\boxed{932}', a line each, with the teacher's mistakes.
+
+    Args:
+      a, b: of equally many digits.
+      rng: draws what has a chance of its own.
+      slip: that a column's sum is off by one.
+      check: that the line is written again.
+      checked_slip: that the sum is off then.
+      zero: that there is a 0 before the answer.
+    """
+
+    def by(chance: float) -> bool:
+        return chance > 0 and rng.random() < chance
+
+    def total(right: int, chance: float) -> int:
+        return max(0, right + int(rng.choice([-1, 1]))) if by(chance) else right
+
     lines, digits, carry = [], "", 0
-    for column in range(3):
+    for column in range(len(str(a))):
         x, y = a // 10**column % 10, b // 10**column % 10
-        total = x + y + carry
-        if rng.random() < SLIP:
-            total = max(0, total + int(rng.choice([-1, 1])))
-        lines.append(f"{x}+{y}+{carry}={total}")
-        carry, digits = total // 10, str(total % 10) + digits
-    return "\n".join([*lines, f"\\boxed{{{str(carry) * (carry > 0)}{digits}}}"])
+        found = total(x + y + carry, slip)
+        lines.append(f"{x}+{y}+{carry}={found}")
+        if by(check):
+            found = total(x + y + carry, checked_slip)
+            lines.append(f"{x}+{y}+{carry}={found}")
+        carry, digits = found // 10, str(found % 10) + digits
+    return "\n".join([*lines, f"\\boxed{{{'0' * by(zero)}{str(carry) * (carry > 0)}{digits}}}"])
 
 
 def learn(

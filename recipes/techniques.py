@@ -12,13 +12,12 @@ hint. Each seed has a base model of its own; all have the same problems.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
 from jaxrl import Model, Rollout
-from recipes.demo import BATCH, MODEL, example, learn, make_tokenizer, save
+from recipes.demo import BATCH, MODEL, example, learn, make_tokenizer, save, worked, write_rows
 
 SLIP = 0.2  # chance that a column's sum is off by one
 CHECKED_SLIP = 0.06  # where it is the second time that the line is written
@@ -59,10 +58,10 @@ def draw(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
 def write_problems(path: Path, problems: list[tuple[int, int]]) -> None:
     right = np.random.default_rng(0)
     rows = [
-        {"problem": f"{a}+{b}=?", "answer": str(a + b), "solution": worked(a, b, right, slips=False)}
+        {"problem": f"{a}+{b}=?", "answer": str(a + b), "solution": worked(a, b, right, slip=0, check=CHECK)}
         for a, b in problems
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(path, rows)
 
 
 def make_base(folder: Path, problems: list[tuple[int, int]], steps: int, seed: int) -> None:
@@ -72,30 +71,11 @@ def make_base(folder: Path, problems: list[tuple[int, int]], steps: int, seed: i
         return [teach(*problems[i], rng.random() < HINTED) for i in rng.integers(len(problems), size=BATCH)]
 
     def teach(a: int, b: int, hinted: bool) -> Rollout:
-        response = worked(a, b, rng)
+        response = worked(a, b, rng, SLIP, CHECK, CHECKED_SLIP, ZERO)
         hint = "\n" + response[: int(len(response) * rng.random())] if hinted else ""
         return example(tokenizer, f"{a}+{b}=?{hint}", str(a + b), response)
 
     save(Model(MODEL, learn(MODEL, examples, steps, seed, LONGEST)), tokenizer, folder)
-
-
-def worked(a: int, b: int, rng: np.random.Generator, slips: bool = True) -> str:
-    """As the demo's, of as many columns as there are digits, with lines that are checked."""
-
-    def total(right: int, chance: float) -> int:
-        return max(0, right + int(rng.choice([-1, 1]))) if slips and rng.random() < chance else right
-
-    lines, digits, carry = [], "", 0
-    for column in range(len(str(a))):
-        x, y = a // 10**column % 10, b // 10**column % 10
-        found = total(x + y + carry, SLIP)
-        lines.append(f"{x}+{y}+{carry}={found}")
-        if rng.random() < CHECK:
-            found = total(x + y + carry, CHECKED_SLIP)
-            lines.append(f"{x}+{y}+{carry}={found}")
-        carry, digits = found // 10, str(found % 10) + digits
-    zero = "0" * bool(slips and rng.random() < ZERO)
-    return "\n".join([*lines, f"\\boxed{{{zero}{str(carry) * (carry > 0)}{digits}}}"])
 
 
 if __name__ == "__main__":

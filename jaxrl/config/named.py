@@ -12,13 +12,18 @@ from jaxrl.errors import InputError
 FOLDER = Path(__file__).parents[2] / "recipes"  # beside the package, in a checkout and where it is installed
 
 
-def names() -> list[str]:
-    """Names of the recipes, in order."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+def names(folder: Path = FOLDER) -> list[str]:
+    """Names of the recipes, or of what else a folder has, in order."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
 
 
-def find(recipe: str | Path) -> Path:
+def find(recipe: str | Path, folder: Path = FOLDER, kind: str = "recipe") -> Path:
     """The file of a recipe: the path, or a recipe that comes along if it is the name of one and no file here.
+
+    Args:
+      recipe: its path or name.
+      folder: of what comes along.
+      kind: what it is, for messages.
 
     Raises:
       InputError: if it is neither, and no path.
@@ -26,13 +31,13 @@ def find(recipe: str | Path) -> Path:
     path, name = Path(recipe), str(recipe)
     if path.is_file() or not re.fullmatch(r"[\w.-]+", name) or name.endswith(".toml"):
         return path
-    if name in names():
-        return FOLDER / f"{name}.toml"
-    close = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
+    if name in (known := names(folder)):
+        return folder / f"{name}.toml"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     raise InputError(
-        f"{name}: no file here, and no recipe of that name; "
+        f"{name}: no file here, and no {kind} of that name; "
         + (f"did you mean '{close[0]}'? " if close else "")
-        + "`jaxrl recipes` lists them"
+        + ("`jaxrl recipes` lists them" if folder == FOLDER else f"there are {', '.join(known)}")
     )
 
 

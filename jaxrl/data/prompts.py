@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from blake3 import blake3
@@ -29,6 +29,8 @@ ID_COLUMNS = ("id", "index", "extra_info.index")  # the first of these that a ro
 COPIES = 100  # of each row, in the released DAPO-Math-17k
 SOLUTION = "####"  # stands before the answer of GSM8K's worked solutions
 BLOCK = 1024  # places of the order in which sources are mixed; each block has every source's share
+
+T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -526,3 +528,9 @@ def _require_matchable(problems: Sequence[Problem], verifier: Verifier, source: 
     )
     if 2 * len(lost) > len(problems):
         raise InputError(f"{source}: {counts.first_unmatched}")
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the prompts, or of what else there is many of, evenly spaced over all of them."""
+    taken = min(count, len(items))
+    return [items[i * len(items) // taken] for i in range(taken)]

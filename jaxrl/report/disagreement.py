@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from jaxrl.diagnose import Diagnosis, Part
-from jaxrl.files import replacing, write_atomically
+from jaxrl.files import write_atomically
+from jaxrl.report import figures
+from jaxrl.report.panels import COLORS
 
-OURS, THEIRS = "#0072B2", "#D55E00"
+OURS, THEIRS = COLORS[:2]
 
 
 def text(found: Diagnosis) -> str:
@@ -54,13 +55,8 @@ def write(found: Diagnosis, folder: Path) -> list[Path]:
     """Writes step_NNNNNN.png and .json; returns the paths."""
     path = folder / f"step_{found['step'] - 1:06d}"
     write_atomically(path.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
-    figure = Figure(figsize=(12, 8), dpi=110, layout="constrained")
-    for draw, axes in zip((_ladder, _layers, _positions, _likely), figure.subplots(2, 2).flat, strict=True):
-        draw(axes, found)
-        axes.grid(alpha=0.3)
-    with replacing(path.with_suffix(".png")) as file:
-        FigureCanvasAgg(figure).print_png(file)
-    return [path.with_suffix(".png"), path.with_suffix(".json")]
+    draws = [functools.partial(draw, found=found) for draw in (_ladder, _layers, _positions, _likely)]
+    return [figures.save(path.with_suffix(".png"), draws, (12, 8), columns=2), path.with_suffix(".json")]
 
 
 def _ladder(axes: Axes, found: Diagnosis) -> None:

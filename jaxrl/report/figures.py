@@ -181,20 +181,21 @@ def _grid_size(panel: tuple[float, float], count: int) -> tuple[float, float]:
     return width * min(COLUMNS, count), height * math.ceil(count / COLUMNS)
 
 
-def save(path: Path, draws: Sequence[Draw], size: tuple[float, float]) -> Path:
-    """Writes a figure of panels, at most COLUMNS side by side.
+def save(path: Path, draws: Sequence[Draw], size: tuple[float, float], columns: int = COLUMNS) -> Path:
+    """Writes a figure of panels.
 
     Args:
       path: the image to write.
       draws: draws each panel on its axes.
       size: in inches, width and height.
+      columns: panels side by side at most.
 
     Returns:
       the path.
     """
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    columns = min(COLUMNS, len(draws))
+    columns = min(columns, len(draws))
     grid = figure.subplots(math.ceil(len(draws) / columns), columns, squeeze=False)
     for axes in grid.flat[len(draws) :]:
         axes.set_visible(False)

@@ -36,7 +36,11 @@ class Run:
     evaluations: list[HeldOutResult]  # eval/*.json by step
     benchmarks: list[TrainingResult]  # eval/benchmarks/*.json by step
     recipe: config.Recipe | None  # None without a recipe.toml that this version takes
-    history: list[HistoryRow]  # prompts.jsonl; empty for older runs
+
+    @functools.cached_property
+    def history(self) -> list[HistoryRow]:
+        """prompts.jsonl; empty for older runs."""
+        return read_history(self.directory / FILE)
 
     @functools.cached_property
     def prompts(self) -> list[Totals]:
@@ -102,8 +106,12 @@ CHECKS = (
 )
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path, begun: bool = True) -> Run:
     """Reads a run folder.
+
+    Args:
+      directory: the run folder.
+      begun: whether it has to have metrics of a step.
 
     Raises:
       InputError: if it has no metrics, or an evaluation that is not JSON.
@@ -114,7 +122,7 @@ def read_run(directory: Path) -> Run:
             recipe = config.load(directory / "recipe.toml")
         except InputError:
             recipe = None  # of an older version: curves and rollouts are still worth a report
-    rows = read_metrics(directory / "metrics.jsonl")
+    rows = read_metrics(directory / "metrics.jsonl", begun)
     evaluations = cast(list[HeldOutResult], _results(directory / "eval", "name", "step", "accuracy", "ci95"))
     needed = ("step", "benchmarks", "average")
     benchmarks = cast(list[TrainingResult], _results(directory / "eval" / "benchmarks", *needed))
@@ -125,7 +133,6 @@ def read_run(directory: Path) -> Run:
         evaluations=sorted(evaluations, key=lambda result: (result["step"], result["name"])),
         benchmarks=sorted(benchmarks, key=lambda result: result["step"]),
         recipe=recipe,
-        history=read_history(directory / FILE),
     )
 
 

@@ -112,14 +112,14 @@ def finite(metrics: Mapping[str, float]) -> MetricsRow:
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def read_metrics(path: Path) -> list[MetricsRow]:
+def read_metrics(path: Path, begun: bool = True) -> list[MetricsRow]:
     """Reads the rows of a metrics.jsonl; not the last evaluation's, which is of no step.
 
     Raises:
-      InputError: if there are none.
+      InputError: if there are none, and the run has to have begun.
     """
     rows = [row for row in read_rows(path)[0] if not is_evaluation(row)]
-    if not rows:
+    if begun and not rows:
         raise InputError(f"{path}: no metrics; give a run folder that has trained for a step")
     return rows
 
